@@ -1,0 +1,33 @@
+# Two commands matter: `make demo` and `make test`. Both create .venv on their own; python3.11 and make are all they need.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test lint clean
+
+demo: .venv/.installed
+	@.venv/bin/python -m jobs encode --images samples/cifar10-test-256.parquet --model checkpoints/cifar10-32 --out demo/encoded
+	@.venv/bin/python -m jobs reconstruct --latents demo/encoded --out demo/reconstructed
+
+test: .venv/.installed-test lint
+	.venv/bin/python -m pytest $(PYTEST_ARGS)
+
+lint: .venv/.installed-test
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+.venv/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed, and this is " + sys.version if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv .venv
+
+.venv/.installed: .venv/bin/python pyproject.toml constraints.txt
+	@echo "Installing Palindrome into .venv (about 2 GB, once) ..."
+	$(PIP) -e .
+	@touch $@
+
+.venv/.installed-test: .venv/.installed
+	$(PIP) -e '.[test]'
+	@touch $@
+
+clean:
+	rm -rf .venv demo

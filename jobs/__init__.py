@@ -1,0 +1,1 @@
+"""One file a job: a config dataclass and run(config). No job imports another."""

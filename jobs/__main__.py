@@ -1,0 +1,53 @@
+"""The command line: `palindrome JOB --flags`, or `python -m jobs JOB --flags`."""
+
+import argparse
+import importlib
+import sys
+from typing import NoReturn
+
+from jobs.config import ConfigError, add_arguments, from_arguments
+from pipeline.errors import RunError
+
+JOBS = {
+    "encode": "images -> latents, by DDIM inversion",
+    "reconstruct": "latents -> images, compared with the originals",
+    "train": "train a model on a collection",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """One line for what is wrong, and exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        sys.stderr.write(f"{self.prog}: error: {message.removeprefix('argument ')}\n")
+        sys.exit(2)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one job. Exit codes: 0 done; 1 the run failed; 2 the command was wrong; 130 interrupted."""
+    argv = sys.argv[1:] if arguments is None else arguments
+    parser = Parser(prog="palindrome", description="Image collections to diffusion latents and back, on Ray.")
+    jobs = parser.add_subparsers(dest="job", metavar="JOB", required=True, parser_class=Parser)
+    for name, summary in JOBS.items():
+        sub = jobs.add_parser(name, help=summary, allow_abbrev=False)
+        if name in argv:  # a job's module is imported only to run it or to show its help
+            module = importlib.import_module(f"jobs.{name}")
+            config = getattr(module, f"{name.capitalize()}Config")
+            sub.description = config.__doc__
+            add_arguments(sub, config)
+            sub.set_defaults(run=module.run, config=config)
+    parsed = parser.parse_args(argv)
+    try:
+        return int(parsed.run(from_arguments(parsed.config, parsed)))
+    except ConfigError as e:
+        parser.exit(2, f"palindrome {parsed.job}: error: {e}\n")
+    except RunError as e:
+        print(f"palindrome {parsed.job}: {e}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; the same command resumes {parsed.out}", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

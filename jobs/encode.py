@@ -1,0 +1,114 @@
+"""palindrome encode: images -> latents in Parquet, by DDIM inversion."""
+
+import sys
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+from infra.cluster import connect
+from jobs.config import Config, Range, blame
+from model import checkpoint
+from model.schedule import ladder
+from pipeline.actors import Encode, Reader
+from pipeline.decode import Preprocess
+from pipeline.latents import committed
+from pipeline.manifest import claim
+from pipeline.plan import Totals, plan_totals, read_plan, write_plan
+from pipeline.progress import Progress, follow
+from pipeline.records import REASONS
+from pipeline.run import Failure, fit, run_shards
+from pipeline.sources import open_collection
+from pipeline.storage import Folder, absolute
+from pipeline.summary import latents_summary, put_summary
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeConfig(Config):
+    """Encode an image collection to latents by DDIM inversion: one Parquet file a shard in OUT/latents."""
+
+    FREE: ClassVar[frozenset[str]] = frozenset({"address", "workers", "batch_size", "decode", "model"})
+
+    images: str
+    """The images: a folder, a glob, or Parquet files with an image column; a path or an fsspec URI."""
+    model: str
+    """The checkpoint folder, in diffusers' layout; a path or an fsspec URI."""
+    steps: Annotated[int, Range(1)] = 20
+    """Steps from the image to its latent; as many network evaluations an image."""
+    ladder: Literal["linear", "quadratic"] = "quadratic"
+    """How the steps are spread over the timesteps."""
+    shard_size: Annotated[int, Range(1)] = 1024
+    """Images a shard, at most: what is lost when a worker dies, and one file."""
+    batch_size: Annotated[int, Range(1)] = 64
+    """Images on the device at once; halved where they do not fit."""
+    workers: Annotated[int, Range(1)] | None = None
+    """Processes that hold the model (default: one a GPU; without GPUs, one a node)."""
+    decode: Literal["auto", "tasks", "actor"] = "auto"
+    """Where images are read and decoded: in Ray tasks on free CPUs, or in the model's process."""
+    limit: Annotated[int, Range(1)] | None = None
+    """Encode only the first so many images."""
+    keep: tuple[str, ...] = ()
+    """Columns of a Parquet collection to keep beside the latents."""
+    image_column: str | None = None
+    """The Parquet column that holds the images (default: the one that holds bytes)."""
+    max_pixels: Annotated[int, Range(1)] = 100_000_000
+    """Larger images are rejected."""
+    dtype: Literal["float16", "float32"] = "float16"
+    """The stored latents' dtype."""
+    measure: bool = False
+    """Decode each latent at once, and store the round trip's mse and psnr in its row."""
+
+
+def run(config: EncodeConfig) -> int:
+    """Encodes what is not encoded yet and returns the exit code."""
+    with blame("--images"):
+        uri = absolute(config.images)
+        collection = open_collection(uri, image_column=config.image_column, keep=config.keep)
+    with blame("--model"):
+        model = checkpoint.load(absolute(config.model))
+        how = Preprocess(model.config.sample_size, model.config.in_channels, config.max_pixels)
+    with blame("--steps"):
+        levels = ladder(config.ladder, config.steps, model.schedule.num_train_timesteps)
+    out = Folder(absolute(config.out))
+    source = {"uri": uri, "kind": collection.kind, "image_column": collection.image_column}
+    with blame("--out"):
+        facts = {
+            "model_digest": model.digest,
+            "levels": list(levels),
+            **model.describe(),
+            "inversion": {"method": "ddim", "nfe": config.steps},
+            "preprocess": asdict(how),
+        }
+        settings = config.settings(images=uri, model=absolute(config.model))
+        claim(out, "encode", settings, config.FREE, {**facts, "collection": source})
+    with blame("--images"):
+        totals = plan_totals(out) or write_plan(out, collection, config.shard_size, config.limit)
+    done = committed(out)
+    left = totals.shards - len(done)
+    print(f"{totals.images} images in {totals.shards} shards, {left} to encode", flush=True)
+
+    failures: list[Failure] = []
+    if left:
+        todo = (shard for shard in read_plan(out) if shard.name not in done)
+        with blame("--address"), connect(config.address):
+            resources = fit(config.workers, config.decode)
+            reader = Reader(collection, how, config.batch_size, resources.read_by_tasks)
+            work = Encode(out, reader, levels, config.dtype, config.measure, facts)
+            progress = Progress("encode", totals, len(done))
+            failures = follow(progress, run_shards(work, model, todo, resources))
+    summary = latents_summary(out, config.measure)
+    put_summary(out, summary, failures)
+    return _conclude(config, totals, summary, failures)
+
+
+def _conclude(config: EncodeConfig, totals: Totals, summary: dict[str, Any], failures: list[Failure]) -> int:
+    print(f"{summary['latents']} latents and {summary['rejects']} rejects in {config.out}")
+    for reason, count in summary["rejects_by_reason"].items():
+        print(f"  {count} rejected as {reason}: {REASONS[reason]}")
+    if config.measure and summary["latents"]:
+        print(f"round-trip error {summary['round_trip']['mean']:.3g} (mean squared error, pixels in [0, 1])")
+    if failures:
+        print(f"{len(failures)} shards failed; the same command tries them again", file=sys.stderr)
+        return 1
+    if not summary["latents"]:
+        print("not one image could be encoded", file=sys.stderr)
+        return 1
+    return 0

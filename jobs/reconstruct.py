@@ -1,0 +1,207 @@
+"""palindrome reconstruct: stored latents -> images, compared with the originals."""
+
+import sys
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from infra.cluster import connect
+from jobs.config import Config, ConfigError, Range, blame
+from model import checkpoint
+from model.schedule import Ladder, ladder
+from pipeline.actors import RECONSTRUCTIONS, Reader, Reconstruct
+from pipeline.decode import Preprocess
+from pipeline.latents import committed
+from pipeline.manifest import ManifestError, claim, read_manifest
+from pipeline.pictures import pixels_of
+from pipeline.plan import Totals, plan_totals, read_plan
+from pipeline.progress import Progress, follow
+from pipeline.read import read_batches
+from pipeline.report import Example, Series, reconstruction_report
+from pipeline.run import Failure, fit, run_shards
+from pipeline.sources import Collection
+from pipeline.storage import Folder, absolute
+from pipeline.summary import errors, put_summary, reconstructions_summary
+
+EXAMPLES = 12  # pictures under each heading of the report
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReconstructConfig(Config):
+    """Decode an encode run's latents, compare with the originals, and report the error in numbers and pictures."""
+
+    FREE: ClassVar[frozenset[str]] = frozenset({"address", "workers", "batch_size", "decode", "model"})
+
+    latents: str
+    """The run folder that encode wrote; a path or an fsspec URI."""
+    model: str | None = None
+    """The checkpoint folder (default: the one that encode used, where it used it)."""
+    steps: tuple[Annotated[int, Range(1)], ...] = ()
+    """Numbers of decoding steps, each on a ladder of the run's kind up to the run's top level (default: the
+    run's own ladder)."""
+    batch_size: Annotated[int, Range(1)] = 64
+    """Images on the device at once; halved where they do not fit."""
+    workers: Annotated[int, Range(1)] | None = None
+    """Processes that hold the model (default: one a GPU; without GPUs, one a node)."""
+    decode: Literal["auto", "tasks", "actor"] = "auto"
+    """Where the originals are read and decoded: in Ray tasks on free CPUs, or in the model's process."""
+
+
+def run(config: ReconstructConfig) -> int:
+    """Reconstructs what is not reconstructed yet, writes summary and report, and returns the exit code."""
+    latents, out = Folder(absolute(config.latents)), Folder(absolute(config.out))
+    with blame("--latents"):
+        encoded = _encode_run(latents)
+        plan = plan_totals(latents)
+        done_latents = committed(latents)
+        if plan is None or not done_latents:
+            raise ManifestError(f"{config.latents} holds no latents yet")
+    with blame("--model"):
+        model = checkpoint.load(absolute(config.model or encoded["config"]["model"]))
+        if model.digest != encoded["model_digest"]:
+            raise ConfigError(
+                f"--model: the latents were made by another model: digest {encoded['model_digest'][:12]}…,"
+                f" and this one's is {model.digest[:12]}…"
+            )
+    with blame("--steps"):
+        ladders = _ladders(config, encoded)
+    with blame("--out"):
+        facts = {"model_digest": model.digest, "ladders": [list(levels) for levels in ladders]}
+        claim(out, "reconstruct", config.settings(latents=latents.uri), config.FREE, facts)
+    how = Preprocess(**encoded["preprocess"])
+    collection = Collection(**encoded["collection"])
+
+    done = committed(out, RECONSTRUCTIONS)
+    totals = Totals(len(done_latents), plan.images * len(done_latents) // plan.shards)
+    left = done_latents - done
+    print(f"{totals.shards} shards of latents, {len(left)} to reconstruct", flush=True)
+    if len(done_latents) < plan.shards:
+        print(f"the encode run is not complete: {len(done_latents)} of {plan.shards} shards", file=sys.stderr)
+    failures: list[Failure] = []
+    if left:
+        todo = (shard for shard in read_plan(latents) if shard.name in left)
+        with blame("--address"), connect(config.address):
+            resources = fit(config.workers, config.decode)
+            reader = Reader(collection, how, config.batch_size, resources.read_by_tasks)
+            work = Reconstruct(out, latents, reader, ladders, {"model_digest": model.digest})
+            failures = follow(Progress("reconstruct", totals, len(done)), run_shards(work, model, todo, resources))
+    summary = reconstructions_summary(out, [len(levels) - 1 for levels in ladders])
+    put_summary(out, summary, failures)
+    _report(config, out, latents, encoded, collection, how)
+    return _conclude(config, summary, failures)
+
+
+def _encode_run(latents: Folder) -> dict[str, Any]:
+    """The encode run's `run.json`."""
+    if not latents.exists():
+        raise ManifestError(f"{latents.uri} does not exist")
+    manifest = read_manifest(latents)
+    if manifest is None:
+        raise ManifestError(f"{latents.uri} is no run folder (it has no run.json)")
+    if manifest["job"] != "encode":
+        raise ManifestError(f"{latents.uri} is a run of {manifest['job']}, not of encode")
+    return manifest
+
+
+def _ladders(config: ReconstructConfig, encoded: dict[str, Any]) -> tuple[Ladder, ...]:
+    own = tuple(encoded["levels"])
+    kind, timesteps = encoded["config"]["ladder"], encoded["num_train_timesteps"]
+    if len(set(config.steps)) != len(config.steps):
+        raise ConfigError("--steps: a number is named twice")
+    return tuple(
+        own if steps == len(own) - 1 else ladder(kind, steps, timesteps, top=own[-1]) for steps in config.steps
+    ) or (own,)
+
+
+def _report(
+    config: ReconstructConfig,
+    out: Folder,
+    latents: Folder,
+    encoded: dict[str, Any],
+    collection: Collection,
+    how: Preprocess,
+) -> None:
+    table = errors(out)
+    compared = table.filter(pc.equal(table["status"], "compared"))
+    nfe = encoded["inversion"]["nfe"]
+    series = []
+    for steps in sorted(set(table["steps"].to_pylist())):
+        rows = compared.filter(pc.equal(compared["steps"], steps))
+        here = table.filter(pc.equal(table["steps"], steps))["status"].value_counts().to_pylist()
+        others = {c["values"]: c["counts"] for c in here if c["values"] != "compared"}
+        identical = pc.mean(rows["identical"]).as_py() or 0.0
+        series.append(Series(steps, nfe + steps, rows["mse"].to_numpy(), identical, others))
+    longest = compared.filter(pc.equal(compared["steps"], max((s.steps for s in series), default=0)))
+    order = np.argsort(longest["mse"].to_numpy(), kind="stable")
+    spread = np.linspace(0, len(order) - 1, min(EXAMPLES, len(order))).astype(int)
+    chosen = {
+        "A sample of the collection": spread,  # evenly over its order
+        "Best": order[:EXAMPLES],
+        "Worst": order[::-1][:EXAMPLES],
+    }
+    wanted = longest.take(pa.array(np.unique(np.concatenate(list(chosen.values())))))
+    pictures = _pictures(out, latents, wanted, collection, how)
+    examples = {}
+    for heading, indices in chosen.items():
+        rows = longest.take(pa.array(indices)).to_pylist()
+        examples[heading] = [
+            Example(r["image_id"], r["steps"], r["mse"], r["psnr"], *pictures[r["image_id"]])
+            for r in rows
+            if r["image_id"] in pictures
+        ]
+    levels = encoded["levels"]
+    described = {
+        "latents": config.latents,
+        "images": str(encoded["config"]["images"]),
+        "model": f"{encoded['config']['model']} (digest {encoded['model_digest'][:16]})",
+        "inversion": f"{encoded['inversion']['method']}, {nfe} network evaluations an image",
+        "ladder": f"{encoded['config']['ladder']}, {len(levels) - 1} steps to timestep {levels[-1]}",
+        "stored as": encoded["config"]["dtype"],
+    }
+    out.put("report.html", reconstruction_report("Reconstruction", described, series, examples).encode())
+
+
+def _pictures(
+    out: Folder, latents: Folder, wanted: pa.Table, collection: Collection, how: Preprocess
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Original and reconstruction of the rows wanted, read again from the collection and from the run."""
+    ids = dict(zip(wanted["image_id"].to_pylist(), wanted["steps"].to_pylist(), strict=True))
+    reconstructed = {}
+    shards: dict[str, list[str]] = {}
+    for name in sorted(committed(out, RECONSTRUCTIONS)):
+        with out.parquet_file(f"{RECONSTRUCTIONS}/{name}.parquet") as file:
+            for batch in file.iter_batches(256, columns=["image_id", "steps", "image"]):
+                for row in batch.to_pylist():
+                    if ids.get(row["image_id"]) == row["steps"]:
+                        reconstructed[row["image_id"]] = pixels_of(row["image"]["bytes"])
+                        shards.setdefault(name, []).append(row["image_id"])
+    pictures = {}
+    for shard in read_plan(latents):
+        left = set(shards.get(shard.name, ()))
+        for batch in read_batches(collection, shard, how, 64) if left else ():
+            for image in batch.images:
+                if image.image_id in left:
+                    pictures[image.image_id] = (image.pixels, reconstructed[image.image_id])
+                    left.remove(image.image_id)
+            if not left:
+                break
+    return pictures
+
+
+def _conclude(config: ReconstructConfig, summary: dict[str, Any], failures: list[Failure]) -> int:
+    for row in summary["by_steps"]:
+        if row["count"]:
+            print(
+                f"{row['steps']} steps: round-trip error {row['mean']:.3g} (mean squared error, pixels in [0, 1];"
+                f" median {row['median']:.3g}, p99 {row['p99']:.3g}), {row['identical']:.1%} of 8-bit values identical"
+            )
+        for reason, count in row["uncompared"].items():
+            print(f"{row['steps']} steps: {count} images not compared: {reason}")
+    print(f"report: {config.out}/report.html")
+    if failures:
+        print(f"{len(failures)} shards failed; the same command tries them again", file=sys.stderr)
+        return 1
+    return 0

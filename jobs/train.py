@@ -1,0 +1,331 @@
+"""palindrome train: the DDPM objective on an image collection, through Ray Train."""
+
+import io
+import json
+import math
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+import numpy as np
+import ray.train
+import ray.train.torch
+import torch
+from torch import Tensor
+
+from infra.cluster import connect
+from jobs.config import Config, ConfigError, Range, blame
+from model import checkpoint
+from model.checkpoint import Checkpoint
+from model.ddim import sample, sample_noise
+from model.ema import EMA
+from model.loss import DiffusionLoss
+from model.schedule import NoiseSchedule, ladder
+from model.unet import UNet, UNetConfig
+from pipeline.decode import Preprocess
+from pipeline.manifest import claim
+from pipeline.pictures import grid, png
+from pipeline.plan import plan_totals, read_plan, write_plan
+from pipeline.read import read_batches
+from pipeline.sources import Collection, open_collection
+from pipeline.storage import Folder, absolute
+
+
+def _unet(size: int, channels: tuple[int, ...], attention: int, **settings: Any) -> UNetConfig:
+    """The DDPM U-Net (Ho et al., appendix B) with attention where the feature map is `attention` pixels wide."""
+    at = [size >> i == attention for i in range(len(channels))]
+    return UNetConfig(
+        sample_size=size,
+        block_out_channels=channels,
+        down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in at),
+        up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(at)),
+        **{"attention_head_dim": None, "norm_eps": 1e-6, "freq_shift": 1, "flip_sin_to_cos": False, **settings},
+    )
+
+
+PRESETS = {
+    "cifar10-128": _unet(32, (128, 256, 256, 256), 16, dropout=0.1),  # the DDIM paper's CIFAR-10 model
+    "cifar10-64": _unet(32, (64, 128, 128, 128), 16),
+    "cifar10-32": _unet(32, (32, 64, 64, 64), 16, layers_per_block=1),  # small enough to train on two CPU cores
+    "celebahq-256": _unet(256, (128, 128, 256, 256, 512, 512), 16),
+    "celebahq-128": _unet(128, (128, 128, 256, 256, 512), 16),
+    "tiny": _unet(16, (8, 16), 8, layers_per_block=1, norm_num_groups=4),
+}
+
+PROGRESS = "progress.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Config):
+    """Train a diffusion model on an image collection; --out becomes a checkpoint folder that diffusers opens too."""
+
+    FREE: ClassVar[frozenset[str]] = frozenset({"address", "workers", "sample_every", "save_every", "precision"})
+
+    images: str
+    """The images: a folder, a glob, or Parquet files with an image column; a path or an fsspec URI."""
+    preset: Literal["cifar10-128", "cifar10-64", "cifar10-32", "celebahq-256", "celebahq-128", "tiny"]
+    """The architecture: data set and base channels."""
+    train_steps: Annotated[int, Range(1)] = 800_000
+    """Optimiser steps."""
+    batch_size: Annotated[int, Range(1)] = 128
+    """Images a step, over all workers together."""
+    lr: Annotated[float, Range(0)] = 2e-4
+    """Learning rate of AdamW."""
+    lr_warmup: Annotated[int, Range(0)] = 5000
+    """Steps in which the learning rate rises from 0."""
+    lr_decay: Literal["none", "cosine"] = "none"
+    """How it falls to 0 from there to the last step."""
+    weight_decay: Annotated[float, Range(0)] = 0.0
+    """Weight decay of AdamW."""
+    ema: Annotated[float, Range(0, 1)] = 0.9999
+    """Decay of the average of the weights that is saved and sampled from."""
+    grad_clip: Annotated[float, Range(0)] = 1.0
+    """Largest norm of a step's gradient."""
+    flip: bool = True
+    """Mirror half of the images, at random."""
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
+    """The noise schedule over 1,000 timesteps."""
+    prediction: Literal["epsilon", "v_prediction", "sample"] = "epsilon"
+    """What the network predicts."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """The network's arithmetic; auto is bfloat16 where the hardware has it. Weights stay float32."""
+    save_dtype: Literal["float32", "float16"] = "float32"
+    """The dtype of the weights in the checkpoint folder."""
+    image_column: str | None = None
+    """The Parquet column that holds the images (default: the one that holds bytes)."""
+    limit: Annotated[int, Range(1)] | None = None
+    """Use only the first so many images."""
+    max_pixels: Annotated[int, Range(1)] = 100_000_000
+    """Larger images are left out."""
+    workers: Annotated[int, Range(1)] = 1
+    """Training processes, one a GPU where the cluster has GPUs."""
+    sample_every: Annotated[int, Range(1)] = 5000
+    """Steps between sample grids (samples/*.png)."""
+    save_every: Annotated[int, Range(1)] = 1000
+    """Steps between saved states, from which a run resumes."""
+    seed: int = 0
+    """Seeds initial weights, data order, noise and the sample grids."""
+
+
+def run(config: TrainConfig) -> int:
+    """Trains to `train_steps`, resuming from the last saved state, and returns the exit code."""
+    with blame("--images"):
+        collection = open_collection(absolute(config.images), image_column=config.image_column)
+    with blame("--batch-size"):
+        if config.batch_size % config.workers:
+            raise ConfigError(f"--batch-size: {config.batch_size} is not divisible by --workers {config.workers}")
+    out = Folder(absolute(config.out))
+    with blame("--out"):
+        claim(out, "train", config.settings(images=absolute(config.images)), config.FREE, {})
+        if out.exists(checkpoint.INDEX):
+            print(f"{config.out} is trained already: {json.loads(out.read('training.json'))['steps']} steps")
+            return 0
+    with blame("--images"):
+        totals = plan_totals(out) or write_plan(out, collection, 512, config.limit)
+    print(f"training {config.preset} on {totals.images} images for {config.train_steps} steps", flush=True)
+    with blame("--address"), connect(config.address):
+        gpus = ray.cluster_resources().get("GPU", 0)
+        if gpus:
+            resources: dict[str, float] = {"CPU": 1, "GPU": 1}
+        else:
+            resources = {"CPU": max(1, int(ray.cluster_resources()["CPU"]) // config.workers)}
+        trainer = ray.train.torch.TorchTrainer(
+            _train,
+            train_loop_config={"config": config, "collection": collection, "out": out},
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=config.workers, use_gpu=bool(gpus), resources_per_worker=resources
+            ),
+            run_config=ray.train.RunConfig(
+                name="train",
+                storage_path=out.uri,
+                checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+                failure_config=ray.train.FailureConfig(max_failures=3),
+            ),
+        )
+        with _progress(out):
+            trainer.fit()
+    print(f"checkpoint in {config.out}")
+    return 0
+
+
+@contextmanager
+def _progress(out: Folder) -> Iterator[None]:
+    """Prints what rank 0 writes to the run folder, a line for each change."""
+    done = threading.Event()
+
+    def follow() -> None:
+        before = None
+        while not done.wait(1):
+            try:
+                now = json.loads(out.read(PROGRESS))
+            except (OSError, ValueError):
+                continue
+            if now != before:
+                eta = time.strftime("%H:%M:%S", time.gmtime(now["eta"]))
+                print(
+                    f"step {now['step']}/{now['steps']}  loss {now['loss']:.4f}"
+                    f"  {now['images_per_second']:.0f} images/s  ETA {eta}",
+                    flush=True,
+                )
+            before = now
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _train(job: dict[str, Any]) -> None:
+    """What each Ray Train worker runs."""
+    config: TrainConfig = job["config"]
+    context = ray.train.get_context()
+    rank, out = context.get_world_rank(), job["out"]
+    device = ray.train.torch.get_device()
+    bfloat16 = _bfloat16(device) if config.precision == "auto" else config.precision == "bfloat16"
+    if device.type == "cpu":
+        # Ray reserves the CPUs but tells torch of one.
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // context.get_local_world_size()))
+    torch.manual_seed(config.seed)
+
+    schedule = NoiseSchedule(beta_schedule=config.beta_schedule)
+    network = UNet(PRESETS[config.preset]).to(device)
+    average = EMA(network, config.ema)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    step, seconds, history = 0, 0.0, []
+    if (saved := ray.train.get_checkpoint()) is not None:
+        with saved.as_directory() as folder:
+            state = torch.load(os.path.join(folder, "state.pt"), map_location=device, weights_only=True)
+        network.load_state_dict(state["network"])
+        average.load_state_dict(state["average"])
+        optimizer.load_state_dict(state["optimizer"])
+        step, seconds, history = state["step"], state["seconds"], state["history"]
+    trained = torch.nn.parallel.DistributedDataParallel(network) if config.workers > 1 else network
+    loss_of = DiffusionLoss(schedule, config.prediction, device)
+    generator = torch.Generator(device).manual_seed(hash((config.seed, rank, step)) % 2**63)
+    batches = _batches(config, job["collection"], out, rank, seed=hash((config.seed, step)) % 2**63)
+
+    started, losses = time.monotonic() - seconds, []
+    printed, printed_at = step, time.monotonic()
+    while step < config.train_steps:
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * _lr_factor(config, step)
+        x0 = next(batches).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+        if config.flip:
+            mirrored = torch.rand(len(x0), device=device, generator=generator) < 0.5
+            x0 = torch.where(mirrored[:, None, None, None], x0.flip(3), x0)
+        with torch.autocast(device.type, torch.bfloat16) if bfloat16 else nullcontext():
+            loss = loss_of(trained, x0, generator)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), config.grad_clip or math.inf)
+        optimizer.step()
+        average.update(network)
+        losses.append(loss.detach())
+        step += 1
+        last = step == config.train_steps
+        if rank == 0 and (last or time.monotonic() - printed_at > 10):
+            rate = (step - printed) / (time.monotonic() - printed_at)
+            mean = float(torch.stack(losses[-100:]).mean())
+            progress = {"step": step, "steps": config.train_steps, "loss": mean}
+            progress |= {"images_per_second": rate * config.batch_size, "eta": (config.train_steps - step) / rate}
+            out.put(PROGRESS, json.dumps(progress).encode())
+            printed, printed_at = step, time.monotonic()
+        if rank == 0 and (last or step % config.sample_every == 0):
+            picture = _samples(network, average, schedule, config, device)
+            out.put(f"samples/step-{step:07d}.png", picture)
+        if last or step % config.save_every == 0:
+            seconds = time.monotonic() - started
+            history.append({"step": step, "loss": float(torch.stack(losses).mean()), "seconds": seconds})
+            losses.clear()
+            state = {"step": step, "seconds": seconds, "history": history, "network": network.state_dict()}
+            state |= {"average": average.state_dict(), "optimizer": optimizer.state_dict()}
+            _report(state if rank == 0 else None, history[-1])
+    if rank == 0:
+        record = {"steps": step, "images": step * config.batch_size, "seconds": seconds, "loss": history}
+        record |= {"device": device.type, "precision": "bfloat16" if bfloat16 else "float32"}
+        out.put("training.json", (json.dumps(record, indent=2) + "\n").encode())
+        dtype = getattr(torch, config.save_dtype)
+        weights = {k: v.to(dtype) for k, v in average.shadow.items()}
+        checkpoint.save(Checkpoint(network.config, weights, schedule, config.prediction), out.uri)
+
+
+def _batches(config: TrainConfig, collection: Collection, out: Folder, rank: int, seed: int) -> Iterator[Tensor]:
+    """This rank's images for ever, uint8 [B, H, W, C]: its part of the shards in a new random order each epoch,
+    through a shuffle buffer. Rejects are left out."""
+    unet = PRESETS[config.preset]
+    how = Preprocess(unet.sample_size, unet.in_channels, config.max_pixels)
+    order = np.random.default_rng(seed)
+    size = config.batch_size // config.workers
+    buffer: list[np.ndarray] = []
+    names = list(read_plan(out))
+    while True:
+        seen = 0
+        for at in order.permutation(len(names))[rank % max(1, len(names)) :: config.workers]:
+            for batch in read_batches(collection, names[at], how, size):
+                buffer.extend(image.pixels for image in batch.images)
+                seen += len(batch.images)
+                while len(buffer) >= max(8192, size):
+                    yield _draw(buffer, size, order)
+        while len(buffer) >= size:
+            yield _draw(buffer, size, order)
+        if not seen:
+            raise RuntimeError(f"no image of {config.images} could be decoded")
+
+
+def _draw(buffer: list[np.ndarray], size: int, order: np.random.Generator) -> Tensor:
+    drawn = []
+    for _ in range(size):
+        at = int(order.integers(len(buffer)))
+        buffer[at], buffer[-1] = buffer[-1], buffer[at]
+        drawn.append(buffer.pop())
+    return torch.from_numpy(np.stack(drawn))
+
+
+def _lr_factor(config: TrainConfig, step: int) -> float:
+    if step < config.lr_warmup:
+        return (step + 1) / config.lr_warmup
+    if config.lr_decay == "none":
+        return 1.0
+    done = (step - config.lr_warmup) / max(1, config.train_steps - config.lr_warmup)
+    return 0.5 * (1 + math.cos(math.pi * done))
+
+
+def _bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 in hardware."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _samples(network: UNet, average: EMA, schedule: NoiseSchedule, config: TrainConfig, device: torch.device) -> bytes:
+    """A PNG of 16 samples of the averaged weights, DDIM with 50 steps, from the same noise every time."""
+    twin = UNet(network.config).to(device).eval()
+    twin.load_state_dict(average.shadow)
+    c = network.config
+    shape = (c.in_channels, c.sample_size, c.sample_size)
+    x = torch.cat([sample_noise(config.seed, i, shape) for i in range(16)]).to(device)
+    levels = ladder("linear", 50, schedule.num_train_timesteps)
+    x = sample(twin, x, levels, schedule, prediction_type=config.prediction)
+    pixels = ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return png(grid(list(pixels), columns=4))
+
+
+def _report(state: dict[str, Any] | None, metrics: dict[str, Any]) -> None:
+    """Every rank reports; rank 0 brings the state."""
+    if state is None:
+        ray.train.report(metrics)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        content = io.BytesIO()
+        torch.save(state, content)
+        with open(os.path.join(folder, "state.pt"), "wb") as f:
+            f.write(content.getvalue())
+        ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))

@@ -1,0 +1,34 @@
+"""The DDPM objective L_simple (Ho et al., eq. 14), which DDIM leaves unchanged (DDIM paper, theorem 1)."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.ddim import PREDICTION_TYPES
+from model.schedule import NoiseSchedule
+
+
+class DiffusionLoss:
+    """Mean squared error of the network's prediction at a random timestep.
+
+    Called with x0, float [B, C, H, W] in [-1, 1], it draws t uniformly and epsilon normally from `generator` and
+    returns a 0-d float32 tensor: the error against epsilon, v or x0 after `prediction_type`, averaged over all values.
+    """
+
+    def __init__(self, schedule: NoiseSchedule, prediction_type: str, device: torch.device | str = "cpu") -> None:
+        if prediction_type not in PREDICTION_TYPES:
+            raise ValueError(f"prediction_type is {prediction_type!r}; known: {', '.join(PREDICTION_TYPES)}")
+        self.prediction_type = prediction_type
+        self.alpha_bar = torch.from_numpy(schedule.alphas_cumprod).to(device)
+
+    def __call__(
+        self, network: Callable[[Tensor, Tensor], Tensor], x0: Tensor, generator: torch.Generator | None = None
+    ) -> Tensor:
+        t = torch.randint(len(self.alpha_bar), (len(x0),), device=x0.device, generator=generator)
+        epsilon = torch.randn(x0.shape, device=x0.device, generator=generator)
+        signal = self.alpha_bar[t].sqrt().float()[:, None, None, None]
+        noise = (1 - self.alpha_bar[t]).sqrt().float()[:, None, None, None]
+        target = {"epsilon": epsilon, "v_prediction": signal * epsilon - noise * x0, "sample": x0}
+        return F.mse_loss(network(signal * x0 + noise * epsilon, t).float(), target[self.prediction_type])

@@ -1,0 +1,1 @@
+"""How a collection becomes latents and comes back. Imports `model`, never `jobs`."""

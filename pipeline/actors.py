@@ -1,0 +1,235 @@
+"""What runs where the model is: a shard in, a committed file out."""
+
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import ray
+import torch
+from torch import Tensor
+
+from model.checkpoint import Checkpoint
+from model.ddim import invert, sample
+from model.schedule import Ladder
+from pipeline.decode import Preprocess
+from pipeline.latents import commit, latent_rows, read_latents, shard_metadata
+from pipeline.metrics import psnr, round_trip_error, to_model, to_pixels
+from pipeline.pictures import png
+from pipeline.read import Batch, read_batches
+from pipeline.records import ERROR_SCHEMA, Image, Shard, latent_schema, with_metadata
+from pipeline.sources import Collection
+from pipeline.storage import Folder
+
+RECONSTRUCTIONS = "reconstructions"
+READ_AHEAD = 2  # batches that a reader may be ahead of the device
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What the driver learns of a committed shard: counts, seconds, bytes written."""
+
+    shard: str
+    images: int
+    rejects: int
+    seconds: float
+    device_seconds: float
+    bytes: int
+
+
+class _Clock(threading.local):
+    """Seconds on the device, of the thread that asks: two shards overlap in a process, one a thread."""
+
+    seconds = 0.0
+
+
+class Model:
+    """A network on this process's device. Latents and images go in and come out as float32 [B, C, H, W]."""
+
+    def __init__(self, checkpoint: Checkpoint, threads: int | None = None) -> None:
+        if torch.cuda.is_available():
+            device = "cuda"
+        else:
+            device = "cpu"
+            torch.set_num_threads(threads or torch.get_num_threads())
+        self.network = checkpoint.network(device)
+        self.checkpoint, self.device = checkpoint, torch.device(device)
+        self.lock = threading.Lock()  # shards overlap in this process, and the device takes one batch at a time
+        self.clock = _Clock()
+        self.largest = 2**31  # the largest batch that is known to fit, once one did not
+
+    def encode(self, x: Tensor, levels: Ladder) -> Tensor:
+        """Images in [-1, 1] -> x at the ladder's top, by the paper's inversion."""
+        return self._on_device(invert, x, levels)
+
+    def decode(self, x: Tensor, levels: Ladder) -> Tensor:
+        """x at the ladder's top -> images about [-1, 1], by DDIM with eta = 0."""
+        return self._on_device(sample, x, levels)
+
+    def _on_device(self, walk: Callable[..., Tensor], x: Tensor, levels: Ladder) -> Tensor:
+        with self.lock:
+            started = time.monotonic()
+            try:
+                return self._in_parts(walk, x, levels)
+            finally:
+                self.clock.seconds += time.monotonic() - started
+
+    def _in_parts(self, walk: Callable[..., Tensor], x: Tensor, levels: Ladder) -> Tensor:
+        """The whole batch at once, or halves where the device has not enough memory for it."""
+        if len(x) > self.largest:
+            return torch.cat([self._in_parts(walk, part, levels) for part in x.split(self.largest)])
+        schedule, kind = self.checkpoint.schedule, self.checkpoint.prediction_type
+        try:
+            return walk(self.network, x.to(self.device), levels, schedule, prediction_type=kind).cpu()
+        except torch.OutOfMemoryError:
+            if len(x) == 1:
+                raise
+        torch.cuda.empty_cache()
+        self.largest = len(x) // 2
+        return self._in_parts(walk, x, levels)
+
+
+class Work(Protocol):
+    """What a job does with one shard."""
+
+    def process(self, model: "Model", shard: Shard) -> Receipt: ...
+
+
+class ShardActor:
+    """The Ray actor of every job: holds the model, works on a shard or two at a time."""
+
+    def __init__(self, work: Work, checkpoint: Checkpoint, threads: int | None) -> None:
+        self.work, self.model = work, Model(checkpoint, threads)
+
+    def ready(self) -> None:
+        """Returns once the constructor has."""
+
+    def process(self, shard: Shard) -> Receipt:
+        return self.work.process(self.model, shard)
+
+
+@ray.remote(num_cpus=1, num_returns="streaming", max_retries=3, _generator_backpressure_num_objects=READ_AHEAD)
+def _read_task(collection: Collection, shard: Shard, how: Preprocess, batch_size: int) -> Iterator[Batch]:
+    yield from read_batches(collection, shard, how, batch_size)
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How a shard's images come to the actor: read and decoded by streaming CPU tasks, or in the actor's own thread."""
+
+    collection: Collection
+    how: Preprocess
+    batch_size: int
+    by_tasks: bool
+
+    def batches(self, shard: Shard) -> Iterator[Batch]:
+        if not self.by_tasks:
+            yield from read_batches(self.collection, shard, self.how, self.batch_size)
+            return
+        task = _read_task.options(name=f"read {shard.name}")
+        for ref in task.remote(self.collection, shard, self.how, self.batch_size):
+            yield ray.get(ref)
+
+
+@dataclass(frozen=True)
+class Encode:
+    """Images -> `latents/<shard>.parquet`."""
+
+    run: Folder
+    reader: Reader
+    levels: Ladder
+    dtype: str
+    measure: bool
+    metadata: Mapping[str, Any]
+
+    def process(self, model: Model, shard: Shard) -> Receipt:
+        started, device_before = time.monotonic(), model.clock.seconds
+        size, channels = self.reader.how.size, self.reader.how.channels
+        schema = latent_schema((channels, size, size), self.dtype, self.reader.collection.kept)
+        tables, rejects = [schema.empty_table()], []
+        for batch in self.reader.batches(shard):
+            rejects += batch.rejects
+            if batch.images:
+                x = to_model(np.stack([image.pixels for image in batch.images]))
+                latents = model.encode(x, self.levels).to(getattr(torch, self.dtype))
+                errors = None
+                if self.measure:  # of the latents as they are stored
+                    errors = round_trip_error(x, model.decode(latents.float(), self.levels)).tolist()
+                tables.append(latent_rows(schema, batch.images, latents.numpy(), errors))
+        rows = pa.concat_tables(tables)
+        seconds, device = time.monotonic() - started, model.clock.seconds - device_before
+        timings = {"seconds": round(seconds, 3), "device_seconds": round(device, 3)}
+        written = commit(self.run, shard.name, rows, rejects, self.metadata, timings)
+        return Receipt(shard.name, rows.num_rows, len(rejects), seconds, device, written)
+
+
+@dataclass(frozen=True)
+class Reconstruct:
+    """`latents/<shard>.parquet` of an encode run -> `reconstructions/<shard>.parquet`, compared with the originals."""
+
+    run: Folder
+    latents: Folder
+    reader: Reader
+    ladders: tuple[Ladder, ...]
+    metadata: Mapping[str, Any]
+
+    def process(self, model: Model, shard: Shard) -> Receipt:
+        started, device_before = time.monotonic(), model.clock.seconds
+        digest = shard_metadata(self.latents, shard.name)["model_digest"]
+        if digest != model.checkpoint.digest:
+            raise ValueError(f"the latents of shard {shard.name} were made by model {digest}")
+        rows: list[dict[str, Any]] = []
+        missing = 0
+        originals = _Originals(self.reader.batches(shard))
+        for latent_rows_, latents in read_latents(self.latents, shard.name, self.reader.batch_size):
+            found = [originals.find(row["image_id"], row["content_hash"]) for row in latent_rows_]
+            missing += sum(isinstance(original, str) for original in found)
+            for levels in self.ladders:
+                decoded = model.decode(torch.from_numpy(latents), levels)
+                rows += _compare(latent_rows_, found, decoded, len(levels) - 1)
+        seconds, device = time.monotonic() - started, model.clock.seconds - device_before
+        counts = {"images": len(rows) // len(self.ladders), "uncompared": missing}
+        timings = {"seconds": round(seconds, 3), "device_seconds": round(device, 3)}
+        table = with_metadata(
+            pa.Table.from_pylist(rows, ERROR_SCHEMA), {**self.metadata, "counts": counts, "timings": timings}
+        )
+        written = self.run.put_parquet(f"{RECONSTRUCTIONS}/{shard.name}.parquet", table)
+        return Receipt(shard.name, counts["images"], missing, seconds, device, written)
+
+
+class _Originals:
+    """The originals of a shard, read again in the plan's order, which is the order of the latents too."""
+
+    def __init__(self, batches: Iterator[Batch]) -> None:
+        self.batches = batches
+        self.waiting: dict[str, Image | str] = {}
+
+    def find(self, image_id: str, content_hash: str) -> Image | str:
+        """The image, or why there is none to compare with: `changed`, or a reject's reason."""
+        while image_id not in self.waiting:
+            batch = next(self.batches, None)
+            if batch is None:
+                return "missing"
+            self.waiting |= {image.image_id: image for image in batch.images}
+            self.waiting |= {reject.image_id: reject.reason for reject in batch.rejects}
+        found = self.waiting.pop(image_id)
+        return found if isinstance(found, str) or found.content_hash == content_hash else "changed"
+
+
+def _compare(
+    rows: list[dict[str, Any]], originals: list[Image | str], decoded: Tensor, steps: int
+) -> Iterator[dict[str, Any]]:
+    for row, original, x, pixels in zip(rows, originals, decoded, to_pixels(decoded), strict=True):
+        name = re.sub(r"[^\w.-]+", "_", row["image_id"]).strip(".") + ".png"
+        result = {"image_id": row["image_id"], "source": row["source"], "steps": steps}
+        result["image"] = {"bytes": png(pixels), "path": name}
+        if isinstance(original, str):
+            yield {**result, "status": original}
+            continue
+        mse = float(round_trip_error(to_model(original.pixels[None]), x[None])[0])
+        identical = float((original.pixels == pixels).mean())
+        yield {**result, "status": "compared", "mse": mse, "psnr": psnr(mse), "identical": identical}

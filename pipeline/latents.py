@@ -1,0 +1,91 @@
+"""Committed shards of latents: write and read."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.metrics import psnr
+from pipeline.records import Image, Reject, metadata_of, rejects_table, with_metadata
+from pipeline.storage import Folder
+
+LATENTS, REJECTS = "latents", "rejects"
+ROWS_A_GROUP = 1024
+
+
+def latent_rows(
+    schema: pa.Schema, images: Sequence[Image], latents: np.ndarray, mse: Sequence[float] | None
+) -> pa.Table:
+    """Rows of records.latent_schema: images of one batch, their latents [B, C, H, W], and errors where measured."""
+    tensor = schema.field("latent").type
+    flat = pa.array(np.ascontiguousarray(latents).reshape(-1), tensor.value_type)
+    measured = {"mse": list(mse), "psnr": [psnr(e) for e in mse]} if mse is not None else {}
+
+    def column(field: pa.Field) -> pa.Array:
+        if field.name == "latent":
+            return pa.ExtensionArray.from_storage(
+                tensor, pa.FixedSizeListArray.from_arrays(flat, math.prod(tensor.shape))
+            )
+        if field.name in measured:
+            return pa.array(measured[field.name], field.type)
+        if field.name in ("residual", "mse", "psnr"):
+            return pa.nulls(len(images), field.type)
+        values = [i.kept[field.name] if field.name in i.kept else getattr(i, field.name) for i in images]
+        return pa.array(values, field.type)
+
+    return pa.table([column(field) for field in schema], schema=schema)
+
+
+def commit(
+    run: Folder,
+    shard: str,
+    rows: pa.Table,
+    rejects: Sequence[Reject],
+    metadata: Mapping[str, Any],
+    timings: Mapping[str, float],
+) -> int:
+    """Writes a shard: its rejects first, then the latents, whose file is the commit. Returns the file's bytes.
+
+    `metadata` is what another program needs to decode the latents; the counts and timings are put beside it.
+    """
+    if rejects:
+        run.put_parquet(f"{REJECTS}/{shard}.parquet", rejects_table(rejects))
+    counts = {"images": rows.num_rows + len(rejects), "latents": rows.num_rows, "rejects": len(rejects)}
+    table = with_metadata(rows, {**metadata, "counts": counts, "timings": dict(timings)})
+    # Bytes split by significance compress better, but DuckDB (2.0) can't read that encoding of float16.
+    split = ["latent.list.element"] if rows.schema.field("latent").type.value_type == pa.float32() else False
+    texts = [f.name for f in rows.schema if f.name != "latent"]
+    return run.put_parquet(
+        f"{LATENTS}/{shard}.parquet",
+        table,
+        row_group_size=ROWS_A_GROUP,
+        use_dictionary=texts,
+        use_byte_stream_split=split,
+    )
+
+
+def committed(run: Folder, below: str = LATENTS) -> set[str]:
+    """The names of the shards that are done."""
+    return {name.removesuffix(".parquet") for name in run.files(below) if name.endswith(".parquet")}
+
+
+def shard_metadata(run: Folder, shard: str, below: str = LATENTS) -> dict[str, Any]:
+    """What a committed shard's file says of itself; reads its footer only."""
+    with run.parquet_file(f"{below}/{shard}.parquet") as file:
+        return metadata_of(file.schema_arrow)
+
+
+def read_latents(run: Folder, shard: str, batch_size: int) -> Iterator[tuple[list[dict[str, Any]], np.ndarray]]:
+    """Batches of a shard's rows without their latents, and the latents, float32 [B, C, H, W]."""
+    with run.parquet_file(f"{LATENTS}/{shard}.parquet") as file:
+        for batch in file.iter_batches(batch_size):
+            latents = batch.column("latent").to_numpy_ndarray().astype(np.float32)
+            yield batch.drop_columns(["latent"]).to_pylist(), latents
+
+
+def read_rejects(run: Folder) -> Iterator[dict[str, Any]]:
+    for name in run.files(REJECTS):
+        yield from pq.read_table(pa.BufferReader(run.read(f"{REJECTS}/{name}"))).to_pylist()

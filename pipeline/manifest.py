@@ -1,0 +1,69 @@
+"""`run.json`: what a run folder holds and which command may go on in it."""
+
+import json
+from collections.abc import Collection, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from pipeline.errors import ManifestError
+from pipeline.storage import TEMPORARY, Folder
+
+NAME = "run.json"
+LIBRARIES = ("palindrome", "torch", "ray", "pyarrow", "pillow", "numpy")
+
+
+def claim(run: Folder, job: str, config: Mapping[str, Any], free: Collection[str], facts: Mapping[str, Any]) -> bool:
+    """Writes `run.json`, or checks the one that is there; True if the run goes on from an earlier one.
+
+    `config` are the command's settings, which must be the same again but for those named in `free`; `facts` what was
+    found (the model's digest), likewise. Raises ManifestError naming what differs.
+    """
+    wanted = json.loads(json.dumps({"job": job, "config": dict(config), **facts}))
+    found = read_manifest(run)
+    if found is None:
+        names = [path.rpartition("/")[2] for path in run.fs.ls(run.path(), detail=False)] if run.exists() else []
+        if any(not name.startswith(TEMPORARY) for name in names):  # a run killed at its first put leaves one
+            raise ManifestError(f"{run.uri} is not empty and is no run folder (it has no {NAME})")
+        meaning = {k: "may change" if k in free else "must be the same to resume" for k in config}
+        content = {**wanted, "versions": _versions(), "fields": meaning}
+        run.put(NAME, (json.dumps(content, indent=2) + "\n").encode())
+        return False
+    if found["job"] != job:
+        raise ManifestError(f"{run.uri} belongs to another command: {found['job']}, not {job}")
+    for key in ("config", *facts):
+        before, now = found.get(key), wanted[key]
+        if isinstance(now, dict) and isinstance(before, dict):
+            for name in sorted((now.keys() | before.keys()) - set(free)):
+                if now.get(name) != before.get(name):
+                    what = f"--{name.replace('_', '-')}" if key == "config" else f"{key} {name}"
+                    raise ManifestError(
+                        f"{run.uri} belongs to another command: {what} was {before.get(name)}, now {now.get(name)}"
+                    )
+        elif before != now:
+            raise ManifestError(f"{run.uri} belongs to another command: {key} was {before}, now {now}")
+    return True
+
+
+def read_manifest(run: Folder) -> dict[str, Any] | None:
+    """The content of `run.json`, or None where there is none. Raises ManifestError when it can't be parsed."""
+    try:
+        content = json.loads(run.read(NAME))
+    except FileNotFoundError:
+        return None
+    except NotADirectoryError:
+        raise ManifestError(f"{run.uri} is a file, not a folder") from None
+    except ValueError as e:
+        raise ManifestError(f"{run.uri}/{NAME} is not JSON: {e}") from e
+    if not isinstance(content, dict) or "job" not in content or "config" not in content:
+        raise ManifestError(f"{run.uri}/{NAME} is not a run's")
+    return content
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for library in LIBRARIES:
+        try:
+            found[library] = version(library)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,28 @@
+"""Errors between images. Pixels are in [0, 1] here, as in the DDIM paper's Table 2; tensors in [-1, 1] are rescaled."""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def to_model(pixels: np.ndarray) -> Tensor:
+    """uint8 [B, H, W, C] -> float32 [B, C, H, W] in [-1, 1]."""
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def to_pixels(x: Tensor) -> np.ndarray:
+    """float [B, C, H, W], clipped to [-1, 1] and rounded -> uint8 [B, H, W, C]."""
+    return ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def round_trip_error(x: Tensor, decoded: Tensor) -> np.ndarray:
+    """Mean squared error per channel value of each image, float64 [B]: neither clipped nor rounded."""
+    squared = (x.double() - decoded.double()).square() / 4  # [-1, 1] is twice as wide as [0, 1]
+    return squared.flatten(1).mean(1).cpu().numpy()
+
+
+def psnr(mse: float) -> float:
+    """Peak signal-to-noise ratio in dB, the peak being 1; inf for no error."""
+    return -10 * math.log10(mse) if mse > 0 else math.inf

@@ -1,0 +1,61 @@
+"""Progress of a long run: one line kept up to date on a terminal, a line now and then elsewhere."""
+
+import sys
+import time
+from collections.abc import Iterable
+
+from pipeline.actors import Receipt
+from pipeline.plan import Totals
+from pipeline.run import Failure
+
+EVERY = 10.0  # seconds between lines where there is no terminal
+
+
+class Progress:
+    """done/total shards, images, images/s, ETA, rejects; of a run of `totals`, `done_shards` of which were there."""
+
+    def __init__(self, verb: str, totals: Totals, done_shards: int) -> None:
+        self.verb, self.shards, self.images = verb, totals.shards, totals.images
+        self.done_shards, self.done, self.rejects, self.failed = done_shards, 0, 0, 0
+        self.terminal = sys.stdout.isatty()
+        self.started = self.printed = time.monotonic()
+
+    def add(self, images: int, rejects: int) -> None:
+        self.done_shards += 1
+        self.done += images
+        self.rejects += rejects
+        self.show()
+
+    def show(self, last: bool = False) -> None:
+        now = time.monotonic()
+        if not last and now - self.printed < (0.2 if self.terminal else EVERY):
+            return
+        self.printed = now
+        rate = (self.done + self.rejects) / max(now - self.started, 1e-9)
+        left = self.shards - self.done_shards - self.failed
+        line = f"{self.verb}: {self.done_shards}/{self.shards} shards, {self.done} images, {rate:.1f} images/s"
+        if left and rate:
+            seconds = left * self.images / self.shards / rate
+            line += f", ETA {time.strftime('%H:%M:%S', time.gmtime(seconds))}"
+        if self.rejects:
+            line += f", {self.rejects} rejects"
+        if self.failed:
+            line += f", {self.failed} shards failed"
+        if self.terminal:
+            print(f"\r\x1b[K{line}", end="\n" if last else "", flush=True)
+        else:
+            print(line, flush=True)
+
+
+def follow(progress: Progress, outcomes: Iterable[Receipt | Failure]) -> list[Failure]:
+    """Shows the outcomes as they come and returns the failures, each said at once on standard error."""
+    failures = []
+    for outcome in outcomes:
+        if isinstance(outcome, Failure):
+            failures.append(outcome)
+            progress.failed += 1
+            print(f"shard {outcome.shard.name} failed: {outcome.error}", file=sys.stderr, flush=True)
+        else:
+            progress.add(outcome.images, outcome.rejects)
+    progress.show(last=True)
+    return failures

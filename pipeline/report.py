@@ -1,0 +1,375 @@
+"""report.html of `palindrome reconstruct`: one file that needs nothing else, no script, no font, no network."""
+
+import base64
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+
+import numpy as np
+
+from pipeline.pictures import png
+
+
+@dataclass(frozen=True)
+class Example:
+    """One compared image. `steps`: decoding steps. `mse`: mean over channel values with pixels in [0, 1]; `psnr`: dB,
+    may be inf. `original` and `reconstruction`: uint8 [H, W, C] of one shape, C is 1 or 3."""
+
+    image_id: str
+    steps: int
+    mse: float
+    psnr: float
+    original: np.ndarray
+    reconstruction: np.ndarray
+
+
+@dataclass(frozen=True)
+class Series:
+    """All images at one number of decoding steps. `nfe`: network evaluations an image, up and down together. `mse`:
+    float64 [N], one a compared image, pixels in [0, 1]. `identical`: the share of 8-bit values that came back the
+    same, 0 .. 1. `uncompared`: reason -> count of the images that were not compared (missing, changed, ...)."""
+
+    steps: int
+    nfe: int
+    mse: np.ndarray
+    identical: float
+    uncompared: Mapping[str, int]
+
+
+CSS = """
+:root { color-scheme: light dark; --back: #fff; --panel: #f6f7f8; --line: #dfe2e5; --text: #1c1e21; --quiet: #5d646c;
+  --mean: #0b6a8f; --p99: #b4560b; }
+@media (prefers-color-scheme: dark) { :root { --back: #131517; --panel: #1c1f22; --line: #33383d; --text: #e7e9eb;
+  --quiet: #a0a8b0; --mean: #63b9dc; --p99: #e8a25c; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 24px 16px 64px; max-width: 1352px; background: var(--back); color: var(--text);
+  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
+  font-variant-numeric: tabular-nums; overflow-wrap: anywhere; -webkit-text-size-adjust: 100%; }
+h1 { margin: 0 0 20px; font-size: 25px; line-height: 1.25; font-weight: 650; text-wrap: balance; }
+h2 { margin: 44px 0 8px; font-size: 18px; line-height: 1.3; font-weight: 650; }
+h2 small { display: inline-block; margin-right: 8px; font-size: 14px; font-weight: 400; color: var(--quiet); }
+p { margin: 8px 0; max-width: 92ch; }
+.quiet, dt, th { color: var(--quiet); font-size: 13px; }
+dl { margin: 0; display: grid; gap: 10px 28px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 230px), 1fr));
+  padding: 14px 0; border: solid var(--line); border-width: 1px 0; }
+dd { margin: 0; }
+.scroll { overflow-x: auto; overscroll-behavior-x: contain; }
+table { border-collapse: collapse; width: 100%; overflow-wrap: normal; }
+th, td { padding: 7px 0 7px 16px; text-align: right; vertical-align: baseline; border-bottom: 1px solid var(--line); }
+th { font-weight: 500; line-height: 1.3; }
+td { white-space: nowrap; }
+td small { display: block; color: var(--quiet); font-size: 12px; }
+thead th { vertical-align: bottom; }
+tr > :first-child { width: 1%; padding: 7px 8px 7px 0; position: sticky; left: 0; background: var(--back); }
+tbody th { font-size: 15px; font-weight: 600; color: var(--text); }
+tr > :last-child { text-align: left; white-space: normal; min-width: 112px; }
+.charts { display: grid; gap: 0 28px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 340px), 1fr)); }
+figure { margin: 0; }
+.charts figcaption { color: var(--quiet); }
+.charts figure { container-type: inline-size; max-width: 660px; }
+svg { display: block; width: 100%; height: auto; }
+/* Drawings grow with the page, their letters should not: the unit here is the drawing's, 400 across. */
+svg text { font-size: 12.5px; fill: var(--quiet); }
+@container (min-width: 400px) { svg text { font-size: 11.5px; } }
+@container (min-width: 470px) { svg text { font-size: 10px; } }
+@container (min-width: 560px) { svg text { font-size: 8.5px; } }
+svg .name { fill: var(--text); font-weight: 600; }
+svg line { stroke: var(--line); vector-effect: non-scaling-stroke; }
+polyline { fill: none; stroke-width: 2; stroke-linejoin: round; vector-effect: non-scaling-stroke; }
+polyline.mean { stroke: var(--mean); } polyline.p99 { stroke: var(--p99); stroke-dasharray: 5 4; }
+svg .mean:not(polyline), rect { fill: var(--mean); } svg .p99:not(polyline) { fill: var(--p99); }
+svg text.mean, svg text.p99 { font-weight: 600; }
+.end { text-anchor: end; } .middle { text-anchor: middle; }
+.cards { display: grid; gap: 12px; grid-template-columns: repeat(auto-fill, min(100%, var(--card))); }
+.cards figure { padding: 12px; background: var(--panel); border-radius: 8px; min-width: 0; }
+.cards figure > div { display: flex; gap: 4px; }
+img { display: block; min-width: 0; max-width: 100%; height: auto; flex: 0 1 auto; align-self: flex-start; }
+img.small { image-rendering: pixelated; }
+sub { font-size: 0.75em; line-height: 0; }
+figcaption { margin-top: 8px; font-size: 13px; line-height: 1.45; }
+.id { overflow: hidden; white-space: nowrap; text-overflow: ellipsis; font-weight: 600; }
+.numbers { display: flex; flex-wrap: wrap; gap: 0 14px; color: var(--quiet); }
+"""
+
+PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>{title}</title>
+<style>{css}</style>
+<body>
+<h1>{title}</h1>
+{body}
+</body>
+</html>
+"""
+
+TABLE = """<h2>Round-trip error</h2>
+<div class="scroll" tabindex="0" role="region" aria-label="Round-trip error, a row for each number of steps">
+<table>
+<thead><tr><th>steps<th>network<br>evaluations<th>images<th>mean<br>MSE<th>median<br>MSE<th>p99<br>MSE<th>max<br>MSE
+<th>mean<br>PSNR, dB<th>identical<br>values<th>not compared</tr></thead>
+<tbody>
+{rows}
+</tbody>
+</table>
+</div>
+<p class="quiet">MSE: mean squared error per channel value, pixels in [0, 1]. PSNR: averaged over the images,
+exact ones (infinite) apart. Identical: 8-bit values that came back the same. Errors that are not finite are in no
+figure.</p>"""
+
+CARD = """<figure><div>{images}</div>
+<figcaption><div class="id" title="{id}">{id}</div>
+<div class="numbers"><span>{steps}</span><span>MSE {mse}</span><span>PSNR {psnr}</span></div></figcaption></figure>"""
+
+WIDTH, LEFT, RIGHT, TOP, BOTTOM = 400, 46, 390, 12, 44  # of a drawing, in its own units
+
+
+def amplified_difference(original: np.ndarray, reconstruction: np.ndarray, gain: int = 8) -> np.ndarray:
+    """128 + gain * (reconstruction - original), clipped: uint8 of the images' shape, 128 where they are equal."""
+    return np.clip(128 + gain * (reconstruction.astype(np.int32) - original), 0, 255).astype(np.uint8)
+
+
+def reconstruction_report(
+    title: str, facts: Mapping[str, str], series: Sequence[Series], examples: Mapping[str, Sequence[Example]]
+) -> str:
+    """The page: facts, a table and charts of the series' errors, grids of the examples. Same input, same bytes."""
+    parts = [_facts(facts)] if facts else []
+    if not any(len(s.mse) for s in series):
+        parts.append("<p><strong>No image could be compared.</strong></p>")
+    if series:
+        parts.append(TABLE.format(rows="\n".join(map(_row, series))))
+    charts = [chart for chart in (_curve(series), _histograms(series)) if chart]
+    if charts:
+        parts.append(f'<div class="charts">{"".join(charts)}</div>')
+    parts += [_cards(heading, listed) for heading, listed in examples.items()]
+    return PAGE.format(title=escape(title), css=CSS, body="\n".join(parts))
+
+
+def statistics(mse: np.ndarray) -> dict[str, float]:
+    """Figures of the finite errors in float [N], NaN where there are none. `psnr` averages those that are not exact:
+    one exact image among thousands would make the mean infinite and say nothing of the others."""
+    errors = mse[np.isfinite(mse)]
+    if not len(errors):
+        return dict.fromkeys(("mean", "median", "p99", "max", "psnr"), math.nan)
+    mean, median, p99, top = errors.mean(), np.median(errors), np.percentile(errors, 99), errors.max()
+    psnr = -10 * np.log10(errors[errors > 0]).mean() if top > 0 else math.inf
+    return {"mean": float(mean), "median": float(median), "p99": float(p99), "max": float(top), "psnr": float(psnr)}
+
+
+def histogram(errors: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Finite positive errors, a float array [N_s] a series -> edges float64 [B + 1] in log10, counts int64 [S, B].
+    Every error is in one bin; all series share the bins, which are few where images are few."""
+    logs = [np.log10(e) for e in errors]
+    everything = np.concatenate(logs)
+    most = np.clip(2 * math.sqrt(max(map(len, logs))), 8, 48)
+    span = np.ptp(everything)
+    width = next((w for w in (0.05, 0.1, 0.2, 0.25, 0.5, 1.0) if span <= w * most), 1.0 * math.ceil(span / most))
+    # Whole numbers of bins, not edges, are compared: an error on an edge cannot fall between two bins.
+    first, last = (math.floor(v / width) for v in (everything.min(), everything.max()))
+    counts = [np.bincount(np.floor(v / width).astype(int) - first, minlength=last - first + 1) for v in logs]
+    return np.arange(first, last + 2) * width, np.stack(counts)
+
+
+def _scientific(value: float) -> str:
+    if not math.isfinite(value):
+        return _fixed(value)
+    digits, exponent = f"{value:.2e}".split("e")
+    return f"{digits}e{int(exponent)}" if value else "0"
+
+
+def _fixed(value: float) -> str:
+    return f"{value:.2f}" if math.isfinite(value) else "∞" if value > 0 else "–"
+
+
+def _share(value: float) -> str:
+    """A share that is not 1 must not read as 100 %."""
+    if not math.isfinite(value):
+        return "–"
+    return "100%" if value == 1 else f"{min(value, 0.9999):.2%}"
+
+
+def _facts(facts: Mapping[str, str]) -> str:
+    pairs = (f"<div><dt>{escape(name)}</dt><dd>{escape(str(value))}</dd></div>" for name, value in facts.items())
+    return f"<dl>{''.join(pairs)}</dl>"
+
+
+def _row(series: Series) -> str:
+    figures, (_, exact, strange) = statistics(series.mse), _kinds(series.mse)
+    images = f"{len(series.mse):,}" + (f"<small>{strange:,} not finite</small>" if strange else "")
+    psnr = _fixed(figures["psnr"])
+    if exact and math.isfinite(figures["psnr"]):
+        psnr += f"<small>+ {exact:,} exact</small>"
+    uncompared = ", ".join(f"{count:,} {escape(reason)}" for reason, count in series.uncompared.items() if count)
+    cells = [f"{series.nfe:,}", images, *(_scientific(figures[name]) for name in ("mean", "median", "p99", "max"))]
+    cells += [psnr, _share(series.identical), uncompared or "none"]
+    return f'<tr><th scope="row">{series.steps:,}</th>' + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+
+
+def _kinds(mse: np.ndarray) -> tuple[np.ndarray, int, int]:
+    """The errors that have a logarithm, how many are 0, how many are not finite."""
+    finite = np.isfinite(mse)
+    return mse[finite & (mse > 0)], int((mse == 0).sum()), int((~finite).sum())
+
+
+def _power(m: int, k: int) -> str:
+    power = "10" + str(k).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    return power if m == 1 else f"{m}·{power}"
+
+
+def _log_axis(low: float, high: float) -> tuple[tuple[float, float], list[tuple[int, int]]]:
+    """Limits around low .. high (all log10) at 1, 2 or 5 times a power of ten, and at most seven ticks between them,
+    (m, k) for m * 10^k."""
+    marks = [(m, k) for k in range(math.floor(low) - 1, math.ceil(high) + 2) for m in (1, 2, 5)]
+    at = [k + math.log10(m) for m, k in marks]
+    start = max(v for v in at if v <= low + 1e-9)
+    stop = min(v for v in at if v >= high - 1e-9 and v > start)
+    ticks = [mark for mark, v in zip(marks, at, strict=True) if start <= v <= stop]
+    if len(ticks) > 7:
+        decades = [(m, k) for m, k in ticks if m == 1]
+        ticks = [(m, k) for m, k in decades if k % math.ceil(len(decades) / 7) == 0]
+    return (start, stop), ticks
+
+
+def _scale(limits: tuple[float, float], start: float, stop: float) -> Callable[[float], float]:
+    """From limits to a place between `start` and `stop` in the drawing."""
+    low, high = limits
+    return lambda value: start + (value - low) / (high - low) * (stop - start)
+
+
+def _line(x1: float, y1: float, x2: float, y2: float) -> str:
+    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
+
+
+def _text(x: float, y: float, style: str, words: str) -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" class="{style}">{words}</text>'
+
+
+def _plot_height(series: Sequence[Series]) -> float:
+    """Of both charts, which stand side by side: a series is a row of the histograms, with room for words and bars."""
+    return max(220, 54 * min(len(series), 7))
+
+
+def _curve(series: Sequence[Series]) -> str:
+    """Mean and p99 of the error against the network evaluations, log-log; "" where there is no curve to draw."""
+    figures = [(s, statistics(s.mse)) for s in sorted(series, key=lambda s: s.nfe)]
+    drawn = [(s, f) for s, f in figures if s.nfe > 0 and f["mean"] > 0]
+    if len(drawn) < 2:
+        return ""
+    right, bottom = RIGHT - 34, TOP + _plot_height(series)  # room for the names of the lines
+    values = [math.log10(v) for _, f in drawn for v in (f["mean"], f["p99"]) if v > 0]
+    x_limits, x_ticks = _log_axis(math.log10(drawn[0][0].nfe), math.log10(drawn[-1][0].nfe))
+    y_limits, y_ticks = _log_axis(min(values), max(values))
+    across, up = _scale(x_limits, LEFT + 6, right - 6), _scale(y_limits, bottom, TOP)
+    content = ""
+    for m, k in y_ticks:
+        y = up(k + math.log10(m))
+        content += _line(LEFT, y, right, y) + _text(LEFT - 6, y + 4, "end", _power(m, k))
+    for m, k in x_ticks:
+        x = across(k + math.log10(m))
+        content += _line(x, bottom, x, bottom + 4) + _text(x, bottom + 18, "middle", f"{m * 10.0**k:,.10g}")
+    ends: dict[str, float] = {}
+    for name in ("p99", "mean"):
+        points = [(s, f[name], across(math.log10(s.nfe)), up(math.log10(f[name]))) for s, f in drawn if f[name] > 0]
+        content += f'<polyline class="{name}" points="{" ".join(f"{x:.1f},{y:.1f}" for *_, x, y in points)}"/>'
+        for s, value, x, y in points:
+            words = f"{s.steps:,} steps, {s.nfe:,} evaluations: {name} {_scientific(value)}"
+            content += f'<circle class="{name}" cx="{x:.1f}" cy="{y:.1f}" r="3"><title>{words}</title></circle>'
+            ends[name] = y
+    upper, *lower = sorted(ends, key=lambda name: ends[name])
+    for name in lower:  # where the lines end together, their names stand apart
+        ends[name] = max(ends[name], ends[upper] + 13)
+    content += "".join(_text(right + 4, y + 4, name, name) for name, y in ends.items())
+    spoken = "; ".join(f"{s.nfe:,}: mean {_scientific(f['mean'])}, p99 {_scientific(f['p99'])}" for s, f in drawn)
+    absent = ", ".join(f"{s.steps:,} steps" for s, f in figures if not f["mean"] > 0)
+    note = f"Not drawn, having no error above 0: {absent}." if absent else ""
+    axes = ("network evaluations an image", "mean squared error")
+    return _chart("Error against network evaluations", spoken, right, bottom, axes, content, note)
+
+
+def _histograms(series: Sequence[Series]) -> str:
+    """A row of bars a series over one axis of log10 MSE, so that distributions are compared by eye."""
+    compared = [(s, *_kinds(s.mse)) for s in series if len(s.mse)]
+    if not any(len(positive) for _, positive, *_ in compared):
+        all_exact = compared and not any(strange for *_, strange in compared)
+        return "<p>Every compared image came back exactly: there is no error to draw.</p>" if all_exact else ""
+    edges, counts = histogram([positive for _, positive, *_ in compared])
+    limits, ticks = _log_axis(edges[0], edges[-1])
+    across = _scale(limits, LEFT, RIGHT)
+    most, row = int(counts.max()), max(54.0, _plot_height(series) / len(compared))
+    bars, bottom = row - 24, TOP + len(compared) * row  # of a row, 24 are for the words above its bars
+    content, spoken = "", []
+    for i, (s, positive, exact, strange) in enumerate(compared):
+        base = TOP + (i + 1) * row
+        words = f"{len(positive):,} images" + (f" + {exact:,} exact" if exact else "")
+        words += f" + {strange:,} not finite" if strange else ""
+        content += "".join(_line(x, base - bars, x, base) for x in (across(k + math.log10(m)) for m, k in ticks))
+        content += _line(LEFT, base, RIGHT, base) + _text(LEFT - 6, base - bars + 4, "end", f"{most:,}")
+        content += _text(LEFT, base - bars - 6, "", f'<tspan class="name">{s.steps:,} steps</tspan> {words}')
+        content += "".join(
+            _bar(edges[b], edges[b + 1], int(counts[i, b]), across, base, bars / most) for b in counts[i].nonzero()[0]
+        )
+        spoken.append(f"{s.steps:,} steps: {words}, median {_scientific(statistics(s.mse)['median'])}")
+    content += "".join(_text(across(k + math.log10(m)), bottom + 18, "middle", _power(m, k)) for m, k in ticks)
+    note = "Exact: error 0, which has no logarithm; counted, not drawn." if any(e for _, _, e, _ in compared) else ""
+    axes = ("mean squared error, logarithmic", "images")
+    return _chart("Histogram of log<sub>10</sub> MSE", "; ".join(spoken), RIGHT, bottom, axes, content, note)
+
+
+def _bar(start: float, stop: float, count: int, across: Callable[[float], float], base: float, unit: float) -> str:
+    x, width = across(start) + 0.4, max(across(stop) - across(start) - 0.8, 0.5)
+    height = max(count * unit, 1.5)  # one image among thousands stays visible: it is the one to look for
+    words = f"{count:,} from {_scientific(10**start)} to {_scientific(10**stop)}"
+    place = f'x="{x:.1f}" y="{base - height:.1f}" width="{width:.1f}" height="{height:.1f}"'
+    return f"<rect {place}><title>{words}</title></rect>"
+
+
+def _chart(
+    heading: str, spoken: str, right: float, bottom: float, axes: tuple[str, str], content: str, note: str
+) -> str:
+    """A drawing whose plot ends at `right` and `bottom`; `spoken` tells it to those who do not see it."""
+    label = escape(f"{heading}: {spoken}".replace("<sub>", "").replace("</sub>", ""))
+    return (
+        f'<figure><h2>{heading}</h2><svg viewBox="0 0 {WIDTH} {bottom + BOTTOM:.0f}" role="img" aria-label="{label}">'
+        f"{content}{_text((LEFT + right) / 2, bottom + BOTTOM - 6, 'middle', axes[0])}"
+        f'<text transform="translate(9 {(TOP + bottom) / 2:.1f}) rotate(-90)" class="middle">{axes[1]}</text></svg>'
+        f"{f'<figcaption>{note}</figcaption>' if note else ''}</figure>"
+    )
+
+
+def _cards(heading: str, examples: Sequence[Example]) -> str:
+    if not examples:
+        return f'<h2>{escape(heading)}</h2><p class="quiet">No images.</p>'
+    card = max(280, 3 * max(_shown(e.original)[0] for e in examples) + 32)  # three images, two gaps, the padding
+    return (
+        f"<h2>{escape(heading)} <small>original, reconstruction, difference × 8 (gray: equal)</small></h2>"
+        f'<div class="cards" style="--card: {card}px">{"".join(map(_card, examples))}</div>'
+    )
+
+
+def _card(example: Example) -> str:
+    difference = amplified_difference(example.original, example.reconstruction)
+    images = {"original": example.original, "reconstruction": example.reconstruction, "difference × 8": difference}
+    return CARD.format(
+        images="".join(_image(name, pixels) for name, pixels in images.items()),
+        id=escape(example.image_id),
+        steps=f"{example.steps:,} step" + "s" * (example.steps != 1),
+        mse=_scientific(example.mse),
+        psnr=_fixed(example.psnr) + " dB" * math.isfinite(example.psnr),
+    )
+
+
+def _shown(pixels: np.ndarray) -> tuple[int, int]:
+    """Width and height on the page (CSS pixels): small images by a whole factor, so that their pixels stay square."""
+    height, width, _ = pixels.shape
+    scale = min(max(1, round(96 / max(height, width))), 192 / max(height, width))
+    return max(1, round(scale * width)), max(1, round(scale * height))
+
+
+def _image(name: str, pixels: np.ndarray) -> str:
+    width, height = _shown(pixels)
+    small = ' class="small"' if max(width, height) >= max(pixels.shape[:2]) else ""
+    data = base64.b64encode(png(pixels)).decode()
+    return f'<img{small} alt="{name}" width="{width}" height="{height}" src="data:image/png;base64,{data}">'

@@ -1,0 +1,184 @@
+"""The streaming Ray run that every job uses: shards in, receipts out. A shard whose output exists is done."""
+
+import time
+from collections import Counter, deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+
+from model.checkpoint import Checkpoint
+from pipeline.actors import Receipt, ShardActor, Work
+from pipeline.errors import RunError
+from pipeline.records import Shard
+
+SHARDS_AN_ACTOR = 2  # the next shard is read while this one is on the device
+RETRIES = 2  # of a failing shard
+STARTS = 3  # actors that may die in a row before one is up
+BACKOFF = 2.0  # seconds before the second start; doubled for each further one
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A shard given up on, with the last error's words."""
+
+    shard: Shard
+    error: str
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What each actor takes of the cluster: `gpus` 1, or on CPUs `threads` computing threads."""
+
+    workers: int
+    gpus: float
+    threads: int | None
+    read_by_tasks: bool
+
+
+def fit(workers: int | None, decode: str) -> Resources:
+    """One actor a GPU, or one for all CPUs of a node where there is no GPU, unless `workers` says otherwise.
+
+    `decode` is `actor`, `tasks`, or `auto`: tasks where CPUs are left for them beside the actors.
+    """
+    total = ray.cluster_resources()
+    gpus = int(total.get("GPU", 0))
+    cpus = int(total.get("CPU", 1))
+    nodes = sum(node["Alive"] for node in ray.nodes())
+    count = workers or gpus or nodes
+    if decode == "tasks" and cpus <= count:
+        raise RunError(f"{count} actors take all {cpus} CPUs of the cluster, and tasks that decode need one more")
+    by_tasks = decode == "tasks" or (decode == "auto" and cpus > count)
+    if gpus:
+        return Resources(count, 1, None, by_tasks)
+    return Resources(count, 0, max(1, cpus // max(count, nodes)), by_tasks)
+
+
+@dataclass(eq=False)
+class _Actor:
+    handle: Any
+    starting: Any  # resolves when the constructor is through; None from then on
+    shards: dict[Any, Shard] = field(default_factory=dict)  # in flight, by the reference to the receipt
+    alone: bool = False  # what is in flight is a suspect
+
+
+class _Run:
+    """The driver's loop. A shard whose actor died is a suspect and is tried alone, so that no neighbour is blamed."""
+
+    def __init__(self, work: Work, checkpoint: Checkpoint, shards: Iterator[Shard], resources: Resources) -> None:
+        self.work, self.checkpoint, self.resources = work, ray.put(checkpoint), resources
+        self.shards, self.ahead = shards, next(shards, None)
+        self.retries: deque[Shard] = deque()
+        self.suspects: deque[Shard] = deque()
+        self.attempts: Counter[str] = Counter()
+        self.actors: list[_Actor] = []
+        self.failed_starts = 0
+
+    def outcomes(self) -> Iterator[Receipt | Failure]:
+        try:
+            while self._assign():
+                yield from self._collect()
+        finally:
+            for actor in self.actors:
+                ray.kill(actor.handle)
+
+    def _assign(self) -> bool:
+        """Starts the actors that are missing and gives shards to those with room; False when all is done."""
+        while len(self.actors) < self.resources.workers and self._left() > sum(not a.shards for a in self.actors):
+            self._start()
+        for actor in self.actors:
+            if actor.starting is not None or actor.alone:
+                continue
+            if self.suspects:
+                if not actor.shards:
+                    self._give(actor, self.suspects.popleft(), alone=True)
+                continue
+            while len(actor.shards) < SHARDS_AN_ACTOR and (shard := self._next()) is not None:
+                self._give(actor, shard)
+        return self._left() > 0 or any(actor.shards for actor in self.actors)
+
+    def _left(self) -> int:
+        """Shards known to wait for an actor: of those not read yet, one."""
+        return len(self.suspects) + len(self.retries) + (self.ahead is not None)
+
+    def _next(self) -> Shard | None:
+        if self.retries:
+            return self.retries.popleft()
+        shard = self.ahead
+        if shard is not None:
+            self.ahead = next(self.shards, None)
+        return shard
+
+    def _start(self) -> None:
+        if self.failed_starts:
+            time.sleep(BACKOFF * 2 ** (self.failed_starts - 1))
+        options = {"num_cpus": 1, "num_gpus": self.resources.gpus, "max_restarts": 0}
+        actor = ray.remote(ShardActor).options(max_concurrency=SHARDS_AN_ACTOR, **options)
+        handle = actor.remote(self.work, self.checkpoint, self.resources.threads)
+        self.actors.append(_Actor(handle, handle.ready.remote()))
+
+    def _give(self, actor: _Actor, shard: Shard, alone: bool = False) -> None:
+        actor.alone = alone
+        task = actor.handle.process.options(name=f"shard {shard.name}")
+        actor.shards[task.remote(shard)] = shard
+
+    def _collect(self) -> Iterator[Receipt | Failure]:
+        """Waits a moment for receipts and deaths."""
+        owners = {ref: actor for actor in self.actors for ref in (actor.starting, *actor.shards) if ref is not None}
+        done, _ = ray.wait(list(owners), timeout=1.0)
+        for ref in done:
+            actor = owners[ref]
+            try:
+                result = ray.get(ref)
+            except RayActorError as e:
+                yield from self._died(actor, e)
+                continue
+            except RayTaskError as e:
+                yield from self._blamed(actor.shards.pop(ref), _words(e), self.retries)
+                actor.alone = False
+                continue
+            if ref is actor.starting:
+                actor.starting, self.failed_starts = None, 0
+                continue
+            del actor.shards[ref]
+            actor.alone = False
+            yield result
+
+    def _died(self, actor: _Actor, error: RayActorError) -> Iterator[Failure]:
+        self.actors.remove(actor)
+        if actor.starting is not None:
+            self.failed_starts += 1
+            if self.failed_starts == STARTS:
+                raise RunError(f"{STARTS} actors in a row died before they were up: {_words(error)}") from error
+        shards = list(actor.shards.values())
+        if len(shards) == 1 and not getattr(error, "preempted", False):
+            yield from self._blamed(shards[0], _words(error), self.suspects)
+        else:
+            self.suspects.extend(shards)
+
+    def _blamed(self, shard: Shard, words: str, again: deque[Shard]) -> Iterator[Failure]:
+        self.attempts[shard.name] += 1
+        if self.attempts[shard.name] > RETRIES:
+            yield Failure(shard, words)
+        else:
+            again.append(shard)
+
+
+def run_shards(
+    work: Work, checkpoint: Checkpoint, shards: Iterator[Shard], resources: Resources
+) -> Iterator[Receipt | Failure]:
+    """Works through `shards`, which is read as actors have room, and yields an outcome for every one.
+
+    A shard that fails is tried `RETRIES` more times; an actor that dies is replaced. Raises RunError when actors
+    don't start.
+    """
+    return _Run(work, checkpoint, shards, resources).outcomes()
+
+
+def _words(error: Exception) -> str:
+    """The error's last line: of a task's, what was raised in it."""
+    cause = getattr(error, "cause", None) if isinstance(error, RayTaskError) else None
+    text = f"{type(cause).__name__}: {cause}" if cause is not None else str(error)
+    return " ".join(text.strip().splitlines()[-1].split())[:500]

@@ -1,0 +1,308 @@
+"""Checkpoint folders that diffusers opens, diffusers' that we open, and broken ones."""
+
+import dataclasses
+import json
+import shutil
+
+import fsspec
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+
+from model.checkpoint import CONFIG, INDEX, SCHEDULER, WEIGHTS, Checkpoint, CheckpointError, load, save
+from model.ddim import sample
+from model.schedule import NoiseSchedule, ladder
+from model.unet import UNet, UNetConfig
+
+SCHEDULE = NoiseSchedule(100, "scaled_linear", 1e-3, 0.06)
+SCHEDULER_KWARGS = {
+    "num_train_timesteps": 100,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 1e-3,
+    "beta_end": 0.06,
+    "clip_sample": False,
+}
+X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture
+def checkpoint(randomize, small):
+    config = UNetConfig(**small)
+    return Checkpoint(config, randomize(UNet(config)).state_dict(), SCHEDULE, "v_prediction")
+
+
+@pytest.fixture
+def folder(checkpoint, tmp_path):
+    save(checkpoint, str(tmp_path / "checkpoint"))
+    return tmp_path / "checkpoint"
+
+
+@torch.no_grad()
+def assert_equal_outputs(ours, theirs):
+    for t in (0, 70):
+        torch.testing.assert_close(ours(X, t), theirs(X, t).sample, rtol=0, atol=1e-5)
+    assert ours(X, 0).std() > 0.1
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def rewrite(path, change):
+    weights = safetensors.torch.load_file(path)
+    change(weights)
+    safetensors.torch.save_file(weights, path)
+
+
+def test_what_is_saved_loads_the_same(checkpoint, folder):
+    loaded = load(str(folder))
+    assert (loaded.config, loaded.schedule) == (checkpoint.config, checkpoint.schedule)
+    assert loaded.prediction_type == "v_prediction"
+    torch.testing.assert_close(dict(loaded.weights), dict(checkpoint.weights), rtol=0, atol=0)
+    assert loaded.digest == checkpoint.digest
+    assert {str(p.relative_to(folder)) for p in folder.rglob("*.*")} == {WEIGHTS, CONFIG, SCHEDULER, INDEX}
+
+
+def test_diffusers_opens_ours(checkpoint, folder):
+    pipeline = DDIMPipeline.from_pretrained(folder)
+    for unet in (pipeline.unet, UNet2DModel.from_pretrained(folder, subfolder="unet")):
+        assert_equal_outputs(checkpoint.network(), unet)
+    assert isinstance(pipeline.scheduler, DDIMScheduler)
+    np.testing.assert_allclose(pipeline.scheduler.alphas_cumprod, SCHEDULE.alphas_cumprod, rtol=1e-5)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_diffusers_pipeline_generates_the_same_images(checkpoint, tmp_path, prediction_type):
+    checkpoint = dataclasses.replace(checkpoint, prediction_type=prediction_type)
+    save(checkpoint, str(tmp_path))
+    pipeline = DDIMPipeline.from_pretrained(tmp_path)
+    pipeline.set_progress_bar_config(disable=True)
+    theirs = pipeline(
+        batch_size=2, num_inference_steps=10, generator=torch.Generator().manual_seed(3), output_type="np"
+    ).images
+    noise = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(3))
+    levels = ladder("linear", 10, 100)
+    ours = sample(checkpoint.network(), noise, levels, SCHEDULE, prediction_type=prediction_type)
+    ours = (ours / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
+    assert theirs.std() > 0.1
+
+
+@pytest.mark.parametrize(("pipeline", "scheduler"), [(DDIMPipeline, DDIMScheduler), (DDPMPipeline, DDPMScheduler)])
+def test_we_open_what_diffusers_saved(randomize, small, tmp_path, pipeline, scheduler):
+    unet = randomize(UNet2DModel(**small))
+    pipeline(unet, scheduler(**SCHEDULER_KWARGS, prediction_type="sample")).save_pretrained(tmp_path)
+    loaded = load(str(tmp_path))
+    assert_equal_outputs(loaded.network(), unet)
+    assert (loaded.schedule, loaded.prediction_type) == (SCHEDULE, "sample")
+    assert loaded.digest == Checkpoint(UNetConfig(**small), unet.state_dict(), SCHEDULE, "sample").digest
+
+
+def test_trained_betas_pass_both_ways(checkpoint, tmp_path):
+    betas = tuple(np.linspace(0.01, 0.3, 7).tolist())
+    checkpoint = dataclasses.replace(checkpoint, schedule=NoiseSchedule(7, trained_betas=betas))
+    save(checkpoint, str(tmp_path / "a"))
+    pipeline = DDIMPipeline.from_pretrained(tmp_path / "a")
+    np.testing.assert_allclose(pipeline.scheduler.alphas_cumprod, np.cumprod(1 - np.array(betas)), rtol=1e-5)
+    pipeline.save_pretrained(tmp_path / "b")
+    assert load(str(tmp_path / "b")).schedule == checkpoint.schedule
+
+
+def test_digest_survives_being_saved_by_diffusers(checkpoint, folder, tmp_path):
+    DDIMPipeline.from_pretrained(folder).save_pretrained(tmp_path / "theirs")
+    assert (tmp_path / "theirs" / CONFIG).read_text() != (folder / CONFIG).read_text()
+    assert load(str(tmp_path / "theirs")).digest == checkpoint.digest
+    assert len(checkpoint.digest) == 64
+
+
+def test_digest_depends_on_everything_that_decides_the_outputs(checkpoint):
+    name = "mid_block.attentions.0.to_q.weight"
+    nudged = {k: v.clone() for k, v in checkpoint.weights.items()}
+    nudged[name].view(-1)[7] = torch.nextafter(nudged[name].view(-1)[7], torch.tensor(9.0))
+    swapped = {**checkpoint.weights, name: checkpoint.weights[name.replace("to_q", "to_k")]}
+    renamed = {k.replace("to_q", "to_query"): v for k, v in checkpoint.weights.items()}  # sorted the same
+    reshaped = {**checkpoint.weights, name: checkpoint.weights[name][None]}
+    half = {k: v.half() for k, v in checkpoint.weights.items()}
+    same_bits = {k: v.view(torch.bfloat16) for k, v in half.items()}
+    variants = [
+        checkpoint,
+        *(dataclasses.replace(checkpoint, weights=w) for w in (nudged, swapped, renamed, reshaped, half, same_bits)),
+        *(dataclasses.replace(checkpoint, prediction_type=p) for p in ("epsilon", "sample")),
+        *(
+            dataclasses.replace(checkpoint, schedule=dataclasses.replace(SCHEDULE, **change))
+            for change in (
+                {"num_train_timesteps": 101},
+                {"beta_schedule": "linear"},
+                {"beta_start": 1.1e-3},
+                {"beta_end": 0.061},
+                {"trained_betas": (0.01,) * 100},
+            )
+        ),
+        *(
+            dataclasses.replace(checkpoint, config=dataclasses.replace(checkpoint.config, **change))
+            for change in ({"freq_shift": 1}, {"norm_eps": 1e-6}, {"attention_head_dim": None})
+        ),
+    ]
+    assert len({v.digest for v in variants}) == len(variants)
+    backwards = dict(reversed(checkpoint.weights.items()))
+    assert dataclasses.replace(checkpoint, weights=backwards).digest == checkpoint.digest
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_weights_are_kept_and_run_in_float32(checkpoint, tmp_path, dtype):
+    half = dataclasses.replace(checkpoint, weights={k: v.to(dtype) for k, v in checkpoint.weights.items()})
+    save(half, str(tmp_path / "a"))
+    loaded = load(str(tmp_path / "a"))
+    assert {v.dtype for v in loaded.weights.values()} == {dtype}
+    assert loaded.digest == half.digest
+    network = loaded.network()
+    assert not network.training
+    assert {(p.dtype, p.requires_grad) for p in network.parameters()} == {(torch.float32, False)}
+    assert_equal_outputs(network, UNet2DModel.from_pretrained(tmp_path / "a", subfolder="unet"))
+    DDIMPipeline.from_pretrained(tmp_path / "a", torch_dtype=dtype).save_pretrained(tmp_path / "b")
+    assert load(str(tmp_path / "b")).digest == half.digest
+
+
+def test_attention_names_of_old_diffusers_load(checkpoint, folder):
+    def age(weights):
+        for new, old in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
+            for name in [k for k in weights if f".{new}." in k]:
+                weights[name.replace(new, old)] = weights.pop(name)
+
+    rewrite(folder / WEIGHTS, age)
+    names = safetensors.torch.load_file(folder / WEIGHTS).keys()
+    assert "mid_block.attentions.0.proj_attn.bias" in names and not any(".to_" in k for k in names)
+    loaded = load(str(folder))
+    assert loaded.digest == checkpoint.digest
+    assert_equal_outputs(loaded.network(), UNet2DModel.from_pretrained(folder, subfolder="unet"))
+
+
+def test_keys_that_old_configs_lack_take_diffusers_defaults(folder):
+    (folder / SCHEDULER).write_text('{"_class_name": "DDPMScheduler", "num_train_timesteps": 500}')
+    loaded = load(str(folder))
+    theirs = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
+    np.testing.assert_allclose(loaded.schedule.alphas_cumprod, theirs.alphas_cumprod, rtol=1e-5)
+    assert loaded.prediction_type == theirs.config.prediction_type
+
+
+def test_any_fsspec_uri_holds_a_checkpoint(checkpoint):
+    save(checkpoint, "memory://here/checkpoint")
+    try:
+        assert load("memory://here/checkpoint").digest == checkpoint.digest
+    finally:
+        fsspec.filesystem("memory").rm("/here", recursive=True)
+
+
+def test_saving_again_replaces(checkpoint, folder):
+    other = dataclasses.replace(checkpoint, weights={k: v + 1 for k, v in checkpoint.weights.items()})
+    save(other, str(folder))
+    assert load(str(folder)).digest == other.digest != checkpoint.digest
+
+
+def fails(folder, *named):
+    """Loading raises CheckpointError, and its message has all of `named`."""
+    with pytest.raises(CheckpointError) as error:
+        load(str(folder))
+    for text in (str(folder), *named):
+        assert text in str(error.value)
+
+
+def test_missing_folder_is_named(tmp_path):
+    fails(tmp_path / "nowhere")
+    (tmp_path / "file").write_text("no folder")
+    fails(tmp_path / "file")
+
+
+@pytest.mark.parametrize("name", [CONFIG, SCHEDULER, WEIGHTS])
+def test_missing_file_is_named(folder, name):
+    (folder / name).unlink()
+    fails(folder, name)
+    (folder / name).mkdir()
+    fails(folder, name)
+
+
+@pytest.mark.parametrize("name", [CONFIG, SCHEDULER])
+@pytest.mark.parametrize("content", [b"", b'{"sample_size": 8,', b"\xff\xfe\x00", b"[1, 2]", b"null"])
+def test_bad_json_is_named(folder, name, content):
+    (folder / name).write_bytes(content)
+    fails(folder, name, "JSON")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"_class_name": "UNet2DConditionModel"}, "UNet2DConditionModel"),
+        ({"down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"]}, "CrossAttnDownBlock2D"),
+        ({"up_block_types": ["SkipUpBlock2D", "UpBlock2D"]}, "SkipUpBlock2D"),
+        ({"act_fn": "relu"}, "act_fn"),
+        ({"norm_num_groups": 5}, "norm_num_groups"),
+        ({"norm_num_groups": 0}, "norm_num_groups"),
+        ({"block_out_channels": 8}, ""),
+        ({"sample_size": None}, ""),
+        ({"in_channels": "three"}, ""),
+        ({"layers_per_block": None}, ""),
+        ({"dropout": 2.0}, ""),
+    ],
+)
+def test_config_of_another_network_is_named(folder, change, named):
+    edit(folder / CONFIG, **change)
+    fails(folder, CONFIG, named)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"prediction_type": "flow_prediction"}, "flow_prediction"),
+        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),
+        ({"beta_schedule": "sigmoid"}, "sigmoid"),
+        ({"beta_end": 2.0}, "beta"),
+        ({"beta_end": "high"}, ""),
+        ({"num_train_timesteps": None}, ""),
+        ({"trained_betas": [0.1]}, "trained_betas"),
+    ],
+)
+def test_schedule_that_cannot_be_inverted_is_named(folder, change, named):
+    edit(folder / SCHEDULER, **change)
+    fails(folder, SCHEDULER, named)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 100, 0.5, -1])
+def test_truncated_weights_are_named(folder, keep):
+    content = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(content[: int(keep * len(content)) if isinstance(keep, float) else keep])
+    fails(folder, WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("conv_in.weight", lambda v: v[:, :2].contiguous()),
+        ("mid_block.attentions.0.to_q.weight", lambda v: v[:, :, None, None].contiguous()),
+        ("time_embedding.linear_1.bias", lambda v: v[:-1].clone()),
+    ],
+)
+def test_parameter_of_another_shape_is_named(folder, name, change):
+    rewrite(folder / WEIGHTS, lambda weights: weights.update({name: change(weights[name])}))
+    fails(folder, WEIGHTS, name)
+
+
+def test_missing_parameter_is_named(folder):
+    rewrite(folder / WEIGHTS, lambda weights: weights.pop("conv_out.bias"))
+    fails(folder, WEIGHTS, "conv_out.bias")
+
+
+def test_extra_parameter_is_named(folder):
+    rewrite(folder / WEIGHTS, lambda weights: weights.update({"class_embedding.weight": torch.zeros(3)}))
+    fails(folder, WEIGHTS, "class_embedding.weight")
+
+
+def test_pickle_is_not_loaded(folder, checkpoint):
+    pickled = folder / WEIGHTS.replace(".safetensors", ".bin")
+    torch.save(dict(checkpoint.weights), pickled)
+    assert load(str(folder)).digest == checkpoint.digest  # beside safetensors it is ignored
+    (folder / WEIGHTS).unlink()
+    fails(folder, pickled.name, "pickle")
+    shutil.copy(pickled, folder / WEIGHTS)
+    fails(folder, WEIGHTS)

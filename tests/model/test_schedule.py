@@ -1,0 +1,154 @@
+"""Noise schedules against diffusers, ladders against their definition and the code of the DDIM paper's authors."""
+
+import math
+from fractions import Fraction
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from diffusers import DDIMScheduler
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model.schedule import BETA_SCHEDULES, CLEAN, LADDERS, NoiseSchedule, check_ladder, ladder
+
+PROPERTY = settings(max_examples=200, deadline=None, derandomize=True)
+
+
+@pytest.mark.parametrize("beta_schedule", BETA_SCHEDULES)
+@pytest.mark.parametrize("T", [1, 50, 1000])
+@pytest.mark.parametrize("ends", [(1e-4, 0.02), (0.00085, 0.012)])
+def test_schedule_equals_diffusers(beta_schedule, T, ends):
+    ours = NoiseSchedule(T, beta_schedule, *ends)
+    theirs = DDIMScheduler(T, *ends, beta_schedule)
+    np.testing.assert_allclose(ours.betas, theirs.betas, rtol=1e-5)
+    # Theirs is float32, in which 1 - 0.999, the cosine's last factor, is good to 6e-5 only.
+    rtol = 1e-4 if beta_schedule == "squaredcos_cap_v2" else 1e-5
+    np.testing.assert_allclose(ours.alphas_cumprod, theirs.alphas_cumprod, rtol=rtol)
+    assert ours.alphas_cumprod.dtype == np.float64
+
+
+def test_trained_betas_equal_diffusers():
+    betas = np.random.default_rng(0).uniform(0.001, 0.2, 30).tolist()
+    ours = NoiseSchedule(30, "scaled_linear", trained_betas=tuple(betas))
+    theirs = DDIMScheduler(30, trained_betas=betas)
+    np.testing.assert_allclose(ours.alphas_cumprod, theirs.alphas_cumprod, rtol=1e-5)
+
+
+def test_cosine_alpha_bar_has_its_closed_form():
+    def f(u):
+        return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    T = 1000  # only the last beta is capped
+    expected = [f((t + 1) / T) / f(0) for t in range(T - 1)]
+    np.testing.assert_allclose(NoiseSchedule(T, "squaredcos_cap_v2").alphas_cumprod[:-1], expected, rtol=1e-11)
+
+
+def test_alpha_bar_is_one_at_the_clean_end_and_bounded_by_the_schedule():
+    schedule = NoiseSchedule(10, beta_start=0.1, beta_end=0.1)
+    assert schedule.alpha_bar(CLEAN) == 1
+    assert [schedule.alpha_bar(t) for t in range(10)] == pytest.approx([0.9 ** (t + 1) for t in range(10)], rel=1e-14)
+    for level in (-2, 10):
+        with pytest.raises(IndexError, match=str(level)):
+            schedule.alpha_bar(level)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"beta_schedule": "sigmoid"},
+        {"num_train_timesteps": 0},
+        {"num_train_timesteps": -5},
+        {"beta_start": 0.0},
+        {"beta_start": -1e-4},
+        {"beta_start": -1e-4, "beta_schedule": "scaled_linear"},
+        {"beta_start": math.nan},
+        {"beta_end": 1.0},
+        {"beta_end": math.inf},
+        {"num_train_timesteps": 3, "trained_betas": (0.1, 0.2)},
+        {"num_train_timesteps": 2, "trained_betas": (0.1, 1.0)},
+        {"num_train_timesteps": 2, "trained_betas": (0.0, 0.5)},
+    ],
+)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_impossible_schedule_is_refused(bad):
+    with pytest.raises(ValueError):
+        NoiseSchedule(**bad)
+
+
+@st.composite
+def ladders(draw):
+    """(kind, steps, T, top): arguments that make a ladder."""
+    T = draw(st.integers(1, 3000))
+    steps = draw(st.integers(1, T))
+    return draw(st.sampled_from(LADDERS)), steps, T, draw(st.none() | st.integers(steps - 1, T - 1))
+
+
+@PROPERTY
+@given(ladders())
+def test_ladder_rises_from_the_clean_end_to_its_top(arguments):
+    _, steps, T, top = arguments
+    levels = ladder(*arguments)
+    assert len(levels) == steps + 1
+    assert levels[:2] == (CLEAN, 0)
+    assert all(a < b for a, b in pairwise(levels))
+    assert levels[-1] < T
+    assert all(type(level) is int for level in levels)
+    assert check_ladder(levels, T) == levels
+    if top is not None and steps > 1:
+        assert levels[-1] == top
+
+
+@PROPERTY
+@given(ladders())
+def test_ladder_is_the_floor_of_its_formula_except_where_that_repeats(arguments):
+    kind, steps, _, _ = arguments
+    levels = ladder(*arguments)
+    for i in range(1, steps):
+        fraction = Fraction(i, steps - 1)
+        floor = math.floor(levels[-1] * (fraction if kind == "linear" else fraction**2))
+        assert levels[i + 1] == max(floor, levels[i] + 1)
+        assert levels[i + 1] == floor or kind == "quadratic"
+
+
+@PROPERTY
+@given(st.integers(1, 60), st.integers(1, 60))
+def test_linear_ladder_equals_diffusers_leading_spacing(steps, ratio):
+    scheduler = DDIMScheduler(steps * ratio, timestep_spacing="leading")
+    scheduler.set_timesteps(steps)
+    assert list(ladder("linear", steps, steps * ratio)[:0:-1]) == scheduler.timesteps.tolist()
+
+
+@pytest.mark.parametrize("T", [1000, 4000])
+@pytest.mark.parametrize("steps", range(2, 29))
+def test_quadratic_ladder_equals_the_authors_code(T, steps):
+    authors = np.linspace(0, np.sqrt(T * 0.8), steps) ** 2
+    for ours, theirs in zip(ladder("quadratic", steps, T)[1:], authors, strict=True):
+        # they truncate floats, of which 799.9999999 stands for 800
+        exact = round(theirs) if abs(theirs - round(theirs)) < 1e-9 else int(theirs)
+        assert ours == exact
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("cubic", 10),
+        ("linear", 0),
+        ("linear", -1),
+        ("linear", 1001),
+        ("quadratic", 11, 10),
+        ("linear", 10, 1000, 1000),
+        ("linear", 10, 1000, 8),
+        ("quadratic", 10, 1000, -1),
+    ],
+)
+def test_ladder_that_does_not_fit_is_refused(arguments):
+    with pytest.raises(ValueError):
+        ladder(*arguments)
+
+
+@pytest.mark.parametrize("levels", [(), (-1,), (0, 1), (-1, 5, 5), (-1, 5, 4), (-1, -1, 3), (-1, 0, 10), (-2, 0, 3)])
+def test_levels_that_are_no_ladder_are_refused(levels):
+    assert check_ladder([-1, 0, 9], 10) == (-1, 0, 9)
+    with pytest.raises(ValueError, match="ladder"):
+        check_ladder(levels, 10)
