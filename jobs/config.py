@@ -33,7 +33,7 @@ class Range:
 class Config:
     """Fields that every job has. Making one checks each field's range and choices and raises ConfigError."""
 
-    FREE: ClassVar[frozenset[str]] = frozenset({"address"})
+    FREE: ClassVar[frozenset[str]] = frozenset()
     """Fields that a resume may change: they say where and how fast, not what comes out."""
 
     out: str

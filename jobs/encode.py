@@ -25,7 +25,7 @@ from pipeline.summary import latents_summary, put_summary
 class EncodeConfig(Config):
     """Encode an image collection to latents by DDIM inversion: one Parquet file a shard in OUT/latents."""
 
-    FREE: ClassVar[frozenset[str]] = frozenset({"address", "workers", "batch_size", "decode", "model"})
+    FREE: ClassVar[frozenset[str]] = frozenset({"workers", "batch_size", "decode", "model"})
 
     images: str
     """The images: a folder, a glob, or Parquet files with an image column; a path or an fsspec URI."""

@@ -33,7 +33,7 @@ EXAMPLES = 12  # pictures under each heading of the report
 class ReconstructConfig(Config):
     """Decode an encode run's latents, compare with the originals, and report the error in numbers and pictures."""
 
-    FREE: ClassVar[frozenset[str]] = frozenset({"address", "workers", "batch_size", "decode", "model"})
+    FREE: ClassVar[frozenset[str]] = frozenset({"workers", "batch_size", "decode", "model"})
 
     latents: str
     """The run folder that encode wrote; a path or an fsspec URI."""

@@ -57,21 +57,23 @@ PRESETS = {
     "tiny": _unet(16, (8, 16), 8, layers_per_block=1, norm_num_groups=4),
 }
 
-PROGRESS = "progress.json"
+PROGRESS, RECORD = "progress.json", "training.json"
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Config):
     """Train a diffusion model on an image collection; --out becomes a checkpoint folder that diffusers opens too."""
 
-    FREE: ClassVar[frozenset[str]] = frozenset({"address", "workers", "sample_every", "save_every", "precision"})
+    FREE: ClassVar[frozenset[str]] = frozenset(
+        {"train_steps", "workers", "sample_every", "save_every", "precision", "save_dtype"}
+    )
 
     images: str
     """The images: a folder, a glob, or Parquet files with an image column; a path or an fsspec URI."""
     preset: Literal["cifar10-128", "cifar10-64", "cifar10-32", "celebahq-256", "celebahq-128", "tiny"]
     """The architecture: data set and base channels."""
     train_steps: Annotated[int, Range(1)] = 800_000
-    """Optimiser steps."""
+    """Optimiser steps. A finished training given more goes on."""
     batch_size: Annotated[int, Range(1)] = 128
     """Images a step, over all workers together."""
     lr: Annotated[float, Range(0)] = 2e-4
@@ -122,8 +124,9 @@ def run(config: TrainConfig) -> int:
     out = Folder(absolute(config.out))
     with blame("--out"):
         claim(out, "train", config.settings(images=absolute(config.images)), config.FREE, {})
-        if out.exists(checkpoint.INDEX):
-            print(f"{config.out} is trained already: {json.loads(out.read('training.json'))['steps']} steps")
+        trained = json.loads(out.read(RECORD))["steps"] if out.exists(RECORD) else 0
+        if trained >= config.train_steps:
+            print(f"{config.out} is trained already: {trained} steps")
             return 0
     with blame("--images"):
         totals = plan_totals(out) or write_plan(out, collection, 512, config.limit)
@@ -158,14 +161,16 @@ def _progress(out: Folder) -> Iterator[None]:
     """Prints what rank 0 writes to the run folder, a line for each change."""
     done = threading.Event()
 
-    def follow() -> None:
-        before = None
+    def read() -> dict[str, Any] | None:
+        try:
+            return dict(json.loads(out.read(PROGRESS)))
+        except (OSError, ValueError):
+            return None
+
+    def follow(before: dict[str, Any] | None) -> None:
         while not done.wait(1):
-            try:
-                now = json.loads(out.read(PROGRESS))
-            except (OSError, ValueError):
-                continue
-            if now != before:
+            now = read()
+            if now is not None and now != before:
                 eta = time.strftime("%H:%M:%S", time.gmtime(now["eta"]))
                 print(
                     f"step {now['step']}/{now['steps']}  loss {now['loss']:.4f}"
@@ -174,7 +179,7 @@ def _progress(out: Folder) -> Iterator[None]:
                 )
             before = now
 
-    thread = threading.Thread(target=follow, daemon=True)
+    thread = threading.Thread(target=follow, args=(read(),), daemon=True)
     thread.start()
     try:
         yield
@@ -251,10 +256,10 @@ def _train(job: dict[str, Any]) -> None:
     if rank == 0:
         record = {"steps": step, "images": step * config.batch_size, "seconds": seconds, "loss": history}
         record |= {"device": device.type, "precision": "bfloat16" if bfloat16 else "float32"}
-        out.put("training.json", (json.dumps(record, indent=2) + "\n").encode())
         dtype = getattr(torch, config.save_dtype)
         weights = {k: v.to(dtype) for k, v in average.shadow.items()}
         checkpoint.save(Checkpoint(network.config, weights, schedule, config.prediction), out.uri)
+        out.put(RECORD, (json.dumps(record, indent=2) + "\n").encode())  # last: it says that the rest is there
 
 
 def _batches(config: TrainConfig, collection: Collection, out: Folder, rank: int, seed: int) -> Iterator[Tensor]:

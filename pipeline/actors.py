@@ -60,7 +60,12 @@ class Model:
         self.checkpoint, self.device = checkpoint, torch.device(device)
         self.lock = threading.Lock()  # shards overlap in this process, and the device takes one batch at a time
         self.clock = _Clock()
+        self.advanced: dict[int, int] = {}  # images done of the shards in flight, by the shard's thread
         self.largest = 2**31  # the largest batch that is known to fit, once one did not
+
+    def advance(self, images: int) -> None:
+        """Tells the driver's progress that so many more images of this thread's shard are done."""
+        self.advanced[threading.get_ident()] += images
 
     def encode(self, x: Tensor, levels: Ladder) -> Tensor:
         """Images in [-1, 1] -> x at the ladder's top, by the paper's inversion."""
@@ -109,7 +114,15 @@ class ShardActor:
         """Returns once the constructor has."""
 
     def process(self, shard: Shard) -> Receipt:
-        return self.work.process(self.model, shard)
+        self.model.advanced[threading.get_ident()] = 0
+        try:
+            return self.work.process(self.model, shard)
+        finally:
+            del self.model.advanced[threading.get_ident()]
+
+    def in_flight(self) -> int:
+        """Images done of the shards that are not."""
+        return sum(list(self.model.advanced.values()))
 
 
 @ray.remote(num_cpus=1, num_returns="streaming", max_retries=3, _generator_backpressure_num_objects=READ_AHEAD)
@@ -160,6 +173,7 @@ class Encode:
                 if self.measure:  # of the latents as they are stored
                     errors = round_trip_error(x, model.decode(latents.float(), self.levels)).tolist()
                 tables.append(latent_rows(schema, batch.images, latents.numpy(), errors))
+                model.advance(len(batch.images))
         rows = pa.concat_tables(tables)
         seconds, device = time.monotonic() - started, model.clock.seconds - device_before
         timings = {"seconds": round(seconds, 3), "device_seconds": round(device, 3)}
@@ -185,12 +199,13 @@ class Reconstruct:
         rows: list[dict[str, Any]] = []
         missing = 0
         originals = _Originals(self.reader.batches(shard))
-        for latent_rows_, latents in read_latents(self.latents, shard.name, self.reader.batch_size):
-            found = [originals.find(row["image_id"], row["content_hash"]) for row in latent_rows_]
+        for stored, latents in read_latents(self.latents, shard.name, self.reader.batch_size):
+            found = [originals.find(row["image_id"], row["content_hash"]) for row in stored]
             missing += sum(isinstance(original, str) for original in found)
             for levels in self.ladders:
                 decoded = model.decode(torch.from_numpy(latents), levels)
-                rows += _compare(latent_rows_, found, decoded, len(levels) - 1)
+                rows += _compare(stored, found, decoded, len(levels) - 1)
+            model.advance(len(stored))
         seconds, device = time.monotonic() - started, model.clock.seconds - device_before
         counts = {"images": len(rows) // len(self.ladders), "uncompared": missing}
         timings = {"seconds": round(seconds, 3), "device_seconds": round(device, 3)}

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from pipeline.actors import Receipt
 from pipeline.plan import Totals
-from pipeline.run import Failure
+from pipeline.run import Failure, Pulse
 
 EVERY = 10.0  # seconds between lines where there is no terminal
 
@@ -17,12 +17,14 @@ class Progress:
     def __init__(self, verb: str, totals: Totals, done_shards: int) -> None:
         self.verb, self.shards, self.images = verb, totals.shards, totals.images
         self.done_shards, self.done, self.rejects, self.failed = done_shards, 0, 0, 0
+        self.in_flight = 0
         self.terminal = sys.stdout.isatty()
         self.started = self.printed = time.monotonic()
 
     def add(self, images: int, rejects: int) -> None:
         self.done_shards += 1
         self.done += images
+        self.in_flight = max(0, self.in_flight - images)  # until the next pulse: rather too few than counted twice
         self.rejects += rejects
         self.show()
 
@@ -31,11 +33,12 @@ class Progress:
         if not last and now - self.printed < (0.2 if self.terminal else EVERY):
             return
         self.printed = now
-        rate = (self.done + self.rejects) / max(now - self.started, 1e-9)
-        left = self.shards - self.done_shards - self.failed
-        line = f"{self.verb}: {self.done_shards}/{self.shards} shards, {self.done} images, {rate:.1f} images/s"
-        if left and rate:
-            seconds = left * self.images / self.shards / rate
+        done = self.done + (0 if last else self.in_flight)
+        rate = (done + self.rejects) / max(now - self.started, 1e-9)
+        left = (self.shards - self.done_shards - self.failed) * self.images / self.shards - self.in_flight
+        line = f"{self.verb}: {self.done_shards}/{self.shards} shards, {done} images, {rate:.1f} images/s"
+        if left > 0 and rate and not last:
+            seconds = left / rate
             line += f", ETA {time.strftime('%H:%M:%S', time.gmtime(seconds))}"
         if self.rejects:
             line += f", {self.rejects} rejects"
@@ -47,7 +50,7 @@ class Progress:
             print(line, flush=True)
 
 
-def follow(progress: Progress, outcomes: Iterable[Receipt | Failure]) -> list[Failure]:
+def follow(progress: Progress, outcomes: Iterable[Receipt | Failure | Pulse]) -> list[Failure]:
     """Shows the outcomes as they come and returns the failures, each said at once on standard error."""
     failures = []
     for outcome in outcomes:
@@ -55,6 +58,9 @@ def follow(progress: Progress, outcomes: Iterable[Receipt | Failure]) -> list[Fa
             failures.append(outcome)
             progress.failed += 1
             print(f"shard {outcome.shard.name} failed: {outcome.error}", file=sys.stderr, flush=True)
+        elif isinstance(outcome, Pulse):
+            progress.in_flight = outcome.images
+            progress.show()
         else:
             progress.add(outcome.images, outcome.rejects)
     progress.show(last=True)

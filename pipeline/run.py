@@ -4,6 +4,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import ray
@@ -26,6 +27,13 @@ class Failure:
 
     shard: Shard
     error: str
+
+
+@dataclass(frozen=True)
+class Pulse:
+    """How many images of the shards in flight are done; said about once a second."""
+
+    images: int
 
 
 @dataclass(frozen=True)
@@ -62,6 +70,8 @@ class _Actor:
     starting: Any  # resolves when the constructor is through; None from then on
     shards: dict[Any, Shard] = field(default_factory=dict)  # in flight, by the reference to the receipt
     alone: bool = False  # what is in flight is a suspect
+    pulse: Any = None  # resolves to the images done of what is in flight
+    images: int = 0  # what it last resolved to
 
 
 class _Run:
@@ -69,14 +79,16 @@ class _Run:
 
     def __init__(self, work: Work, checkpoint: Checkpoint, shards: Iterator[Shard], resources: Resources) -> None:
         self.work, self.checkpoint, self.resources = work, ray.put(checkpoint), resources
-        self.shards, self.ahead = shards, next(shards, None)
+        self.shards = shards
+        self.ahead: deque[Shard] = deque()  # read from the plan: enough to know how many actors there is work for
         self.retries: deque[Shard] = deque()
         self.suspects: deque[Shard] = deque()
         self.attempts: Counter[str] = Counter()
         self.actors: list[_Actor] = []
         self.failed_starts = 0
+        self.pulsed = time.monotonic()
 
-    def outcomes(self) -> Iterator[Receipt | Failure]:
+    def outcomes(self) -> Iterator[Receipt | Failure | Pulse]:
         try:
             while self._assign():
                 yield from self._collect()
@@ -86,6 +98,7 @@ class _Run:
 
     def _assign(self) -> bool:
         """Starts the actors that are missing and gives shards to those with room; False when all is done."""
+        self.ahead.extend(islice(self.shards, self.resources.workers - len(self.ahead)))
         while len(self.actors) < self.resources.workers and self._left() > sum(not a.shards for a in self.actors):
             self._start()
         for actor in self.actors:
@@ -100,22 +113,21 @@ class _Run:
         return self._left() > 0 or any(actor.shards for actor in self.actors)
 
     def _left(self) -> int:
-        """Shards known to wait for an actor: of those not read yet, one."""
-        return len(self.suspects) + len(self.retries) + (self.ahead is not None)
+        """Shards known to wait for an actor."""
+        return len(self.suspects) + len(self.retries) + len(self.ahead)
 
     def _next(self) -> Shard | None:
         if self.retries:
             return self.retries.popleft()
-        shard = self.ahead
-        if shard is not None:
-            self.ahead = next(self.shards, None)
-        return shard
+        if not self.ahead:
+            self.ahead.extend(islice(self.shards, 1))
+        return self.ahead.popleft() if self.ahead else None
 
     def _start(self) -> None:
         if self.failed_starts:
             time.sleep(BACKOFF * 2 ** (self.failed_starts - 1))
         options = {"num_cpus": 1, "num_gpus": self.resources.gpus, "max_restarts": 0}
-        actor = ray.remote(ShardActor).options(max_concurrency=SHARDS_AN_ACTOR, **options)
+        actor = ray.remote(ShardActor).options(max_concurrency=SHARDS_AN_ACTOR + 1, **options)
         handle = actor.remote(self.work, self.checkpoint, self.resources.threads)
         self.actors.append(_Actor(handle, handle.ready.remote()))
 
@@ -124,12 +136,15 @@ class _Run:
         task = actor.handle.process.options(name=f"shard {shard.name}")
         actor.shards[task.remote(shard)] = shard
 
-    def _collect(self) -> Iterator[Receipt | Failure]:
+    def _collect(self) -> Iterator[Receipt | Failure | Pulse]:
         """Waits a moment for receipts and deaths."""
         owners = {ref: actor for actor in self.actors for ref in (actor.starting, *actor.shards) if ref is not None}
         done, _ = ray.wait(list(owners), timeout=1.0)
+        yield from self._pulse()
         for ref in done:
             actor = owners[ref]
+            if actor not in self.actors:  # its death came with another reference: its shards are dealt with
+                continue
             try:
                 result = ray.get(ref)
             except RayActorError as e:
@@ -137,14 +152,31 @@ class _Run:
                 continue
             except RayTaskError as e:
                 yield from self._blamed(actor.shards.pop(ref), _words(e), self.retries)
-                actor.alone = False
+                actor.alone, actor.images, actor.pulse = False, 0, None
                 continue
             if ref is actor.starting:
                 actor.starting, self.failed_starts = None, 0
                 continue
             del actor.shards[ref]
-            actor.alone = False
+            # What it said of this shard before is in the receipt now, and a pulse under way may be older.
+            actor.alone, actor.images, actor.pulse = False, max(0, actor.images - result.images), None
             yield result
+
+    def _pulse(self) -> Iterator[Pulse]:
+        """Asks every actor how far it is, and says what the last answers were, at most once a second."""
+        if time.monotonic() - self.pulsed < 1:
+            return
+        self.pulsed = time.monotonic()
+        for actor in self.actors:
+            if actor.pulse is not None and ray.wait([actor.pulse], timeout=0)[0]:
+                try:
+                    actor.images = ray.get(actor.pulse)
+                except RayActorError:
+                    pass  # its death is seen at its shards
+                actor.pulse = None
+            if actor.starting is None and actor.pulse is None:
+                actor.pulse = actor.handle.in_flight.remote()
+        yield Pulse(sum(actor.images for actor in self.actors))
 
     def _died(self, actor: _Actor, error: RayActorError) -> Iterator[Failure]:
         self.actors.remove(actor)
@@ -168,8 +200,8 @@ class _Run:
 
 def run_shards(
     work: Work, checkpoint: Checkpoint, shards: Iterator[Shard], resources: Resources
-) -> Iterator[Receipt | Failure]:
-    """Works through `shards`, which is read as actors have room, and yields an outcome for every one.
+) -> Iterator[Receipt | Failure | Pulse]:
+    """Works through `shards`, which is read as actors have room, and yields an outcome for every one, and pulses.
 
     A shard that fails is tried `RETRIES` more times; an actor that dies is replaced. Raises RunError when actors
     don't start.

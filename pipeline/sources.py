@@ -143,7 +143,7 @@ def _open_parquet(fs: Any, uri: str) -> pq.ParquetFile:
         raise SourceError(f"{uri} can't be opened: {e.strerror or e}") from e
     try:
         return pq.ParquetFile(file, pre_buffer=True)
-    except (OSError, pa.ArrowException) as e:
+    except (OSError, ValueError, pa.ArrowException) as e:
         raise SourceError(f"{uri} is not a Parquet file: {_one_line(e)}") from e
 
 
@@ -216,15 +216,17 @@ def _read_rows(fs: Any, piece: Piece, collection: Collection) -> Iterator[RawIma
     try:
         file = _open_parquet(fs, piece.uri)
         _check_columns(collection, file.schema_arrow, piece.uri)
+        in_struct = pa.types.is_struct(file.schema_arrow.field(column).type) and column not in kept
+        columns = [f"{column}.bytes" if in_struct else column, *kept]
         first, groups = _groups(file.metadata, piece)
         row = first
-        for batch in file.iter_batches(64, row_groups=groups, columns=[column, *kept]):
+        for batch in file.iter_batches(64, row_groups=groups, columns=columns):
             for values in batch.to_pylist():
                 if piece.start <= row < piece.stop:
                     yield _row(piece, row, values[column], {name: values[name] for name in kept})
                     done = row + 1
                 row += 1
-    except (OSError, SourceError, pa.ArrowException) as e:
+    except (OSError, ValueError, pa.ArrowException) as e:  # ValueError: a kept text that is no UTF-8, say
         if isinstance(e.__cause__, FileNotFoundError):
             detail = "no such file"
         else:
