@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import count
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
@@ -28,6 +29,7 @@ from model.loss import DiffusionLoss
 from model.schedule import NoiseSchedule, ladder
 from model.unet import UNet, UNetConfig
 from pipeline.decode import Preprocess
+from pipeline.errors import RunError
 from pipeline.manifest import claim
 from pipeline.pictures import grid, png
 from pipeline.plan import plan_totals, read_plan, write_plan
@@ -57,6 +59,7 @@ PRESETS = {
     "tiny": _unet(16, (8, 16), 8, layers_per_block=1, norm_num_groups=4),
 }
 
+BUFFER_BYTES = 2**30  # of images to draw the next batch from, a worker
 PROGRESS, RECORD = "progress.json", "training.json"
 
 
@@ -150,8 +153,11 @@ def run(config: TrainConfig) -> int:
                 failure_config=ray.train.FailureConfig(max_failures=3),
             ),
         )
-        with _progress(out):
-            trainer.fit()
+        try:
+            with _progress(out):
+                trainer.fit()
+        except ray.train.TrainingFailedError as e:
+            raise RunError(str(e).strip().splitlines()[-1].strip()) from e
     print(f"checkpoint in {config.out}")
     return 0
 
@@ -267,20 +273,22 @@ def _batches(config: TrainConfig, collection: Collection, out: Folder, rank: int
     through a shuffle buffer. Rejects are left out."""
     unet = PRESETS[config.preset]
     how = Preprocess(unet.sample_size, unet.in_channels, config.max_pixels)
-    order = np.random.default_rng(seed)
     size = config.batch_size // config.workers
     buffer: list[np.ndarray] = []
-    names = list(read_plan(out))
-    while True:
+    room = max(size, min(8192, BUFFER_BYTES // (unet.in_channels * unet.sample_size**2)))
+    shards = list(read_plan(out))
+    draw = np.random.default_rng([seed, rank])
+    for epoch in count():
         seen = 0
-        for at in order.permutation(len(names))[rank % max(1, len(names)) :: config.workers]:
-            for batch in read_batches(collection, names[at], how, size):
+        order = np.random.default_rng([seed, epoch]).permutation(len(shards))  # the same for every rank
+        for at in order[rank % len(shards) :: config.workers]:
+            for batch in read_batches(collection, shards[at], how, size):
                 buffer.extend(image.pixels for image in batch.images)
                 seen += len(batch.images)
-                while len(buffer) >= max(8192, size):
-                    yield _draw(buffer, size, order)
+                while len(buffer) >= room:
+                    yield _draw(buffer, size, draw)
         while len(buffer) >= size:
-            yield _draw(buffer, size, order)
+            yield _draw(buffer, size, draw)
         if not seen:
             raise RuntimeError(f"no image of {config.images} could be decoded")
 
