@@ -57,15 +57,16 @@ def flag_of(name: str) -> str:
 
 
 @contextmanager
-def blame(flag: str) -> Iterator[None]:
-    """Errors about what a flag names become a ConfigError that begins with the flag."""
+def blame(flag: str, *only: type[Exception]) -> Iterator[None]:
+    """Errors about what a flag names become a ConfigError that begins with the flag: those of the types in `only`, or
+    those that files, stores and wrong values raise."""
     try:
         yield
     except ConfigError:
         raise
     except Exception as e:
-        of_a_store = type(e).__module__.split(".")[0] in STORES
-        if not of_a_store and not isinstance(e, (OSError, ValueError, ImportError)):
+        of_a_store = type(e).__module__.split(".")[0] in STORES and not only
+        if not of_a_store and not isinstance(e, only or (OSError, ValueError, ImportError)):
             raise
         at_fault = flag_of(e.field) if isinstance(e, SourceError) else flag
         raise ConfigError(f"{at_fault}: {' '.join(str(e).split()) or type(e).__name__}") from e
@@ -117,6 +118,8 @@ def _check(flag: str, hint: Any, value: Any) -> None:
     origin, args = get_origin(hint), get_args(hint)
     if value is None:
         return
+    if value == "":
+        raise ConfigError(f"{flag}: it is empty")
     if origin in (Union, types.UnionType):
         _check(flag, next(a for a in args if a is not type(None)), value)
     elif origin is tuple:

@@ -4,7 +4,7 @@ import sys
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
-from infra.cluster import connect
+from infra.cluster import ClusterError, connect
 from jobs.config import Config, Range, blame
 from model import checkpoint
 from model.schedule import ladder
@@ -88,7 +88,7 @@ def run(config: EncodeConfig) -> int:
     failures: list[Failure] = []
     if left:
         todo = (shard for shard in read_plan(out) if shard.name not in done)
-        with blame("--address"), connect(config.address):
+        with blame("--address", ClusterError), connect(config.address):
             resources = fit(config.workers, config.decode)
             reader = Reader(collection, how, config.batch_size, resources.read_by_tasks)
             work = Encode(out, reader, levels, config.dtype, config.measure, facts)

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from infra.cluster import connect
+from infra.cluster import ClusterError, connect
 from jobs.config import Config, ConfigError, Range, blame
 from model import checkpoint
 from model.schedule import Ladder, ladder
@@ -83,7 +83,7 @@ def run(config: ReconstructConfig) -> int:
     failures: list[Failure] = []
     if left:
         todo = (shard for shard in read_plan(latents) if shard.name in left)
-        with blame("--address"), connect(config.address):
+        with blame("--address", ClusterError), connect(config.address):
             resources = fit(config.workers, config.decode)
             reader = Reader(collection, how, config.batch_size, resources.read_by_tasks)
             work = Reconstruct(out, latents, reader, ladders, {"model_digest": model.digest})

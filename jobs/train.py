@@ -19,7 +19,7 @@ import ray.train.torch
 import torch
 from torch import Tensor
 
-from infra.cluster import connect
+from infra.cluster import ClusterError, connect
 from jobs.config import Config, ConfigError, Range, blame
 from model import checkpoint
 from model.checkpoint import Checkpoint
@@ -134,7 +134,7 @@ def run(config: TrainConfig) -> int:
     with blame("--images"):
         totals = plan_totals(out) or write_plan(out, collection, 512, config.limit)
     print(f"training {config.preset} on {totals.images} images for {config.train_steps} steps", flush=True)
-    with blame("--address"), connect(config.address):
+    with blame("--address", ClusterError), connect(config.address):
         gpus = ray.cluster_resources().get("GPU", 0)
         if gpus:
             resources: dict[str, float] = {"CPU": 1, "GPU": 1}

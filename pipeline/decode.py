@@ -8,7 +8,7 @@ import zlib
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import ExifTags, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, UnidentifiedImageError
 from PIL import Image as PIL
 
 # Formats that are pictures and whose decoders run in this process (EPS, say, would start Ghostscript).
@@ -49,7 +49,8 @@ class Preprocess:
     """How a file becomes the model's input; written to every latent file, so that an original can be read again.
 
     EXIF orientation applied, the first frame of an animation, alpha laid over `background`, converted to RGB (16-bit
-    gray by its high byte), then the largest centred square resized to `size` x `size` pixels with Lanczos.
+    gray by its high byte), then the largest centred square cropped (an odd pixel left over is on the right or below)
+    and resized to `size` x `size` pixels with Lanczos.
     """
 
     size: int
@@ -91,7 +92,12 @@ def _decode(data: bytes, how: Preprocess) -> tuple[np.ndarray, int, int]:
         image = _rgb(image, how.background)
         if how.channels == 1:
             image = image.convert("L")
-        image = ImageOps.fit(image, (how.size, how.size), PIL.Resampling.LANCZOS)
+        side = min(width, height)
+        left, top = (width - side) // 2, (height - side) // 2
+        # Cropped first: a resize of a part would look past its edge.
+        image = image.crop((left, top, left + side, top + side))
+        if side != how.size:
+            image = image.resize((how.size, how.size), PIL.Resampling.LANCZOS)
         return np.asarray(image).reshape(how.size, how.size, how.channels), width, height
 
 

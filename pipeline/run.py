@@ -8,7 +8,7 @@ from itertools import islice
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayError, RayTaskError, UnserializableException
 
 from model.checkpoint import Checkpoint
 from pipeline.actors import Receipt, ShardActor, Work
@@ -147,12 +147,12 @@ class _Run:
                 continue
             try:
                 result = ray.get(ref)
-            except RayActorError as e:
-                yield from self._died(actor, e)
-                continue
-            except RayTaskError as e:
+            except (RayTaskError, UnserializableException) as e:  # raised in the shard; the actor is well
                 yield from self._blamed(actor.shards.pop(ref), _words(e), self.retries)
                 actor.alone, actor.images, actor.pulse = False, 0, None
+                continue
+            except RayError as e:  # not RayActorError alone: Ray says OutOfMemoryError where it killed the actor
+                yield from self._died(actor, e)
                 continue
             if ref is actor.starting:
                 actor.starting, self.failed_starts = None, 0
@@ -171,15 +171,16 @@ class _Run:
             if actor.pulse is not None and ray.wait([actor.pulse], timeout=0)[0]:
                 try:
                     actor.images = ray.get(actor.pulse)
-                except RayActorError:
+                except RayError:
                     pass  # its death is seen at its shards
                 actor.pulse = None
             if actor.starting is None and actor.pulse is None:
                 actor.pulse = actor.handle.in_flight.remote()
         yield Pulse(sum(actor.images for actor in self.actors))
 
-    def _died(self, actor: _Actor, error: RayActorError) -> Iterator[Failure]:
+    def _died(self, actor: _Actor, error: RayError) -> Iterator[Failure]:
         self.actors.remove(actor)
+        ray.kill(actor.handle)  # one that is only out of reach would keep its GPU
         if actor.starting is not None:
             self.failed_starts += 1
             if self.failed_starts == STARTS:
@@ -210,7 +211,12 @@ def run_shards(
 
 
 def _words(error: Exception) -> str:
-    """The error's last line: of a task's, what was raised in it."""
+    """What was raised in a task, or of Ray's own errors the line that says why."""
     cause = getattr(error, "cause", None) if isinstance(error, RayTaskError) else None
-    text = f"{type(cause).__name__}: {cause}" if cause is not None else str(error)
-    return " ".join(text.strip().splitlines()[-1].split())[:500]
+    if cause is not None:
+        text = f"{type(cause).__name__}: {cause}"
+    else:
+        lines = str(error).strip().splitlines()
+        first = lines[0] if isinstance(error, OutOfMemoryError) else lines[-1]
+        text = next((line for line in lines if line.startswith("The actor is dead")), first)
+    return " ".join(text.split())[:500]

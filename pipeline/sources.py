@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import fsspec
@@ -14,6 +15,8 @@ from pipeline.errors import SourceError
 from pipeline.records import LATENT_COLUMNS, Piece, Shard
 
 FILES, PARQUET = "files", "parquet"
+TABLES = (".parquet", ".pq")
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".jp2", ".avif", ".ppm", ".pgm")
 
 
 @dataclass(frozen=True)
@@ -46,22 +49,24 @@ def open_collection(
     keep: Sequence[str] = (),
     storage_options: Mapping[str, Any] | None = None,
 ) -> Collection:
-    """Recognises what `uri` is: a Parquet file or a folder or glob of them, else image files in a folder tree or glob.
+    """Recognises what `uri` is: Parquet, where there are Parquet files and no pictures among the first names (a
+    README beside them is passed over), else image files in a folder tree or glob, every one of which is an input.
 
     For Parquet the image column (bytes, or struct with `bytes`, as the Hugging Face hub has it) is found by its type,
     or named by `image_column`; `keep` names further columns. Raises SourceError.
     """
     options = dict(storage_options or {})
     fs, _ = _filesystem(uri, options)
-    first = next(_list(uri, options), None)
-    if first is None:
+    heads = list(islice(_list(uri, options), 1000))
+    if not heads:
         raise SourceError(f"{uri} holds no files")
-    if not first[1].lower().endswith((".parquet", ".pq")):
+    tables = [file for file, name, *_ in heads if name.lower().endswith(TABLES)]
+    if not tables or any(name.lower().endswith(PICTURES) for _, name, *_ in heads):
         if keep or image_column:
             column, setting = (keep[0], "keep") if keep else (image_column, "image_column")
             raise SourceError(f"column {column!r} is asked for, and {uri} holds files, without columns", setting)
         return Collection(uri, FILES, storage_options=options)
-    schema = _open_parquet(fs, first[0]).schema_arrow
+    schema = _open_parquet(fs, tables[0]).schema_arrow
     column = _image_column(schema, image_column, uri)
     for name in keep:
         if name not in schema.names:
@@ -78,6 +83,8 @@ def list_pieces(collection: Collection, shard_size: int) -> Iterator[Piece]:
     for uri, name, size, version in _list(collection.uri, collection.storage_options):
         if collection.kind == FILES:
             yield Piece(uri, name, size, version)
+            continue
+        if not name.lower().endswith(TABLES):
             continue
         file = _open_parquet(fs, uri)
         _check_columns(collection, file.schema_arrow, uri)

@@ -5,6 +5,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("palindrome", deadline=None, derandomize=True)  # no failure by a busy machine or by chance
+settings.load_profile("palindrome")
 
 
 @pytest.fixture(scope="session")
@@ -23,3 +27,37 @@ def sample(corpus):
 def pngs(corpus):
     """The bytes of its images."""
     return corpus.sample_pngs()
+
+
+@pytest.fixture(scope="session")
+def ray_here():
+    """One Ray on this machine for all tests, without GPUs; a job called in this process runs on it."""
+    import ray
+
+    import infra.cluster  # noqa: F401, sets Ray up before it is imported
+
+    ray.init(address="local", num_cpus=3, num_gpus=0, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """A checkpoint of 16x16 images with random weights, none near zero: its outputs are of order one."""
+    import torch
+
+    from jobs.train import PRESETS
+    from model.checkpoint import Checkpoint
+    from model.schedule import NoiseSchedule
+    from model.unet import UNet
+
+    network = UNet(PRESETS["tiny"])
+    generator = torch.Generator().manual_seed(0)
+    weights = {}
+    for name, value in network.state_dict().items():
+        drawn = torch.randn(value.shape, generator=generator)
+        if value.dim() > 1:
+            weights[name] = drawn / value[0].numel() ** 0.5
+        else:  # a bias, or the scale of a group norm
+            weights[name] = 0.3 * drawn + float("norm" in name and name.endswith("weight"))
+    return Checkpoint(network.config, weights, NoiseSchedule())

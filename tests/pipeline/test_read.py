@@ -91,7 +91,7 @@ def test_images_and_rejects_do_not_depend_on_shard_or_batch_size(folder):
     assert seen(shard_size=7, batch_size=3) == seen(shard_size=1000, batch_size=64) == seen(shard_size=1, batch_size=1)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(good=st.lists(st.booleans(), min_size=1, max_size=40), batch_size=st.integers(1, 12))
 def test_batches_are_full_but_the_last(good, batch_size, pngs, tmp_path_factory):
     path = tmp_path_factory.mktemp("batches") / "a.parquet"

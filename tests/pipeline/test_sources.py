@@ -17,9 +17,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.errors import SourceError
 from pipeline.plan import pack
 from pipeline.records import REASONS, Shard
-from pipeline.sources import FILES, PARQUET, SourceError, list_pieces, open_collection, read_raw
+from pipeline.sources import FILES, PARQUET, list_pieces, open_collection, read_raw
 
 ROOT = Path(__file__).parents[2]
 
@@ -286,6 +287,23 @@ def test_several_files_in_folders_and_by_glob(tmp_path, pngs):
     assert [raw.data for raw in rows(tmp_path, 4)] == pngs[6:9] + pngs[:6]
 
 
+def test_a_readme_beside_parquet_files_is_no_image(tmp_path, sample):
+    (tmp_path / "README.md").write_text("# A data set, as the hub has it\n")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.parquet").write_bytes(sample.read_bytes())
+    collection = open_collection(str(tmp_path))
+    assert collection.kind == "parquet"
+    assert [(p.name, p.start, p.stop) for p in list_pieces(collection, 512)] == [("data/train.parquet", 0, 256)]
+
+
+def test_a_table_beside_pictures_is_one_input_more(tmp_path, pngs, sample):
+    (tmp_path / "metadata.parquet").write_bytes(sample.read_bytes())
+    (tmp_path / "one.png").write_bytes(pngs[0])
+    collection = open_collection(str(tmp_path))
+    assert collection.kind == "files"
+    assert [p.name for p in list_pieces(collection, 512)] == ["metadata.parquet", "one.png"]
+
+
 def test_parquet_in_memory_filesystem(pngs):
     root, sink = f"memory://{uuid.uuid4().hex}", io.BytesIO()
     pq.write_table(table(pngs, 7), sink, row_group_size=3)
@@ -307,13 +325,22 @@ def test_kept_columns_come_along_in_order_with_their_types(tmp_path, pngs):
     assert list(found[0].kept) == keep
 
 
+def test_text_that_is_no_utf_8_harms_only_who_keeps_it(tmp_path, pngs):
+    """Arrow lets such text through, until it is looked at."""
+    bad = pa.array([b"ok", b"\xff\xfe"]).cast(pa.binary()).view(pa.string())
+    images = pa.StructArray.from_arrays([pa.array(pngs[:2]), bad], ["bytes", "path"])
+    pq.write_table(pa.table({"img": images, "caption": bad, "label": [1, 2]}), tmp_path / "a.parquet")
+    assert [raw.data for raw in rows(tmp_path, keep=["label"])] == pngs[:2]
+    assert {raw.reason for raw in rows(tmp_path, keep=["caption"])} == {"unreadable"}
+
+
 def test_image_column_can_be_kept(tmp_path, pngs):
     pq.write_table(table(pngs, 3), tmp_path / "a.parquet")
     for raw, png in zip(rows(tmp_path, keep=["img", "label"]), pngs[:3], strict=True):
         assert raw.data == raw.kept["img"]["bytes"] == png
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     files=st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=6), min_size=1, max_size=3),
     shard_size=st.integers(1, 12),
@@ -360,6 +387,20 @@ def test_unknown_column_is_refused_by_name(sample):
         assert "img, label" in message  # what there is
 
 
+def test_refusal_knows_the_setting_at_fault(tmp_path, sample, pngs):
+    fill(tmp_path, {"a.png": pngs[0]})
+    for uri, options, setting in [
+        (tmp_path / "none", {}, "images"),
+        (tmp_path, {"keep": ["label"]}, "keep"),
+        (tmp_path, {"image_column": "img"}, "image_column"),
+        (sample, {"keep": ["colour"]}, "keep"),
+        (sample, {"keep": ["label"], "image_column": "colour"}, "image_column"),
+    ]:
+        with pytest.raises(SourceError) as info:
+            open_collection(str(uri), **options)
+        assert info.value.field == setting
+
+
 def test_column_without_bytes_is_refused(sample):
     assert "'label' has no bytes" in refused(sample, image_column="label")
 
@@ -392,10 +433,12 @@ def corrupt(content, how):
         return content[:-100]
     if how == "thrift":
         return content[:-1000] + b"\xff" * 992 + content[-8:]
+    if how == "column name":
+        return content.replace(b"label", b"\xff\xfe\xfd\xfc\xfb")
     return content[:-8] + b"\xff\xff\xff\x7f" + content[-4:]  # the footer's length
 
 
-@pytest.mark.parametrize("how", ["empty", "text", "cut", "thrift", "length"])
+@pytest.mark.parametrize("how", ["empty", "text", "cut", "thrift", "length", "column name"])
 @pytest.mark.parametrize("name", ["0.parquet", "2.parquet"])
 def test_corrupt_parquet_file_is_refused_by_name(name, how, tmp_path, pngs):
     pq.write_table(table(pngs, 5), tmp_path / "1.parquet")
@@ -469,7 +512,7 @@ def test_replaced_parquet_file_is_unreadable(what, planned, pngs):
     assert all("a.parquet" in raw.detail for raw in found)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(edits=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.binary(min_size=1, max_size=30)), min_size=1))
 def test_damaged_pages_account_for_each_row(edits, sample, tmp_path_factory):
     """Bytes written over between plan and read: each listed row comes once, with bytes or a reason, twice the same."""

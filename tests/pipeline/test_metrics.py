@@ -1,0 +1,62 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.metrics import psnr, round_trip_error, to_model, to_pixels
+
+
+def test_every_byte_value_comes_back():
+    pixels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
+    assert np.array_equal(to_pixels(to_model(pixels)), pixels)
+
+
+def test_to_model_spans_minus_one_to_one():
+    x = to_model(np.array([0, 255], np.uint8).reshape(1, 1, 2, 1))
+    assert x.dtype == torch.float32
+    assert x.flatten().tolist() == [-1.0, 1.0]
+
+
+def test_channels_move_to_the_front_and_back():
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 3, 5, 4), np.uint8)
+    x = to_model(pixels)
+    assert x.shape == (2, 4, 3, 5)
+    assert float(x[1, 2, 0, 4]) == pytest.approx(pixels[1, 0, 4, 2] / 127.5 - 1, abs=1e-6)
+    assert np.array_equal(to_pixels(x), pixels)
+
+
+def test_to_pixels_clips_and_rounds_to_the_nearest():
+    x = torch.tensor([-3.0, 3.0, 10.4 / 127.5 - 1, 10.6 / 127.5 - 1]).reshape(1, 1, 1, 4)
+    assert to_pixels(x).flatten().tolist() == [0, 255, 10, 11]
+
+
+def test_the_error_of_black_for_white_is_one():
+    black, white = -torch.ones(1, 3, 2, 2), torch.ones(1, 3, 2, 2)
+    assert round_trip_error(black, white).tolist() == [1.0]
+
+
+def test_the_error_is_that_of_the_pixels_by_hand():
+    rng = np.random.default_rng(1)
+    a, b = rng.integers(0, 256, (2, 4, 8, 8, 3), np.uint8)
+    by_hand = ((a / 255 - b / 255) ** 2).mean((1, 2, 3))
+    found = round_trip_error(to_model(a), to_model(b))
+    assert found.dtype == np.float64
+    np.testing.assert_allclose(found, by_hand, rtol=1e-6)
+
+
+def test_the_error_is_neither_clipped_nor_rounded():
+    x = torch.zeros(1, 1, 1, 2)
+    assert round_trip_error(x, x + 4).tolist() == [4.0]
+    assert round_trip_error(x, x + 1e-4)[0] == pytest.approx(2.5e-9)
+
+
+def test_each_image_has_its_own_error():
+    x = torch.zeros(3, 1, 2, 2)
+    assert round_trip_error(x, x + torch.tensor([0.0, 1.0, 2.0]).reshape(3, 1, 1, 1)).tolist() == [0, 0.25, 1]
+
+
+def test_psnr_of_known_errors():
+    assert psnr(1.0) == 0
+    assert psnr(1e-4) == pytest.approx(40)
+    assert psnr(0.0) == math.inf
