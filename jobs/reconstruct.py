@@ -4,29 +4,22 @@ import sys
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-
 from infra.cluster import ClusterError, connect
 from jobs.config import Config, ConfigError, Range, blame
 from model import checkpoint
 from model.schedule import Ladder, ladder
 from pipeline.actors import RECONSTRUCTIONS, Reader, Reconstruct
+from pipeline.comparison import choose_examples, series_at
 from pipeline.decode import Preprocess
 from pipeline.latents import committed
 from pipeline.manifest import ManifestError, claim, read_manifest
-from pipeline.pictures import pixels_of
 from pipeline.plan import Totals, plan_totals, read_plan
 from pipeline.progress import Progress, follow
-from pipeline.read import read_batches
-from pipeline.report import Example, Series, reconstruction_report
+from pipeline.report import reconstruction_report
 from pipeline.run import Failure, fit, run_shards
 from pipeline.sources import Collection
 from pipeline.storage import Folder, absolute
-from pipeline.summary import errors, put_summary, reconstructions_summary
-
-EXAMPLES = 12  # pictures under each heading of the report
+from pipeline.summary import put_summary, read_errors, reconstructions_summary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,9 +81,21 @@ def run(config: ReconstructConfig) -> int:
             reader = Reader(collection, how, config.batch_size, resources.read_by_tasks)
             work = Reconstruct(out, latents, reader, ladders, {"model_digest": model.digest})
             failures = follow(Progress("reconstruct", totals, len(done)), run_shards(work, model, todo, resources))
-    summary = reconstructions_summary(out, [len(levels) - 1 for levels in ladders])
+    rows, steps = read_errors(out), [len(levels) - 1 for levels in ladders]
+    summary = reconstructions_summary(out, rows, steps)
     put_summary(out, summary, failures)
-    _report(config, out, latents, encoded, collection, how)
+    nfe = encoded["inversion"]["nfe"]
+    described: dict[str, str] = {
+        "latents": config.latents,
+        "images": collection.uri,
+        "model": f"{encoded['config']['model']} (digest {model.digest[:16]})",
+        "inversion": f"{encoded['inversion']['method']}, {nfe} network evaluations an image",
+        "ladder": f"{encoded['config']['ladder']}, {len(encoded['levels']) - 1} steps to {encoded['levels'][-1]}",
+        "stored as": encoded["config"]["dtype"],
+    }
+    series = [series_at(rows, count, nfe) for count in sorted(steps)]
+    examples = choose_examples(out, latents, collection, how, rows, max(steps))
+    out.put("report.html", reconstruction_report("Reconstruction", described, series, examples).encode())
     return _conclude(config, summary, failures)
 
 
@@ -114,81 +119,6 @@ def _ladders(config: ReconstructConfig, encoded: dict[str, Any]) -> tuple[Ladder
     return tuple(
         own if steps == len(own) - 1 else ladder(kind, steps, timesteps, top=own[-1]) for steps in config.steps
     ) or (own,)
-
-
-def _report(
-    config: ReconstructConfig,
-    out: Folder,
-    latents: Folder,
-    encoded: dict[str, Any],
-    collection: Collection,
-    how: Preprocess,
-) -> None:
-    table = errors(out)
-    compared = table.filter(pc.equal(table["status"], "compared"))
-    nfe = encoded["inversion"]["nfe"]
-    series = []
-    for steps in sorted(set(table["steps"].to_pylist())):
-        rows = compared.filter(pc.equal(compared["steps"], steps))
-        here = table.filter(pc.equal(table["steps"], steps))["status"].value_counts().to_pylist()
-        others = {c["values"]: c["counts"] for c in here if c["values"] != "compared"}
-        identical = pc.mean(rows["identical"]).as_py() or 0.0
-        series.append(Series(steps, nfe + steps, rows["mse"].to_numpy(), identical, others))
-    longest = compared.filter(pc.equal(compared["steps"], max((s.steps for s in series), default=0)))
-    order = np.argsort(longest["mse"].to_numpy(), kind="stable")
-    spread = np.linspace(0, len(order) - 1, min(EXAMPLES, len(order))).astype(int)
-    chosen = {
-        "A sample of the collection": spread,  # evenly over its order
-        "Best": order[:EXAMPLES],
-        "Worst": order[::-1][:EXAMPLES],
-    }
-    wanted = longest.take(pa.array(np.unique(np.concatenate(list(chosen.values())))))
-    pictures = _pictures(out, latents, wanted, collection, how)
-    examples = {}
-    for heading, indices in chosen.items():
-        rows = longest.take(pa.array(indices)).to_pylist()
-        examples[heading] = [
-            Example(r["image_id"], r["steps"], r["mse"], r["psnr"], *pictures[r["image_id"]])
-            for r in rows
-            if r["image_id"] in pictures
-        ]
-    levels = encoded["levels"]
-    described = {
-        "latents": config.latents,
-        "images": str(encoded["config"]["images"]),
-        "model": f"{encoded['config']['model']} (digest {encoded['model_digest'][:16]})",
-        "inversion": f"{encoded['inversion']['method']}, {nfe} network evaluations an image",
-        "ladder": f"{encoded['config']['ladder']}, {len(levels) - 1} steps to timestep {levels[-1]}",
-        "stored as": encoded["config"]["dtype"],
-    }
-    out.put("report.html", reconstruction_report("Reconstruction", described, series, examples).encode())
-
-
-def _pictures(
-    out: Folder, latents: Folder, wanted: pa.Table, collection: Collection, how: Preprocess
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Original and reconstruction of the rows wanted, read again from the collection and from the run."""
-    ids = dict(zip(wanted["image_id"].to_pylist(), wanted["steps"].to_pylist(), strict=True))
-    reconstructed = {}
-    shards: dict[str, list[str]] = {}
-    for name in sorted(committed(out, RECONSTRUCTIONS)):
-        with out.parquet_file(f"{RECONSTRUCTIONS}/{name}.parquet") as file:
-            for batch in file.iter_batches(256, columns=["image_id", "steps", "image"]):
-                for row in batch.to_pylist():
-                    if ids.get(row["image_id"]) == row["steps"]:
-                        reconstructed[row["image_id"]] = pixels_of(row["image"]["bytes"])
-                        shards.setdefault(name, []).append(row["image_id"])
-    pictures = {}
-    for shard in read_plan(latents):
-        left = set(shards.get(shard.name, ()))
-        for batch in read_batches(collection, shard, how, 64) if left else ():
-            for image in batch.images:
-                if image.image_id in left:
-                    pictures[image.image_id] = (image.pixels, reconstructed[image.image_id])
-                    left.remove(image.image_id)
-            if not left:
-                break
-    return pictures
 
 
 def _conclude(config: ReconstructConfig, summary: dict[str, Any], failures: list[Failure]) -> int:

@@ -26,3 +26,14 @@ def round_trip_error(x: Tensor, decoded: Tensor) -> np.ndarray:
 def psnr(mse: float) -> float:
     """Peak signal-to-noise ratio in dB, the peak being 1; inf for no error."""
     return -10 * math.log10(mse) if mse > 0 else math.inf
+
+
+def statistics(mse: np.ndarray) -> dict[str, float]:
+    """Figures of the finite errors in float [N], NaN where there are none. `psnr` averages those that are not exact:
+    one exact image among thousands would make the mean infinite and say nothing of the others."""
+    errors = mse[np.isfinite(mse)]
+    if not len(errors):
+        return dict.fromkeys(("mean", "median", "p99", "max", "psnr"), math.nan)
+    mean, median, p99, top = errors.mean(), np.median(errors), np.percentile(errors, 99), errors.max()
+    psnr = -10 * np.log10(errors[errors > 0]).mean() if top > 0 else math.inf
+    return {"mean": float(mean), "median": float(median), "p99": float(p99), "max": float(top), "psnr": float(psnr)}

@@ -8,6 +8,7 @@ from html import escape
 
 import numpy as np
 
+from pipeline.metrics import statistics
 from pipeline.pictures import png
 
 
@@ -146,17 +147,6 @@ def reconstruction_report(
         parts.append(f'<div class="charts">{"".join(charts)}</div>')
     parts += [_cards(heading, listed) for heading, listed in examples.items()]
     return PAGE.format(title=escape(title), css=CSS, body="\n".join(parts))
-
-
-def statistics(mse: np.ndarray) -> dict[str, float]:
-    """Figures of the finite errors in float [N], NaN where there are none. `psnr` averages those that are not exact:
-    one exact image among thousands would make the mean infinite and say nothing of the others."""
-    errors = mse[np.isfinite(mse)]
-    if not len(errors):
-        return dict.fromkeys(("mean", "median", "p99", "max", "psnr"), math.nan)
-    mean, median, p99, top = errors.mean(), np.median(errors), np.percentile(errors, 99), errors.max()
-    psnr = -10 * np.log10(errors[errors > 0]).mean() if top > 0 else math.inf
-    return {"mean": float(mean), "median": float(median), "p99": float(p99), "max": float(top), "psnr": float(psnr)}
 
 
 def histogram(errors: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

@@ -1,15 +1,19 @@
 """What came of a run, read from its committed shards: the content of `summary.json`."""
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.actors import RECONSTRUCTIONS
 from pipeline.latents import LATENTS, REJECTS, committed, shard_metadata
+from pipeline.metrics import statistics
+from pipeline.records import ERROR_SCHEMA
 from pipeline.run import Failure
 from pipeline.storage import Folder
 
@@ -26,58 +30,47 @@ def latents_summary(run: Folder, measured: bool) -> dict[str, Any]:
             reasons.update(run.read_parquet(f"{REJECTS}/{name}", ["reason"]).column(0).to_pylist())
     summary["rejects_by_reason"] = dict(sorted(reasons.items()))
     if measured:
-        tables = (run.read_parquet(f"{LATENTS}/{shard}.parquet", ["image_id", "mse"]) for shard in shards)
-        summary["round_trip"] = error_statistics(pa.concat_tables(tables)) if shards else error_statistics(None)
+        columns = ["image_id", "mse"]
+        tables = [run.read_parquet(f"{LATENTS}/{shard}.parquet", columns) for shard in shards]
+        nothing = pa.table({"image_id": pa.array([], pa.string()), "mse": pa.array([], pa.float64())})
+        summary["round_trip"] = error_statistics(pa.concat_tables([nothing, *tables], promote_options="permissive"))
     return summary
 
 
-def reconstructions_summary(run: Folder, steps: Sequence[int]) -> dict[str, Any]:
-    """Counts, seconds, and for each number of steps the errors, and the images that could not be compared."""
-    shards = sorted(committed(run, RECONSTRUCTIONS))
-    summary = _account(run, shards, RECONSTRUCTIONS)
-    table = errors(run)
+def reconstructions_summary(run: Folder, rows: pa.Table, steps: Sequence[int]) -> dict[str, Any]:
+    """Counts, seconds, and for each number of steps the errors in `rows` and the images that could not be compared."""
+    summary = _account(run, sorted(committed(run, RECONSTRUCTIONS)), RECONSTRUCTIONS)
     summary["by_steps"] = []
     for count in steps:
-        rows = table.filter(pa.compute.equal(table["steps"], count))
-        compared = rows.filter(pa.compute.equal(rows["status"], "compared"))
-        others = Counter(s for s in rows["status"].to_pylist() if s != "compared")
-        identical = compared["identical"].to_numpy()
-        summary["by_steps"].append(
-            {
-                "steps": count,
-                **error_statistics(compared),
-                "identical": float(identical.mean()) if len(identical) else None,
-                "uncompared": dict(sorted(others.items())),
-            }
-        )
+        compared, uncompared = split_by_status(rows, count)
+        identical = pc.mean(compared["identical"]).as_py()
+        found = {**error_statistics(compared), "identical": identical, "uncompared": uncompared}
+        summary["by_steps"].append({"steps": count, **found})
     return summary
 
 
-def errors(run: Folder) -> pa.Table:
+def read_errors(run: Folder) -> pa.Table:
     """All rows of a reconstruction, without the images."""
-    columns = ["image_id", "source", "steps", "status", "mse", "psnr", "identical"]
-    tables = [
-        run.read_parquet(f"{RECONSTRUCTIONS}/{s}.parquet", columns) for s in sorted(committed(run, RECONSTRUCTIONS))
-    ]
-    return pa.concat_tables(tables)
+    columns = [name for name in ERROR_SCHEMA.names if name != "image"]
+    shards = sorted(committed(run, RECONSTRUCTIONS))
+    tables = [run.read_parquet(f"{RECONSTRUCTIONS}/{shard}.parquet", columns) for shard in shards]
+    return pa.concat_tables(tables) if tables else ERROR_SCHEMA.empty_table().select(columns)
+
+
+def split_by_status(rows: pa.Table, steps: int) -> tuple[pa.Table, dict[str, int]]:
+    """Of the rows at a number of steps: those compared, and reason -> count of those that were not."""
+    rows = rows.filter(pc.equal(rows["steps"], steps))
+    others = Counter(status for status in rows["status"].to_pylist() if status != "compared")
+    return rows.filter(pc.equal(rows["status"], "compared")), dict(sorted(others.items()))
 
 
 def error_statistics(rows: pa.Table) -> dict[str, Any]:
-    """count, mean, median, p99 of `mse`, the mean of the per-image PSNRs, and the worst ids, worst first."""
-    mse = rows["mse"].to_numpy().astype(np.float64)
-    if not len(mse):
-        return {"count": 0, "mean": None, "median": None, "p99": None, "psnr": None, "worst": []}
+    """count, mean, median, p99, max of `mse`, the mean PSNR of those that are not exact, and the worst ids, worst
+    first. What has no finite value is None."""
+    mse = rows["mse"].to_numpy()
+    figures = {name: value if math.isfinite(value) else None for name, value in statistics(mse).items()}
     worst = np.argsort(-mse, kind="stable")[:WORST]
-    with np.errstate(divide="ignore"):
-        psnr = -10 * np.log10(mse)
-    return {
-        "count": len(mse),
-        "mean": float(mse.mean()),
-        "median": float(np.median(mse)),
-        "p99": float(np.quantile(mse, 0.99)),
-        "psnr": float(psnr[np.isfinite(psnr)].mean()) if np.isfinite(psnr).any() else None,
-        "worst": rows["image_id"].take(pa.array(worst)).to_pylist(),
-    }
+    return {"count": len(mse), **figures, "worst": rows["image_id"].take(pa.array(worst)).to_pylist()}
 
 
 def put_summary(run: Folder, summary: dict[str, Any], failures: Sequence[Failure]) -> None:

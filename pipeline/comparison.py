@@ -1,0 +1,83 @@
+"""Which rows of a reconstruction the report shows, and their pictures."""
+
+from collections import defaultdict
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.actors import RECONSTRUCTIONS
+from pipeline.decode import Preprocess
+from pipeline.latents import committed
+from pipeline.pictures import pixels_of
+from pipeline.plan import read_plan
+from pipeline.read import read_batches
+from pipeline.report import Example, Series
+from pipeline.sources import Collection
+from pipeline.storage import Folder
+from pipeline.summary import split_by_status
+
+EXAMPLES = 12  # pictures under each heading
+
+
+def series_at(rows: pa.Table, steps: int, nfe_up: int) -> Series:
+    """The errors at a number of steps; `nfe_up` are the network evaluations that encoding took."""
+    compared, uncompared = split_by_status(rows, steps)
+    identical = pc.mean(compared["identical"]).as_py() or 0.0
+    return Series(steps, nfe_up + steps, compared["mse"].to_numpy(), identical, uncompared)
+
+
+def choose_examples(
+    run: Folder, latents: Folder, collection: Collection, how: Preprocess, rows: pa.Table, steps: int
+) -> dict[str, list[Example]]:
+    """Images at a number of steps, by heading: some spread evenly over the collection, the best and the worst."""
+    compared, _ = split_by_status(rows, steps)
+    order = np.argsort(compared["mse"].to_numpy(), kind="stable")
+    chosen = {
+        "A sample of the collection": np.linspace(0, len(order) - 1, min(EXAMPLES, len(order))).astype(int),
+        "Best": order[:EXAMPLES],
+        "Worst": order[::-1][:EXAMPLES],
+    }
+    listed = {heading: compared.take(pa.array(places)).to_pylist() for heading, places in chosen.items()}
+    wanted = {row["image_id"] for group in listed.values() for row in group}
+    reconstructed, shards = _reconstructed(run, wanted, steps)
+    originals = _originals(latents, collection, how, shards)
+    return {
+        heading: [
+            Example(name, steps, row["mse"], row["psnr"], originals[name], reconstructed[name])
+            for row in group
+            if (name := row["image_id"]) in originals
+        ]
+        for heading, group in listed.items()
+    }
+
+
+def _reconstructed(run: Folder, wanted: set[str], steps: int) -> tuple[dict[str, np.ndarray], dict[str, set[str]]]:
+    """id -> reconstruction, uint8 [H, W, C], and shard -> the ids found in it."""
+    pictures: dict[str, np.ndarray] = {}
+    shards: dict[str, set[str]] = defaultdict(set)
+    for name in sorted(committed(run, RECONSTRUCTIONS)):
+        here = run.read_parquet(f"{RECONSTRUCTIONS}/{name}.parquet", ["image_id", "steps"])
+        if not any(i in wanted and s == steps for i, s in zip(*(c.to_pylist() for c in here.columns), strict=True)):
+            continue
+        with run.parquet_file(f"{RECONSTRUCTIONS}/{name}.parquet") as file:
+            for batch in file.iter_batches(256, columns=["image_id", "steps", "image"]):
+                for row in batch.to_pylist():
+                    if row["steps"] == steps and row["image_id"] in wanted:
+                        pictures[row["image_id"]] = pixels_of(row["image"]["bytes"])
+                        shards[name].add(row["image_id"])
+    return pictures, shards
+
+
+def _originals(
+    latents: Folder, collection: Collection, how: Preprocess, shards: dict[str, set[str]]
+) -> dict[str, np.ndarray]:
+    """id -> original, uint8 [H, W, C], read again; those that are gone since are left out."""
+    pictures: dict[str, np.ndarray] = {}
+    for shard in read_plan(latents):
+        wanted = shards.get(shard.name, set())
+        for batch in read_batches(collection, shard, how, 64) if wanted else ():
+            pictures |= {image.image_id: image.pixels for image in batch.images if image.image_id in wanted}
+            if wanted <= pictures.keys():
+                break
+    return pictures
