@@ -12,7 +12,7 @@ from pipeline.actors import Encode, Reader
 from pipeline.decode import Preprocess
 from pipeline.latents import committed
 from pipeline.manifest import claim
-from pipeline.plan import Totals, plan_totals, read_plan, write_plan
+from pipeline.plan import plan_totals, read_plan, write_plan
 from pipeline.progress import Progress, follow
 from pipeline.records import REASONS
 from pipeline.run import Failure, fit, run_shards
@@ -96,10 +96,10 @@ def run(config: EncodeConfig) -> int:
             failures = follow(progress, run_shards(work, model, todo, resources))
     summary = latents_summary(out, config.measure)
     put_summary(out, summary, failures)
-    return _conclude(config, totals, summary, failures)
+    return _conclude(config, summary, failures)
 
 
-def _conclude(config: EncodeConfig, totals: Totals, summary: dict[str, Any], failures: list[Failure]) -> int:
+def _conclude(config: EncodeConfig, summary: dict[str, Any], failures: list[Failure]) -> int:
     print(f"{summary['latents']} latents and {summary['rejects']} rejects in {config.out}")
     for reason, count in summary["rejects_by_reason"].items():
         print(f"  {count} rejected as {reason}: {REASONS[reason]}")

@@ -9,6 +9,7 @@ from pipeline.errors import ManifestError
 from pipeline.storage import TEMPORARY, Folder
 
 NAME = "run.json"
+COMPLETE = "plan/complete.json"  # put when a plan is whole: one without it was cut short, and is made again
 LIBRARIES = ("palindrome", "torch", "ray", "pyarrow", "pillow", "numpy")
 
 
@@ -20,14 +21,15 @@ def claim(run: Folder, job: str, config: Mapping[str, Any], free: Collection[str
     """
     wanted = json.loads(json.dumps({"job": job, "config": dict(config), **facts}))
     found = read_manifest(run)
-    if found is None:
-        names = [path.rpartition("/")[2] for path in run.fs.ls(run.path(), detail=False)] if run.exists() else []
-        if any(not name.startswith(TEMPORARY) for name in names):  # a run killed at its first put leaves one
-            raise ManifestError(f"{run.uri} is not empty and is no run folder (it has no {NAME})")
+    names = {path.rpartition("/")[2] for path in run.fs.ls(run.path(), detail=False)} if run.exists() else set()
+    names = {name for name in names if not name.startswith(TEMPORARY)}  # a run killed at its first put leaves one
+    if names <= {NAME, "plan"} and not run.exists(COMPLETE):  # nothing is done here yet: a first try may have failed
         meaning = {k: "may change" if k in free else "must be the same to resume" for k in config}
         content = {**wanted, "versions": _versions(), "fields": meaning}
         run.put(NAME, (json.dumps(content, indent=2) + "\n").encode())
         return False
+    if found is None:
+        raise ManifestError(f"{run.uri} is not empty and is no run folder (it has no {NAME})")
     if found["job"] != job:
         raise ManifestError(f"{run.uri} belongs to another command: {found['job']}, not {job}")
     for key in ("config", *facts):

@@ -4,11 +4,11 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
+from pipeline.manifest import COMPLETE
 from pipeline.records import Piece, Shard, shard_of, shards_table
 from pipeline.sources import Collection, SourceError, list_pieces
 from pipeline.storage import Folder
 
-COMPLETE = "plan/complete.json"  # put last: a plan without it was cut short, and is made again
 PIECES_A_FILE = 100_000  # bounds what planning and reading a plan hold in memory
 
 

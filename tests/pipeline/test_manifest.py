@@ -20,7 +20,10 @@ def run(request, tmp_path):
 
 
 def begin(run, job="encode", facts=FACTS, free=FREE, **changes):
-    return claim(run, job, {**CONFIG, **changes}, free, facts)
+    """Claims the folder and does a first piece of work in it."""
+    resumed = claim(run, job, {**CONFIG, **changes}, free, facts)
+    run.put("plan/complete.json", b"{}")
+    return resumed
 
 
 def refused(run, *args, **kwargs):
@@ -49,6 +52,14 @@ def test_run_json_says_what_it_was_made_with(run):
     assert content["fields"]["images"] == "must be the same to resume"
     assert {"torch", "pyarrow", "pillow"} <= content["versions"].keys()
     assert read_manifest(run) == content
+
+
+def test_folder_in_which_nothing_was_done_goes_to_the_next_command(run):
+    claim(run, "encode", {**CONFIG, "images": "a wrong one"}, FREE, FACTS)
+    run.put("plan/000000.parquet", b"cut short")
+    assert begin(run) is False
+    assert read_manifest(run)["config"]["images"] == "in"
+    assert "--images was in" in refused(run, images="a wrong one")
 
 
 def test_resume_writes_nothing(run):
