@@ -1,8 +1,8 @@
-"""Round-trip error of the paper's plain inversion against the number of steps, beside the DDIM paper's Table 2.
+"""Round-trip error against the number of steps, plain or corrected inversion, beside the DDIM paper's Table 2.
 
-python -m benchmarks.roundtrip [--steps 10 20 50 100] [--ladders linear quadratic] [--json FILE]
+python -m benchmarks.roundtrip [--steps 10 20 50 100] [--ladders linear quadratic] [--corrections 0 2 3] [--json FILE]
 
-One process, no Ray: every image is encoded with S evaluations and decoded with S more; latents stay float32.
+One process, no Ray. Decoding is always plain DDIM on the same ladder.
 """
 
 import argparse
@@ -15,8 +15,10 @@ import numpy as np
 import torch
 
 from model import checkpoint
-from model.ddim import invert, sample
+from model.ddim import sample
+from model.inversion import evaluations, invert_exactly
 from model.schedule import LADDERS, ladder
+from model.unet import UNet
 from pipeline.decode import Preprocess
 from pipeline.metrics import round_trip_error, to_model, to_pixels
 from pipeline.plan import pack
@@ -34,6 +36,8 @@ def main() -> None:
     parser.add_argument("--images", default=str(ROOT / "samples/cifar10-test-256.parquet"))
     parser.add_argument("--steps", type=int, nargs="+", default=[10, 20, 50, 100])
     parser.add_argument("--ladders", nargs="+", choices=LADDERS, default=list(LADDERS))
+    parser.add_argument("--corrections", type=int, nargs="+", default=[0], help="0 is the paper's inversion")
+    parser.add_argument("--dtype", choices=["float32", "float16"], default="float32", help="of the latents as stored")
     parser.add_argument("--limit", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--json", help="write the figures to this file too")
@@ -45,35 +49,60 @@ def main() -> None:
     pixels = _pixels(args.images, Preprocess(model.config.sample_size, model.config.in_channels), args.limit)
     batches = np.array_split(pixels, -(-len(pixels) // args.batch_size))
     print(f"{len(pixels)} images, {device}, model {model.digest[:12]}\n")
-    print("| S | ladder | MSE mean | median | p99 | 8-bit identical | latent std | images/s | paper, Table 2 |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
-    results: list[dict[str, Any]] = []
+    print("| S | ladder | corrections | NFE up + down | MSE mean | median | p99 | 8-bit values identical", end="")
+    print(" | images identical | images/s | paper, Table 2 |")
+    print("| --- " * 11 + "|")
+    results = []
     for kind in args.ladders:
         for steps in args.steps:
-            levels = ladder(kind, steps, model.schedule.num_train_timesteps)
-            walk = {"levels": levels, "schedule": model.schedule, "prediction_type": model.prediction_type}
-            errors, identical, stds, started = [], [], [], time.perf_counter()
-            for batch in batches:
-                x = to_model(batch).to(device)
-                latents = invert(network, x, **walk)
-                decoded = sample(network, latents, **walk)
-                errors.append(round_trip_error(x, decoded))
-                identical.append((to_pixels(decoded) == batch).mean(axis=(1, 2, 3)))
-                stds.append(float(latents.std()))
-            mse, rate = np.concatenate(errors), len(pixels) / (time.perf_counter() - started)
-            row = {"steps": steps, "ladder": kind, "mse": float(mse.mean()), "median": float(np.median(mse))}
-            row |= {"p99": float(np.quantile(mse, 0.99)), "identical": float(np.concatenate(identical).mean())}
-            row |= {"latent_std": float(np.mean(stds)), "images_per_second": rate, "paper": TABLE_2.get(steps)}
-            results.append(row)
-            paper = row["paper"] if row["paper"] is not None else ""
-            print(
-                f"| {steps} | {kind} | {row['mse']:.2e} | {row['median']:.2e} | {row['p99']:.2e} |"
-                f" {row['identical']:.1%} | {row['latent_std']:.3f} | {rate:.1f} | {paper} |",
-                flush=True,
-            )
+            for corrections in args.corrections:
+                results.append(_measure(model, network, batches, kind, steps, corrections, getattr(torch, args.dtype)))
+                print(_line(results[-1]), flush=True)
     if args.json:
         figures = {"model_digest": model.digest, "images": len(pixels), "device": device, "rows": results}
         Path(args.json).write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def _measure(
+    model: checkpoint.Checkpoint,
+    network: UNet,
+    batches: list[np.ndarray],
+    kind: str,
+    steps: int,
+    corrections: int,
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    device = network.conv_in.weight.device
+    levels = ladder(kind, steps, model.schedule.num_train_timesteps)
+    settings = {"levels": levels, "schedule": model.schedule, "prediction_type": model.prediction_type}
+    errors, same, started = [], [], time.perf_counter()
+    for batch in batches:
+        x = to_model(batch).to(device)
+        latents, _ = invert_exactly(network, x, corrections=corrections, **settings)
+        decoded = sample(network, latents.to(dtype), **settings)
+        errors.append(round_trip_error(x, decoded))
+        same.append((to_pixels(decoded) == batch).reshape(len(batch), -1))
+    mse, identical = np.concatenate(errors), np.concatenate(same)
+    return {
+        "steps": steps,
+        "ladder": kind,
+        "corrections": corrections,
+        "nfe": [evaluations(steps, corrections), steps],
+        "mse": float(mse.mean()),
+        "median": float(np.median(mse)),
+        "p99": float(np.quantile(mse, 0.99)),
+        "values_identical": float(identical.mean()),
+        "images_identical": float(identical.all(1).mean()),
+        "images_per_second": len(mse) / (time.perf_counter() - started),
+        "paper": None if corrections else TABLE_2.get(steps),
+    }
+
+
+def _line(row: dict[str, Any]) -> str:
+    cells = [row["steps"], row["ladder"], row["corrections"], " + ".join(map(str, row["nfe"]))]
+    cells += [f"{row[name]:.2e}" for name in ("mse", "median", "p99")]
+    cells += [f"{row['values_identical']:.2%}", f"{row['images_identical']:.1%}", f"{row['images_per_second']:.1f}"]
+    return f"| {' | '.join(map(str, cells))} | {row['paper'] or ''} |"
 
 
 def _pixels(uri: str, how: Preprocess, limit: int) -> np.ndarray:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from infra.cluster import ClusterError, connect
 from jobs.config import Config, Range, blame
 from model import checkpoint
+from model.inversion import evaluations
 from model.schedule import ladder
 from pipeline.actors import Encode, Reader
 from pipeline.decode import Preprocess
@@ -32,7 +33,10 @@ class EncodeConfig(Config):
     model: str
     """The checkpoint folder, in diffusers' layout; a path or an fsspec URI."""
     steps: Annotated[int, Range(1)] = 20
-    """Steps from the image to its latent; as many network evaluations an image."""
+    """Steps from the image to its latent."""
+    corrections: Annotated[int, Range(0, 100)] = 0
+    """Network evaluations that correct each step, so that the latent decodes to the very image: 0 is the paper's plain
+    inversion, 3 makes nearly every image come back to the bit."""
     ladder: Literal["linear", "quadratic"] = "quadratic"
     """How the steps are spread over the timesteps."""
     shard_size: Annotated[int, Range(1)] = 1024
@@ -74,7 +78,11 @@ def run(config: EncodeConfig) -> int:
             "model_digest": model.digest,
             "levels": list(levels),
             **model.describe(),
-            "inversion": {"method": "ddim", "nfe": config.steps},
+            "inversion": {
+                "method": "fixed point" if config.corrections else "ddim",
+                "corrections": config.corrections,
+                "nfe": evaluations(config.steps, config.corrections),
+            },
             "preprocess": asdict(how),
         }
         settings = config.settings(images=uri, model=absolute(config.model))
@@ -91,7 +99,7 @@ def run(config: EncodeConfig) -> int:
         with blame("--address", ClusterError), connect(config.address):
             resources = fit(config.workers, config.decode)
             reader = Reader(collection, how, config.batch_size, resources.read_by_tasks)
-            work = Encode(out, reader, levels, config.dtype, config.measure, facts)
+            work = Encode(out, reader, levels, config.corrections, config.dtype, config.measure, facts)
             progress = Progress("encode", totals, len(done))
             failures = follow(progress, run_shards(work, model, todo, resources))
     summary = latents_summary(out, config.measure)

@@ -63,6 +63,7 @@ PRESETS = {
 
 BUFFER_BYTES = 2**30  # of images to draw the next batch from, a worker
 PROGRESS, RECORD = "progress.json", "training.json"
+FAILURES = 3  # deaths of workers after which a training goes on from its last saved state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +153,7 @@ def run(config: TrainConfig) -> int:
                 name="train",
                 storage_path=out.uri,
                 checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
-                failure_config=ray.train.FailureConfig(max_failures=3),
+                failure_config=ray.train.FailureConfig(max_failures=FAILURES),
             ),
         )
         try:

@@ -88,7 +88,7 @@ def sample(
         raise ValueError("clip goes with stochastic sampling only: it breaks the deterministic round trip")
     if stochastic and noise is None:
         raise ValueError("stochastic sampling needs noise")
-    x = _state(x)
+    x = as_state(x)
     for low, high in reversed(list(pairwise(levels))):
         a_from, a_to = schedule.alpha_bar(high), schedule.alpha_bar(low)
         epsilon = epsilon_of(network, x, high, schedule, prediction_type)
@@ -120,7 +120,7 @@ def invert(
     """
     if told not in ("source", "target"):
         raise ValueError(f"told is {told!r}; known: source, target")
-    x = _state(x)
+    x = as_state(x)
     for low, high in pairwise(levels):
         timestep = max(low, levels[1]) if told == "source" else high
         epsilon = epsilon_of(network, x, timestep, schedule, prediction_type)
@@ -128,7 +128,7 @@ def invert(
     return x
 
 
-def _state(x: Tensor) -> Tensor:
+def as_state(x: Tensor) -> Tensor:
     """x in float32 at least: stored latents may be float16."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor
 
 from model.checkpoint import Checkpoint
-from model.ddim import invert, sample
+from model.ddim import sample
+from model.inversion import invert_exactly
 from model.schedule import Ladder
 from pipeline.decode import Preprocess
 from pipeline.latents import commit, latent_rows, read_latents, shard_metadata
@@ -26,6 +28,7 @@ from pipeline.sources import Collection
 from pipeline.storage import Folder
 
 RECONSTRUCTIONS = "reconstructions"
+Walk = Callable[..., tuple[Tensor, ...]]  # along a ladder, of a batch: (network, x, levels, schedule) -> results
 READ_AHEAD = 2  # batches that a reader may be ahead of the device
 
 
@@ -67,15 +70,16 @@ class Model:
         """Tells the driver's progress that so many more images of this thread's shard are done."""
         self.advanced[threading.get_ident()] += images
 
-    def encode(self, x: Tensor, levels: Ladder) -> Tensor:
-        """Images in [-1, 1] -> x at the ladder's top, by the paper's inversion."""
-        return self._on_device(invert, x, levels)
+    def encode(self, x: Tensor, levels: Ladder, corrections: int = 0) -> tuple[Tensor, Tensor]:
+        """Images in [-1, 1] -> x at the ladder's top, and the residuals [B]; NaN for the paper's inversion, which is
+        `corrections` = 0."""
+        return self._on_device(partial(invert_exactly, corrections=corrections), x, levels)
 
     def decode(self, x: Tensor, levels: Ladder) -> Tensor:
         """x at the ladder's top -> images about [-1, 1], by DDIM with eta = 0."""
-        return self._on_device(sample, x, levels)
+        return self._on_device(lambda *args, **kwargs: (sample(*args, **kwargs),), x, levels)[0]
 
-    def _on_device(self, walk: Callable[..., Tensor], x: Tensor, levels: Ladder) -> Tensor:
+    def _on_device(self, walk: Walk, x: Tensor, levels: Ladder) -> Any:
         with self.lock:
             started = time.monotonic()
             try:
@@ -83,13 +87,15 @@ class Model:
             finally:
                 self.clock.seconds += time.monotonic() - started
 
-    def _in_parts(self, walk: Callable[..., Tensor], x: Tensor, levels: Ladder) -> Tensor:
+    def _in_parts(self, walk: Walk, x: Tensor, levels: Ladder) -> tuple[Tensor, ...]:
         """The whole batch at once, or halves where the device has not enough memory for it."""
         if len(x) > self.largest:
-            return torch.cat([self._in_parts(walk, part, levels) for part in x.split(self.largest)])
+            parts = [self._in_parts(walk, part, levels) for part in x.split(self.largest)]
+            return tuple(torch.cat(results) for results in zip(*parts, strict=True))
         schedule, kind = self.checkpoint.schedule, self.checkpoint.prediction_type
         try:
-            return walk(self.network, x.to(self.device), levels, schedule, prediction_type=kind).cpu()
+            results = walk(self.network, x.to(self.device), levels, schedule, prediction_type=kind)
+            return tuple(result.cpu() for result in results)
         except torch.OutOfMemoryError:
             if len(x) == 1:
                 raise
@@ -155,6 +161,7 @@ class Encode:
     run: Folder
     reader: Reader
     levels: Ladder
+    corrections: int
     dtype: str
     measure: bool
     metadata: Mapping[str, Any]
@@ -168,11 +175,12 @@ class Encode:
             rejects += batch.rejects
             if batch.images:
                 x = to_model(np.stack([image.pixels for image in batch.images]))
-                latents = model.encode(x, self.levels).to(getattr(torch, self.dtype))
+                latents, residuals = model.encode(x, self.levels, self.corrections)
+                latents = latents.to(getattr(torch, self.dtype))
                 errors = None
                 if self.measure:  # of the latents as they are stored
                     errors = round_trip_error(x, model.decode(latents.float(), self.levels)).tolist()
-                tables.append(latent_rows(schema, batch.images, latents.numpy(), errors))
+                tables.append(latent_rows(schema, batch.images, latents.numpy(), errors, residuals.numpy()))
                 model.advance(len(batch.images))
         rows = pa.concat_tables(tables)
         seconds, device = time.monotonic() - started, model.clock.seconds - device_before

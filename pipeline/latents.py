@@ -17,9 +17,14 @@ ROWS_A_GROUP = 1024
 
 
 def latent_rows(
-    schema: pa.Schema, images: Sequence[Image], latents: np.ndarray, mse: Sequence[float] | None
+    schema: pa.Schema,
+    images: Sequence[Image],
+    latents: np.ndarray,
+    mse: Sequence[float] | None,
+    residuals: np.ndarray | None = None,
 ) -> pa.Table:
-    """Rows of records.latent_schema: images of one batch, their latents [B, C, H, W], and errors where measured."""
+    """Rows of records.latent_schema: images of one batch, their latents [B, C, H, W], errors and residuals where there
+    are any (a NaN residual is none)."""
     tensor = schema.field("latent").type
     flat = pa.array(np.ascontiguousarray(latents).reshape(-1), tensor.value_type)
     measured = {"mse": list(mse), "psnr": [psnr(e) for e in mse]} if mse is not None else {}
@@ -29,6 +34,8 @@ def latent_rows(
             return pa.ExtensionArray.from_storage(
                 tensor, pa.FixedSizeListArray.from_arrays(flat, math.prod(tensor.shape))
             )
+        if field.name == "residual" and residuals is not None:
+            return pa.array(residuals.astype(np.float32), pa.float32(), mask=np.isnan(residuals))
         if field.name in measured:
             return pa.array(measured[field.name], field.type)
         if field.name in ("residual", "mse", "psnr"):

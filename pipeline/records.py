@@ -132,7 +132,8 @@ def rejects_table(rejects: Iterable[Reject]) -> pa.Table:
 
 def latent_schema(shape: Sequence[int], dtype: str, kept: Sequence[pa.Field] = ()) -> pa.Schema:
     """One row an image. `latent` is x at the ladder's top, [C, H, W] of float16 or float32, as Arrow's fixed-shape
-    tensor. `residual` is null for the paper's inversion, which has none; `mse` and `psnr` where they were measured."""
+    tensor. `residual` is that of model.inversion, null for the paper's inversion; `mse` and `psnr` are null where they
+    were not measured."""
     value = {"float16": pa.float16(), "float32": pa.float32()}[dtype]
     return pa.schema(
         [

@@ -56,61 +56,61 @@ def threads():
 @pytest.mark.parametrize("room", [1, 2, 3, 5, 12])
 def test_a_batch_that_does_not_fit_is_halved_until_it_does(x, room):
     tight = model(room)
-    latents = tight.encode(x, LEVELS)
-    assert torch.equal(latents, model(100).encode(x, LEVELS))
+    latents = tight.encode(x, LEVELS)[0]
+    assert torch.equal(latents, model(100).encode(x, LEVELS)[0])
     assert torch.equal(tight.decode(latents, LEVELS), model(100).decode(latents, LEVELS))
     assert max(tight.network.batches) <= room
 
 
 def test_the_size_that_fits_is_kept(x):
     tight = model(3)
-    tight.encode(x, LEVELS)
+    tight.encode(x, LEVELS)[0]
     assert tight.largest == 3
     tight.network.batches.clear()
     tight.network.room = 100  # one that asked for more would get it now
-    tight.encode(x, LEVELS)
+    tight.encode(x, LEVELS)[0]
     assert set(tight.network.batches) == {3, 1}
 
 
 def test_a_batch_that_fits_is_not_cut(x):
     roomy = model(13)
-    roomy.encode(x, LEVELS)
+    roomy.encode(x, LEVELS)[0]
     assert set(roomy.network.batches) == {13}
 
 
 def test_one_image_that_does_not_fit_raises(x):
     with pytest.raises(torch.OutOfMemoryError):
-        model(0).encode(x, LEVELS)
+        model(0).encode(x, LEVELS)[0]
 
 
 def test_other_errors_are_not_taken_for_memory(x):
     broken = model(100)
     broken.network.register_forward_hook(lambda network, inputs, output: output @ torch.zeros(7, 7))
     with pytest.raises(RuntimeError, match="shape"):
-        broken.encode(x, LEVELS)
+        broken.encode(x, LEVELS)[0]
     assert broken.largest > 100
 
 
 def test_a_failure_leaves_the_device_free(x):
     tight = model(0)
     with pytest.raises(torch.OutOfMemoryError):
-        tight.encode(x, LEVELS)
+        tight.encode(x, LEVELS)[0]
     tight.network.room = 100
-    assert tight.encode(x[:1], LEVELS).shape == (1, 3, 4, 4)
+    assert tight.encode(x[:1], LEVELS)[0].shape == (1, 3, 4, 4)
 
 
 def test_encode_and_decode_are_ddim(tiny):
     x = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
     held, network = Model(tiny, threads=1), tiny.network()
-    latents = held.encode(x, LEVELS)
+    latents = held.encode(x, LEVELS)[0]
     torch.testing.assert_close(latents, invert(network, x, LEVELS, tiny.schedule), rtol=1e-3, atol=1e-3)
     again = sample(network, latents, LEVELS, tiny.schedule)
     torch.testing.assert_close(held.decode(latents, LEVELS), again, rtol=1e-3, atol=1e-3)
 
 
 def test_the_prediction_type_is_the_checkpoints(x):
-    as_epsilon = model(100).encode(x, LEVELS)
-    as_v = Model(TightCheckpoint(None, {}, NoiseSchedule(), "v_prediction", room=100), 1).encode(x, LEVELS)
+    as_epsilon = model(100).encode(x, LEVELS)[0]
+    as_v = Model(TightCheckpoint(None, {}, NoiseSchedule(), "v_prediction", room=100), 1).encode(x, LEVELS)[0]
     assert not torch.allclose(as_epsilon, as_v)
 
 
@@ -119,9 +119,9 @@ def test_the_device_takes_one_batch_at_a_time_from_two_threads(x):
     enter = lambda *_: overlap.append(not inside.acquire(blocking=False))  # noqa: E731
     shared.network.register_forward_pre_hook(enter)
     shared.network.register_forward_hook(lambda *_: inside.release())
-    expected = model(100).encode(x, LEVELS)
+    expected = model(100).encode(x, LEVELS)[0]
     found = []
-    threads = [threading.Thread(target=lambda: found.append(shared.encode(x, LEVELS))) for _ in range(8)]
+    threads = [threading.Thread(target=lambda: found.append(shared.encode(x, LEVELS)[0])) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -134,7 +134,7 @@ def test_the_clock_counts_the_thread_that_asks(x):
     shared, seconds = model(100), []
 
     def work():
-        shared.encode(x, LEVELS)
+        shared.encode(x, LEVELS)[0]
         seconds.append(shared.clock.seconds)
 
     thread = threading.Thread(target=work)
