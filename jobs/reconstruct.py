@@ -84,12 +84,13 @@ def run(config: ReconstructConfig) -> int:
     rows, steps = read_errors(out), [len(levels) - 1 for levels in ladders]
     summary = reconstructions_summary(out, rows, steps)
     put_summary(out, summary, failures)
-    nfe = encoded["inversion"]["nfe"]
+    inversion = encoded["inversion"]
+    nfe = inversion["nfe"]
     described: dict[str, str] = {
         "latents": config.latents,
         "images": collection.uri,
         "model": f"{encoded['config']['model']} (digest {model.digest[:16]})",
-        "inversion": f"{encoded['inversion']['method']}, {nfe} network evaluations an image",
+        "inversion": f"{inversion['method']}, {inversion['corrections']} corrections a step, {nfe} evaluations an image",
         "ladder": f"{encoded['config']['ladder']}, {len(encoded['levels']) - 1} steps to {encoded['levels'][-1]}",
         "stored as": encoded["config"]["dtype"],
     }
