@@ -1,0 +1,117 @@
+"""Jobs as a person runs them: by their command line, in this process on the tests' Ray, or in one of their own."""
+
+import io
+import os
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from model import checkpoint
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Said:
+    """How a command ended: its exit code and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="session")
+def palindrome(ray_here):
+    """palindrome("encode", "--images", ...) -> Said, in this process."""
+    from jobs.__main__ import main
+
+    def palindrome(*arguments):
+        out, err = io.StringIO(), io.StringIO()
+        with redirect_stdout(out), redirect_stderr(err):
+            try:
+                code = main([str(argument) for argument in arguments])
+            except SystemExit as e:
+                code = e.code
+        return Said(code, out.getvalue(), err.getvalue())
+
+    return palindrome
+
+
+@pytest.fixture
+def start():
+    """start("encode", ...) -> the process of `python -m jobs encode ...`, with a Ray of its own; ended afterwards."""
+    started = []
+
+    def start(*arguments, **environment):
+        command = [sys.executable, "-m", "jobs", *map(str, arguments)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+        started.append(subprocess.Popen(command, cwd=ROOT, env=env, **pipes))
+        return started[-1]
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+@pytest.fixture(scope="session")
+def model(tiny, tmp_path_factory):
+    """The folder of the `tiny` checkpoint."""
+    folder = tmp_path_factory.mktemp("checkpoints") / "tiny"
+    checkpoint.save(tiny, str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pictures(pngs, tmp_path_factory):
+    """A folder of the first 24 pictures of the sample."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for i, png in enumerate(pngs[:24]):
+        (folder / f"{i:03d}.png").write_bytes(png)
+    return folder
+
+
+@dataclass(frozen=True)
+class Latents:
+    """All rows of an encode run by image id: the latents [N, C, H, W] as stored, and the other columns."""
+
+    rows: list
+    latents: np.ndarray
+
+    @property
+    def ids(self):
+        return [row["image_id"] for row in self.rows]
+
+
+@pytest.fixture(scope="session")
+def read_run():
+    """Reads an encode run with bare pyarrow."""
+
+    def read_run(run):
+        files = sorted(Path(run, "latents").glob("*.parquet"))
+        table = pa.concat_tables([pq.read_table(f).replace_schema_metadata() for f in files]).sort_by("image_id")
+        latents = table["latent"].combine_chunks().to_numpy_ndarray()
+        return Latents(table.drop_columns(["latent"]).to_pylist(), latents)
+
+    return read_run
+
+
+@pytest.fixture(scope="session")
+def times():
+    """The files below a folder and when each was last written, but for those that every run writes at its end."""
+
+    def times(folder):
+        again = {"summary.json", "report.html"}
+        files = (path for path in Path(folder).rglob("*") if path.is_file())
+        return {str(p.relative_to(folder)): p.stat().st_mtime_ns for p in files if p.name not in again}
+
+    return times

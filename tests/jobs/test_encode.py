@@ -1,0 +1,371 @@
+import json
+import math
+import os
+import shutil
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from model.ddim import invert
+from model.inversion import invert_exactly
+from model.schedule import ladder
+from pipeline.decode import Preprocess, decode
+
+GOOD, BAD, SHARD = 1000, 40, 100
+
+
+@pytest.fixture(scope="module")
+def mixed(corpus, tmp_path_factory):
+    """A folder of 1,000 good images and 40 that are none: (folder, names of the good, reasons of the bad)."""
+    folder = tmp_path_factory.mktemp("mixed")
+    good = corpus.good_images(folder, GOOD)
+    return folder, good, corpus.bad_images(folder)
+
+
+@pytest.fixture(scope="module")
+def command(mixed, model, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "mixed"
+    flags = {"--images": mixed[0], "--model": model, "--out": out, "--steps": 4, "--shard-size": SHARD, "--measure": ""}
+    return ["encode", *(str(word) for pair in flags.items() for word in pair if word != "")]
+
+
+@pytest.fixture(scope="module")
+def run(command):
+    return Path(command[command.index("--out") + 1])
+
+
+@pytest.fixture(scope="module")
+def said(palindrome, command):
+    """The first run of the command."""
+    return palindrome(*command)
+
+
+@pytest.fixture(scope="module")
+def summary(said, run):
+    return json.loads((run / "summary.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def stored(said, run, read_run):
+    return read_run(run)
+
+
+def metadata(path):
+    return json.loads(pq.read_schema(path).metadata[b"palindrome"])
+
+
+def test_a_run_over_good_and_bad_images_ends_well(said):
+    assert said.code == 0, said.err
+    assert f"{GOOD} latents and {BAD} rejects" in said.out
+    assert f"encode: {math.ceil((GOOD + BAD) / SHARD)}/{math.ceil((GOOD + BAD) / SHARD)} shards" in said.out
+
+
+def test_every_good_image_has_one_latent_named_by_its_path(stored, mixed):
+    assert stored.ids == sorted(mixed[1])
+    assert stored.latents.shape == (GOOD, 3, 16, 16)
+    assert stored.latents.dtype == np.float16
+    assert np.isfinite(stored.latents).all()
+
+
+def test_every_bad_image_is_a_reject_with_its_reason(said, run, mixed):
+    files = sorted((run / "rejects").iterdir())
+    rejects = [row for file in files for row in pq.read_table(file).to_pylist()]
+    assert {row["image_id"]: row["reason"] for row in rejects} == mixed[2]
+    assert len(rejects) == BAD
+    assert all(row["detail"] and " at 0x" not in row["detail"] for row in rejects)
+
+
+def test_the_summary_counts_what_is_there(summary, mixed):
+    counts = {name: summary[name] for name in ("shards", "images", "latents", "rejects")}
+    assert counts == {"shards": math.ceil((GOOD + BAD) / SHARD), "images": GOOD + BAD, "latents": GOOD, "rejects": BAD}
+    assert summary["rejects_by_reason"] == dict(sorted(Counter(mixed[2].values()).items()))
+    assert summary["failed_shards"] == []
+
+
+def test_the_summary_s_error_is_that_of_the_rows(summary, stored):
+    mse = np.array([row["mse"] for row in stored.rows])
+    found = summary["round_trip"]
+    assert found["count"] == GOOD
+    assert found["mean"] == pytest.approx(mse.mean())
+    assert found["p99"] == pytest.approx(np.quantile(mse, 0.99))
+    assert found["worst"][0] == stored.ids[int(mse.argmax())]
+
+
+def test_the_account_closes_in_every_shard(said, run):
+    counts = [metadata(file)["counts"] for file in (run / "latents").iterdir()]
+    assert all(c["images"] == c["latents"] + c["rejects"] <= SHARD for c in counts)
+    assert sum(c["images"] for c in counts) == GOOD + BAD
+
+
+def test_duckdb_counts_them(said, run):
+    query = f"SELECT count(*), count(DISTINCT image_id), min(len(latent)) FROM '{run}/latents/*.parquet'"
+    assert duckdb.sql(query).fetchall() == [(GOOD, GOOD, 3 * 16 * 16)]
+    assert duckdb.sql(f"SELECT count(*) FROM '{run}/rejects/*.parquet'").fetchall() == [(BAD,)]
+
+
+def test_the_manifest_says_what_was_run(said, run, mixed, model, tiny):
+    manifest = json.loads((run / "run.json").read_text())
+    assert manifest["job"] == "encode"
+    assert manifest["model_digest"] == tiny.digest
+    config = manifest["config"]
+    assert (config["images"], config["model"]) == (str(mixed[0]), str(model))
+    assert (config["steps"], config["shard_size"], config["measure"]) == (4, SHARD, True)
+    assert config.keys() == manifest["fields"].keys()
+    assert manifest["fields"]["steps"] == "must be the same to resume"
+    assert manifest["fields"]["workers"] == "may change"
+    assert {"torch", "ray", "pyarrow"} <= manifest["versions"].keys()
+
+
+def test_every_file_says_how_to_decode_it(said, run, tiny):
+    for file in (run / "latents").iterdir():
+        found = metadata(file)
+        assert found["levels"] == list(ladder("quadratic", 4))
+        assert found["model_digest"] == tiny.digest
+        assert found["inversion"] == {"method": "ddim", "corrections": 0, "nfe": 4}
+        assert (found["num_train_timesteps"], found["beta_schedule"]) == (1000, "linear")
+        assert (found["beta_start"], found["beta_end"], found["prediction_type"]) == (1e-4, 0.02, "epsilon")
+        assert (found["preprocess"]["size"], found["preprocess"]["resample"]) == (16, "lanczos")
+
+
+def test_rows_keep_the_size_and_hash_of_the_file(stored, mixed):
+    folder, good, _ = mixed
+    by_id = {row["image_id"]: row for row in stored.rows}
+    for name in good[::97]:
+        row = by_id[name]
+        assert (row["width"], row["height"]) == Image.open(folder / name).size
+        [[digest]] = duckdb.sql(f"SELECT sha256(content) FROM read_blob('{folder / name}')").fetchall()
+        assert row["content_hash"] == digest
+        assert row["source"].endswith(str(folder / name))
+
+
+def test_latents_are_the_inversion_of_the_pixels(stored, mixed, tiny):
+    folder, good, _ = mixed
+    names = sorted(good[:64])  # the sample's own: 32x32 RGB
+    opened = [Image.open(folder / name).resize((16, 16), Image.Resampling.LANCZOS) for name in names]
+    x = torch.tensor(np.stack([np.asarray(image) for image in opened])).permute(0, 3, 1, 2) / 127.5 - 1
+    expected = invert(tiny.network(), x, ladder("quadratic", 4), tiny.schedule).numpy()
+    found = stored.latents[[stored.ids.index(name) for name in names]]
+    np.testing.assert_allclose(found, expected, rtol=1e-2, atol=1e-2)
+
+
+def test_another_program_decodes_them_to_the_stored_error(stored, run, mixed, model):
+    """diffusers' network and schedule, and the paper's eq. 12 written out, from the file's own words."""
+    diffusers = pytest.importorskip("diffusers")
+    network = diffusers.UNet2DModel.from_pretrained(model, subfolder="unet").eval()
+    alphas = diffusers.DDIMScheduler.from_pretrained(model, subfolder="scheduler").alphas_cumprod.double()
+    folder, good, _ = mixed
+    rows = [stored.ids.index(name) for name in good[:16]]
+    x = torch.from_numpy(stored.latents[rows]).float()
+    levels = metadata(next((run / "latents").iterdir()))["levels"]
+    for high, low in zip(levels[:0:-1], levels[-2::-1], strict=True):
+        a, a_low = float(alphas[high]), float(alphas[low]) if low >= 0 else 1.0
+        with torch.no_grad():
+            noise = network(x, high).sample
+        x0 = (x - math.sqrt(1 - a) * noise) / math.sqrt(a)
+        x = math.sqrt(a_low) * x0 + math.sqrt(1 - a_low) * noise
+    originals = [Image.open(folder / name).resize((16, 16), Image.Resampling.LANCZOS) for name in good[:16]]
+    pixels = torch.tensor(np.stack([np.asarray(image) for image in originals])).permute(0, 3, 1, 2) / 255
+    mse = ((x + 1) / 2 - pixels).square().flatten(1).mean(1)
+    assert mse.tolist() == pytest.approx([stored.rows[i]["mse"] for i in rows], rel=1e-2)
+    psnr = [-10 * math.log10(stored.rows[i]["mse"]) for i in rows]
+    assert [stored.rows[i]["psnr"] for i in rows] == pytest.approx(psnr)
+
+
+def test_a_second_run_changes_nothing(said, palindrome, command, run, times):
+    before, summary = times(run), (run / "summary.json").read_text()
+    again = palindrome(*command)
+    assert (again.code, again.err) == (0, "")
+    assert "0 to encode" in again.out
+    assert times(run) == before
+    assert (run / "summary.json").read_text() == summary
+
+
+def test_a_finished_run_needs_no_ray(said, start, command, run, times):
+    before = times(run)
+    process = start(*command, "--address", "127.0.0.1:1")
+    out, err = process.communicate()
+    assert (process.returncode, err) == (0, "")
+    assert f"{GOOD} latents" in out
+    assert times(run) == before
+
+
+def test_a_latent_file_that_was_removed_is_made_again(said, stored, palindrome, command, run, times, read_run):
+    before = times(run)
+    removed = sorted((run / "latents").iterdir())[3]
+    removed.unlink()
+    assert palindrome(*command).code == 0
+    after = times(run)
+    assert after.keys() == before.keys()
+    changed = {name for name in before if after[name] != before[name]}
+    assert f"latents/{removed.name}" in changed
+    assert changed <= {f"latents/{removed.name}", f"rejects/{removed.name}"}
+    again = read_run(run)
+    assert again.rows == stored.rows
+    assert again.latents.tobytes() == stored.latents.tobytes()
+
+
+def test_the_place_of_decoding_changes_not_one_bit(said, stored, palindrome, command, tmp_path, read_run):
+    elsewhere = [*command, "--decode", "actor", "--workers", "1"]
+    elsewhere[elsewhere.index("--out") + 1] = str(tmp_path / "actor")
+    assert palindrome(*elsewhere).code == 0
+    found = read_run(tmp_path / "actor")
+    assert found.rows == stored.rows
+    assert found.latents.tobytes() == stored.latents.tobytes()
+
+
+@pytest.fixture(scope="module")
+def plain(palindrome, pictures, model, tmp_path_factory, read_run):
+    """24 pictures from a folder, in float32."""
+    out = tmp_path_factory.mktemp("plain") / "run"
+    said = palindrome(
+        "encode", "--images", pictures, "--model", model, "--out", out, "--steps", 5, "--dtype", "float32"
+    )
+    assert said.code == 0, said.err
+    return read_run(out)
+
+
+def test_float32_is_stored_as_it_is_asked_for(plain):
+    assert plain.latents.dtype == np.float32
+    assert {(row["mse"], row["psnr"]) for row in plain.rows} == {(None, None)}
+
+
+def test_corrections_are_those_of_the_model_and_their_residuals_are_stored(
+    palindrome, pictures, model, tiny, tmp_path, read_run
+):
+    flags = ["--steps", 6, "--corrections", 2, "--dtype", "float32", "--batch-size", 24]
+    said = palindrome("encode", "--images", pictures, "--model", model, "--out", tmp_path, *flags)
+    assert said.code == 0, said.err
+    stored = read_run(tmp_path)
+    x0 = torch.from_numpy(np.stack([decode(p.read_bytes(), Preprocess(16))[0] for p in sorted(pictures.iterdir())]))
+    x0 = x0.permute(0, 3, 1, 2).float() / 127.5 - 1
+    latents, residuals = invert_exactly(tiny.network(), x0, ladder("quadratic", 6), tiny.schedule, corrections=2)
+    assert np.allclose(stored.latents, latents, rtol=1e-3, atol=1e-3)
+    assert np.allclose([row["residual"] for row in stored.rows], residuals, rtol=1e-2)
+    found = metadata(next((tmp_path / "latents").iterdir()))
+    assert found["inversion"] == {"method": "fixed point", "corrections": 2, "nfe": 13}
+
+
+def test_batches_glob_and_float16_give_the_same_latents(palindrome, pictures, model, plain, tmp_path, read_run):
+    flags = ["--model", model, "--out", tmp_path / "run", "--steps", 5, "--batch-size", 7, "--shard-size", 10]
+    said = palindrome("encode", "--images", f"{pictures}/*.png", *flags, "--workers", 2)
+    assert said.code == 0, said.err
+    found = read_run(tmp_path / "run")
+    assert found.ids == plain.ids
+    assert len(list((tmp_path / "run/latents").iterdir())) == 3
+    np.testing.assert_allclose(found.latents, plain.latents, rtol=1e-2, atol=1e-2)
+
+
+def test_parquet_with_limit_and_kept_columns(palindrome, sample, model, plain, tmp_path, read_run):
+    flags = ["--model", model, "--out", tmp_path / "run", "--steps", 5, "--limit", 24, "--keep", "label"]
+    said = palindrome("encode", "--images", sample, *flags, "--image-column", "img", "--dtype", "float32")
+    assert said.code == 0, said.err
+    found = read_run(tmp_path / "run")
+    order = sorted(range(24), key=lambda i: f"{sample.name}#{i}")
+    assert found.ids == [f"{sample.name}#{i}" for i in order]
+    labels = pq.read_table(sample)["label"].to_pylist()
+    assert [row["label"] for row in found.rows] == [labels[i] for i in order]
+    np.testing.assert_allclose(found.latents, plain.latents[order], rtol=1e-4, atol=1e-4)
+
+
+def test_a_collection_of_rejects_alone_fails(palindrome, corpus, model, tmp_path):
+    (tmp_path / "bad").mkdir()
+    reasons = corpus.bad_images(tmp_path / "bad")
+    said = palindrome("encode", "--images", tmp_path / "bad", "--model", model, "--out", tmp_path / "run", "--measure")
+    assert said.code == 1
+    assert "not one image" in said.err
+    found = json.loads((tmp_path / "run/summary.json").read_text())
+    assert (found["latents"], found["rejects"]) == (0, len(reasons))
+    [file] = (tmp_path / "run/latents").iterdir()
+    assert pq.read_table(file).num_rows == 0
+
+
+def test_a_shard_that_can_not_be_committed_fails_and_the_rest_is_done(palindrome, pictures, model, tmp_path, read_run):
+    command = ["encode", "--images", pictures, "--model", model, "--out", tmp_path / "run", "--steps", 2]
+    command += ["--shard-size", 8]
+    assert palindrome(*command).code == 0
+    files = sorted((tmp_path / "run/latents").iterdir())
+    for file in files:
+        file.unlink()
+    (files[1] / "in the way").mkdir(parents=True)
+    said = palindrome(*command)
+    assert said.code == 1
+    assert f"shard {files[1].stem} failed: IsADirectoryError" in said.err
+    assert "1 shards failed; the same command tries them again" in said.err
+    [failed] = json.loads((tmp_path / "run/summary.json").read_text())["failed_shards"]
+    assert (failed["shard"], failed["images"]) == (files[1].stem, 8)
+    assert files[0].is_file() and files[2].is_file()
+    shutil.rmtree(files[1])
+    assert palindrome(*command).code == 0
+    assert len(read_run(tmp_path / "run").ids) == 24
+
+
+def test_what_breaks_in_the_run_is_not_blamed_on_the_address(palindrome, pictures, model, tmp_path):
+    command = ["encode", "--images", pictures, "--model", model, "--out", tmp_path / "run", "--steps", 2]
+    assert palindrome(*command, "--address", "local").code == 0
+    for file in (tmp_path / "run/latents").iterdir():
+        file.unlink()
+    [plan] = (tmp_path / "run/plan").glob("*.parquet")
+    plan.unlink()
+    with pytest.raises(FileNotFoundError, match=plan.name):
+        palindrome(*command)
+
+
+def test_a_run_survives_interrupt_and_kill_of_its_driver(palindrome, start, sample, model, tmp_path, times, read_run):
+    run, latents = tmp_path / "run", tmp_path / "run/latents"
+    command = ["encode", "--images", sample, "--model", model, "--out", run, "--steps", 40, "--shard-size", 4]
+    command += ["--limit", 80, "--decode", "actor"]
+
+    def stop(number, after):
+        """Sends the signal to a driver that has committed so many shards."""
+        process = start(*command)
+        while len(list(latents.glob("*.parquet"))) < after:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.02)
+        os.kill(process.pid, number)
+        out, err = process.communicate()
+        return process.returncode, out, err
+
+    code, out, err = stop(signal.SIGINT, after=1)
+    assert code == 130
+    assert "80 images in 20 shards, 20 to encode" in out
+    assert err.strip() == f"interrupted; the same command resumes {run}"
+    first = times(latents)
+    assert 0 < len(first) < 20
+    assert not (run / "summary.json").exists()
+    code, out, _ = stop(signal.SIGKILL, after=len(first) + 1)
+    assert code == -signal.SIGKILL
+    second = {name: when for name, when in times(latents).items() if name.endswith(".parquet")}
+    assert len(first) < len(second) < 20
+    said = palindrome(*command)
+    assert said.code == 0, said.err
+    assert sorted(read_run(run).ids) == sorted(f"{sample.name}#{i}" for i in range(80))
+    assert len(list(latents.glob("*.parquet"))) == 20
+    after = times(latents)
+    assert all(after[name] == when for name, when in {**first, **second}.items() if name.endswith(".parquet"))
+
+
+def test_other_libraries_latents_are_equal_too(said, run, stored):
+    polars = pytest.importorskip("polars")
+    frame = polars.read_parquet(run / "latents/*.parquet").sort("image_id")
+    assert frame["image_id"].to_list() == stored.ids
+    assert frame["latent"].to_numpy().reshape(stored.latents.shape).tobytes() == stored.latents.tobytes()
+
+
+def test_a_parquet_of_null_and_broken_rows(palindrome, pngs, model, tmp_path):
+    table = pa.table({"image": pa.array([pngs[0], None, b"", b"no picture", pngs[1]]), "n": [1, 2, 3, 4, 5]})
+    pq.write_table(table, tmp_path / "rows.parquet")
+    flags = ["--model", model, "--out", tmp_path / "run", "--steps", 1, "--keep", "n"]
+    assert palindrome("encode", "--images", tmp_path / "rows.parquet", *flags).code == 0
+    [latents], [rejects] = ([*(tmp_path / "run" / name).iterdir()] for name in ("latents", "rejects"))
+    assert pq.read_table(latents)["n"].to_pylist() == [1, 5]
+    found = {row["image_id"]: row["reason"] for row in pq.read_table(rejects).to_pylist()}
+    assert found == {"rows.parquet#1": "null", "rows.parquet#2": "empty", "rows.parquet#3": "not_an_image"}
