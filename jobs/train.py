@@ -281,10 +281,13 @@ def _batches(config: TrainConfig, collection: Collection, out: Folder, rank: int
     room = max(size, min(8192, BUFFER_BYTES // (unet.in_channels * unet.sample_size**2)))
     shards = list(read_plan(out))
     draw = np.random.default_rng([seed, rank])
+    seen = 0
     for epoch in count():
-        seen = 0
         order = np.random.default_rng([seed, epoch]).permutation(len(shards))  # the same for every rank
-        for at in order[rank % len(shards) :: config.workers]:
+        ours = order[rank % len(shards) :: config.workers]
+        for place, at in enumerate([*ours, *order]):
+            if place >= len(ours) and seen:  # others' shards are read only where ours hold nothing but rejects
+                break
             for batch in read_batches(collection, shards[at], how, size):
                 buffer.extend(image.pixels for image in batch.images)
                 seen += len(batch.images)

@@ -287,7 +287,7 @@ def _histograms(series: Sequence[Series]) -> str:
         return "<p>Every compared image came back exactly: there is no error to draw.</p>" if all_exact else ""
     edges, counts = histogram([positive for _, positive, *_ in compared])
     limits, ticks = _log_axis(edges[0], edges[-1])
-    across = _scale(limits, LEFT, RIGHT)
+    across = _scale(limits, LEFT, RIGHT - 10)  # room for the second half of the last tick's label
     most, row = int(counts.max()), max(54.0, _plot_height(series) / len(compared))
     bars, bottom = row - 24, TOP + len(compared) * row  # of a row, 24 are for the words above its bars
     content, spoken = "", []

@@ -154,7 +154,7 @@ class _Run:
             except RayError as e:  # not RayActorError alone: Ray says OutOfMemoryError where it killed the actor
                 yield from self._died(actor, e)
                 continue
-            if ref is actor.starting:
+            if ref == actor.starting:
                 actor.starting, self.failed_starts = None, 0
                 continue
             del actor.shards[ref]
