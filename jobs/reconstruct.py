@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from infra.cluster import ClusterError, connect
 from jobs.config import Config, ConfigError, Range, blame
 from model import checkpoint
-from model.schedule import Ladder, ladder
+from model.schedule import Ladder, check_ladder, ladder
 from pipeline.actors import RECONSTRUCTIONS, Reader, Reconstruct
 from pipeline.comparison import choose_examples, series_at
 from pipeline.decode import Preprocess
@@ -109,6 +109,7 @@ def _encode_run(latents: Folder) -> dict[str, Any]:
         raise ManifestError(f"{latents.uri} is no run folder (it has no run.json)")
     if manifest["job"] != "encode":
         raise ManifestError(f"{latents.uri} is a run of {manifest['job']}, not of encode")
+    check_ladder(manifest["levels"], manifest["num_train_timesteps"])
     return manifest
 
 

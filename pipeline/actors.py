@@ -221,7 +221,7 @@ class Reconstruct:
             pa.Table.from_pylist(rows, ERROR_SCHEMA), {**self.metadata, "counts": counts, "timings": timings}
         )
         written = self.run.put_parquet(f"{RECONSTRUCTIONS}/{shard.name}.parquet", table)
-        return Receipt(shard.name, counts["images"], missing, seconds, device, written)
+        return Receipt(shard.name, counts["images"], 0, seconds, device, written)
 
 
 class _Originals:

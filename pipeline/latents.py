@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline.metrics import psnr
 from pipeline.records import Image, Reject, metadata_of, rejects_table, with_metadata
@@ -94,5 +93,8 @@ def read_latents(run: Folder, shard: str, batch_size: int) -> Iterator[tuple[lis
 
 
 def read_rejects(run: Folder) -> Iterator[dict[str, Any]]:
+    """The rejects of the committed shards, as rows of records.REJECT_SCHEMA."""
+    done = committed(run)
     for name in run.files(REJECTS):
-        yield from pq.read_table(pa.BufferReader(run.read(f"{REJECTS}/{name}"))).to_pylist()
+        if name.removesuffix(".parquet") in done:  # else its shard was cut short, and will write them again
+            yield from run.read_parquet(f"{REJECTS}/{name}").to_pylist()

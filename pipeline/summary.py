@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.actors import RECONSTRUCTIONS
-from pipeline.latents import LATENTS, REJECTS, committed, shard_metadata
+from pipeline.latents import LATENTS, committed, read_rejects, shard_metadata
 from pipeline.metrics import statistics
 from pipeline.records import ERROR_SCHEMA
 from pipeline.run import Failure
@@ -24,10 +24,7 @@ def latents_summary(run: Folder, measured: bool) -> dict[str, Any]:
     """Counts, rejects by reason, seconds, and the round-trip error where it was measured."""
     shards = sorted(committed(run))
     summary = _account(run, shards, LATENTS)
-    reasons: Counter[str] = Counter()
-    for name in run.files(REJECTS):
-        if name.removesuffix(".parquet") in shards:
-            reasons.update(run.read_parquet(f"{REJECTS}/{name}", ["reason"]).column(0).to_pylist())
+    reasons = Counter(reject["reason"] for reject in read_rejects(run))
     summary["rejects_by_reason"] = dict(sorted(reasons.items()))
     if measured:
         columns = ["image_id", "mse"]
