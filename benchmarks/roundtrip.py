@@ -20,7 +20,7 @@ from model.inversion import evaluations, invert_exactly
 from model.schedule import LADDERS, ladder
 from model.unet import UNet
 from pipeline.decode import Preprocess
-from pipeline.metrics import round_trip_error, to_model, to_pixels
+from pipeline.metrics import round_trip_error, statistics, to_model, to_pixels
 from pipeline.plan import pack
 from pipeline.read import read_batches
 from pipeline.records import Shard
@@ -83,14 +83,15 @@ def _measure(
         errors.append(round_trip_error(x, decoded))
         same.append((to_pixels(decoded) == batch).reshape(len(batch), -1))
     mse, identical = np.concatenate(errors), np.concatenate(same)
+    figures = statistics(mse)
     return {
         "steps": steps,
         "ladder": kind,
         "corrections": corrections,
         "nfe": [evaluations(steps, corrections), steps],
-        "mse": float(mse.mean()),
-        "median": float(np.median(mse)),
-        "p99": float(np.quantile(mse, 0.99)),
+        "mse": figures["mean"],
+        "median": figures["median"],
+        "p99": figures["p99"],
         "values_identical": float(identical.mean()),
         "images_identical": float(identical.all(1).mean()),
         "images_per_second": len(mse) / (time.perf_counter() - started),

@@ -31,6 +31,7 @@ from model.unet import UNet, UNetConfig
 from pipeline.decode import Preprocess
 from pipeline.errors import RunError
 from pipeline.manifest import claim
+from pipeline.metrics import to_pixels
 from pipeline.pictures import grid, png
 from pipeline.plan import plan_totals, read_plan, write_plan
 from pipeline.read import read_batches
@@ -333,8 +334,7 @@ def _samples(network: UNet, average: EMA, schedule: NoiseSchedule, config: Train
     x = torch.cat([sample_noise(config.seed, i, shape) for i in range(16)]).to(device)
     levels = ladder("linear", 50, schedule.num_train_timesteps)
     x = sample(twin, x, levels, schedule, prediction_type=config.prediction)
-    pixels = ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    return png(grid(list(pixels), columns=4))
+    return png(grid(list(to_pixels(x)), columns=4))
 
 
 def _report(state: dict[str, Any] | None, metrics: dict[str, Any]) -> None:

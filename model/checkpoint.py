@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import fsspec
@@ -43,7 +44,7 @@ class Checkpoint:
     schedule: NoiseSchedule
     prediction_type: str = "epsilon"
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """sha256 over configs and weights, 64 hex digits: the same however the folder was written."""
         h = hashlib.sha256()

@@ -40,15 +40,21 @@ def epsilon_of(network: Network, x: Tensor, timestep: int, schedule: NoiseSchedu
     return to_epsilon(prediction_type, output, x, schedule.alpha_bar(timestep))
 
 
-def move(x: Tensor, epsilon: Tensor, alpha_from: float, alpha_to: float, sigma: float = 0.0) -> Tensor:
-    """The deterministic part of eq. 12, with eq. 9's predicted x0 put in; in either direction along the ladder.
+def coefficients(alpha_from: float, alpha_to: float, sigma: float = 0.0) -> tuple[float, float]:
+    """What eq. 12 multiplies x and epsilon by, with eq. 9's predicted x0 put in: gathered so that x is never divided by
+    a small sqrt(alpha_from) and multiplied back.
 
-    sqrt(alpha_to) (x - sqrt(1 - alpha_from) epsilon) / sqrt(alpha_from) + sqrt(1 - alpha_to - sigma^2) epsilon,
-    gathered by x and epsilon so that x is never divided by a small sqrt(alpha_from) and multiplied back.
+    sqrt(alpha_to) (x - sqrt(1 - alpha_from) epsilon) / sqrt(alpha_from) + sqrt(1 - alpha_to - sigma^2) epsilon
     """
     scale = sqrt(alpha_to / alpha_from)
     direction = sqrt(max(1 - alpha_to - sigma**2, 0.0))
-    return scale * x + (direction - scale * sqrt(1 - alpha_from)) * epsilon
+    return scale, direction - scale * sqrt(1 - alpha_from)
+
+
+def move(x: Tensor, epsilon: Tensor, alpha_from: float, alpha_to: float, sigma: float = 0.0) -> Tensor:
+    """The deterministic part of eq. 12, in either direction along the ladder."""
+    scale, gain = coefficients(alpha_from, alpha_to, sigma)
+    return scale * x + gain * epsilon
 
 
 def sigma_eta(alpha_from: float, alpha_to: float, eta: float) -> float:

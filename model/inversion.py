@@ -12,12 +12,11 @@ the steps below predict it at no cost, and each correction is one evaluation at 
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
-from math import sqrt
 
 import torch
 from torch import Tensor
 
-from model.ddim import Network, as_state, epsilon_of, invert, move
+from model.ddim import Network, as_state, coefficients, epsilon_of, invert, move
 from model.schedule import NoiseSchedule
 
 MIXING_LIMIT = 2.0  # of the Anderson weight: two nearly equal residuals must not throw an iterate far away
@@ -61,8 +60,8 @@ def invert_exactly(
         at_high = partial(epsilon_of, network, timestep=high, schedule=schedule, prediction_type=prediction_type)
         y, residual = _solve(at_high, x, guess, a, b, corrections)
         worst = torch.maximum(worst, residual)
-        scale = sqrt(b / a)
-        below = [*below[-1:], (y - scale * x) / (sqrt(1 - b) - scale * sqrt(1 - a))]
+        scale, gain = coefficients(a, b)
+        below = [*below[-1:], (y - scale * x) / gain]
         x = y
     return x, worst
 

@@ -104,6 +104,15 @@ class Model:
         return self._in_parts(walk, x, levels)
 
 
+def _stopwatch(model: Model) -> Callable[[], dict[str, float]]:
+    """Called later, it gives the seconds since, and those of them that this thread had the device."""
+    started, device = time.monotonic(), model.clock.seconds
+    return lambda: {
+        "seconds": round(time.monotonic() - started, 3),
+        "device_seconds": round(model.clock.seconds - device, 3),
+    }
+
+
 class Work(Protocol):
     """What a job does with one shard."""
 
@@ -167,7 +176,7 @@ class Encode:
     metadata: Mapping[str, Any]
 
     def process(self, model: Model, shard: Shard) -> Receipt:
-        started, device_before = time.monotonic(), model.clock.seconds
+        stopwatch = _stopwatch(model)
         size, channels = self.reader.how.size, self.reader.how.channels
         schema = latent_schema((channels, size, size), self.dtype, self.reader.collection.kept)
         tables, rejects = [schema.empty_table()], []
@@ -183,10 +192,9 @@ class Encode:
                 tables.append(latent_rows(schema, batch.images, latents.numpy(), errors, residuals.numpy()))
                 model.advance(len(batch.images))
         rows = pa.concat_tables(tables)
-        seconds, device = time.monotonic() - started, model.clock.seconds - device_before
-        timings = {"seconds": round(seconds, 3), "device_seconds": round(device, 3)}
-        written = commit(self.run, shard.name, rows, rejects, self.metadata, timings)
-        return Receipt(shard.name, rows.num_rows, len(rejects), seconds, device, written)
+        spent = stopwatch()
+        written = commit(self.run, shard.name, rows, rejects, self.metadata, spent)
+        return Receipt(shard.name, rows.num_rows, len(rejects), **spent, bytes=written)
 
 
 @dataclass(frozen=True)
@@ -200,7 +208,7 @@ class Reconstruct:
     metadata: Mapping[str, Any]
 
     def process(self, model: Model, shard: Shard) -> Receipt:
-        started, device_before = time.monotonic(), model.clock.seconds
+        stopwatch = _stopwatch(model)
         digest = shard_metadata(self.latents, shard.name)["model_digest"]
         if digest != model.checkpoint.digest:
             raise ValueError(f"the latents of shard {shard.name} were made by model {digest}")
@@ -214,14 +222,13 @@ class Reconstruct:
                 decoded = model.decode(torch.from_numpy(latents), levels)
                 rows += _compare(stored, found, decoded, len(levels) - 1)
             model.advance(len(stored))
-        seconds, device = time.monotonic() - started, model.clock.seconds - device_before
         counts = {"images": len(rows) // len(self.ladders), "uncompared": missing}
-        timings = {"seconds": round(seconds, 3), "device_seconds": round(device, 3)}
+        spent = stopwatch()
         table = with_metadata(
-            pa.Table.from_pylist(rows, ERROR_SCHEMA), {**self.metadata, "counts": counts, "timings": timings}
+            pa.Table.from_pylist(rows, ERROR_SCHEMA), {**self.metadata, "counts": counts, "timings": spent}
         )
         written = self.run.put_parquet(f"{RECONSTRUCTIONS}/{shard.name}.parquet", table)
-        return Receipt(shard.name, counts["images"], 0, seconds, device, written)
+        return Receipt(shard.name, counts["images"], 0, **spent, bytes=written)
 
 
 class _Originals:

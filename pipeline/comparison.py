@@ -8,7 +8,6 @@ import pyarrow.compute as pc
 
 from pipeline.actors import RECONSTRUCTIONS
 from pipeline.decode import Preprocess
-from pipeline.latents import committed
 from pipeline.pictures import pixels_of
 from pipeline.plan import read_plan
 from pipeline.read import read_batches
@@ -39,8 +38,10 @@ def choose_examples(
         "Worst": order[::-1][:EXAMPLES],
     }
     listed = {heading: compared.take(pa.array(places)).to_pylist() for heading, places in chosen.items()}
-    wanted = {row["image_id"] for group in listed.values() for row in group}
-    reconstructed, shards = _reconstructed(run, wanted, steps)
+    shards: dict[str, set[str]] = defaultdict(set)
+    for row in (row for group in listed.values() for row in group):
+        shards[row["shard"]].add(row["image_id"])
+    reconstructed = _reconstructed(run, shards, steps)
     originals = _originals(latents, collection, how, shards)
     return {
         heading: [
@@ -52,21 +53,16 @@ def choose_examples(
     }
 
 
-def _reconstructed(run: Folder, wanted: set[str], steps: int) -> tuple[dict[str, np.ndarray], dict[str, set[str]]]:
-    """id -> reconstruction, uint8 [H, W, C], and shard -> the ids found in it."""
+def _reconstructed(run: Folder, shards: dict[str, set[str]], steps: int) -> dict[str, np.ndarray]:
+    """id -> reconstruction, uint8 [H, W, C], of the ids wanted of each shard."""
     pictures: dict[str, np.ndarray] = {}
-    shards: dict[str, set[str]] = defaultdict(set)
-    for name in sorted(committed(run, RECONSTRUCTIONS)):
-        here = run.read_parquet(f"{RECONSTRUCTIONS}/{name}.parquet", ["image_id", "steps"])
-        if not any(i in wanted and s == steps for i, s in zip(*(c.to_pylist() for c in here.columns), strict=True)):
-            continue
+    for name, wanted in shards.items():
         with run.parquet_file(f"{RECONSTRUCTIONS}/{name}.parquet") as file:
             for batch in file.iter_batches(256, columns=["image_id", "steps", "image"]):
                 for row in batch.to_pylist():
                     if row["steps"] == steps and row["image_id"] in wanted:
                         pictures[row["image_id"]] = pixels_of(row["image"]["bytes"])
-                        shards[name].add(row["image_id"])
-    return pictures, shards
+    return pictures
 
 
 def _originals(

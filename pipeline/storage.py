@@ -53,7 +53,11 @@ class Folder:
         return bytes(self.fs.cat_file(self.path(name)))
 
     def read_parquet(self, name: str, columns: list[str] | None = None) -> pa.Table:
-        return pq.read_table(pa.BufferReader(self.read(name)), columns=columns)
+        """A whole table; of some columns, only their bytes are read."""
+        if columns is None:
+            return pq.read_table(pa.BufferReader(self.read(name)))
+        with self.parquet_file(name) as file:
+            return file.read(columns)
 
     def parquet_file(self, name: str) -> pq.ParquetFile:
         """Opened for range reads: the footer, or a part of the rows."""

@@ -47,11 +47,14 @@ def reconstructions_summary(run: Folder, rows: pa.Table, steps: Sequence[int]) -
 
 
 def read_errors(run: Folder) -> pa.Table:
-    """All rows of a reconstruction, without the images."""
+    """All rows of a reconstruction, with the name of their `shard`, without the images."""
     columns = [name for name in ERROR_SCHEMA.names if name != "image"]
-    shards = sorted(committed(run, RECONSTRUCTIONS))
-    tables = [run.read_parquet(f"{RECONSTRUCTIONS}/{shard}.parquet", columns) for shard in shards]
-    return pa.concat_tables(tables) if tables else ERROR_SCHEMA.empty_table().select(columns)
+    nothing = ERROR_SCHEMA.empty_table().select(columns)
+    tables = [nothing.append_column("shard", pa.array([], pa.string()))]
+    for shard in sorted(committed(run, RECONSTRUCTIONS)):
+        rows = run.read_parquet(f"{RECONSTRUCTIONS}/{shard}.parquet", columns).replace_schema_metadata()
+        tables.append(rows.append_column("shard", pa.repeat(shard, len(rows))))
+    return pa.concat_tables(tables)
 
 
 def split_by_status(rows: pa.Table, steps: int) -> tuple[pa.Table, dict[str, int]]:
