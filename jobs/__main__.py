@@ -11,6 +11,7 @@ from pipeline.errors import RunError
 JOBS = {
     "encode": "images -> latents, by DDIM inversion",
     "reconstruct": "latents -> images, compared with the originals",
+    "calibrate": "a ladder fitted to a model, for --ladder",
     "train": "train a model on a collection",
 }
 

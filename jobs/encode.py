@@ -5,12 +5,12 @@ from dataclasses import asdict, dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 from infra.cluster import ClusterError, connect
-from jobs.config import Config, Range, blame
+from jobs.config import Config, ConfigError, Range, blame
 from model import checkpoint
 from model.inversion import evaluations
-from model.schedule import ladder
 from pipeline.actors import Encode, Reader
 from pipeline.decode import Preprocess
+from pipeline.ladders import KINDS, resolve
 from pipeline.latents import committed
 from pipeline.manifest import claim
 from pipeline.plan import plan_totals, read_plan, write_plan
@@ -32,13 +32,17 @@ class EncodeConfig(Config):
     """The images: a folder, a glob, or Parquet files with an image column; a path or an fsspec URI."""
     model: str
     """The checkpoint folder, in diffusers' layout; a path or an fsspec URI."""
-    steps: Annotated[int, Range(1)] = 20
-    """Steps from the image to its latent."""
-    corrections: Annotated[int, Range(0, 100)] = 0
+    steps: Annotated[int, Range(1)] | None = None
+    """Steps from the image to its latent (default: 20, or those of the ladder's file or list)."""
+    corrections: Annotated[int, Range(0, 100)] = 3
     """Network evaluations that correct each step, so that the latent decodes to the very image: 0 is the paper's plain
-    inversion, 3 makes nearly every image come back to the bit."""
-    ladder: Literal["linear", "quadratic"] = "quadratic"
-    """How the steps are spread over the timesteps."""
+    inversion. With --tolerance, the most a step may take."""
+    tolerance: str | None = None
+    """Correct each image in each step only until the residual (root mean square, pixels in [-1, 1]) is expected to be
+    below this number. `exact`: decode every latent, and spend more on each image that does not come back to the bit."""
+    ladder: str = "logsnr"
+    """How the steps are spread over the timesteps: linear, quadratic, logsnr (equal steps of the log-SNR), timesteps
+    such as 0,3,11,800, or a file that calibrate wrote."""
     shard_size: Annotated[int, Range(1)] = 1024
     """Images a shard, at most: what is lost when a worker dies, and one file."""
     batch_size: Annotated[int, Range(1)] = 64
@@ -55,10 +59,10 @@ class EncodeConfig(Config):
     """The Parquet column that holds the images (default: the one that holds bytes)."""
     max_pixels: Annotated[int, Range(1)] = 100_000_000
     """Larger images are rejected."""
-    dtype: Literal["float16", "float32"] = "float16"
-    """The stored latents' dtype."""
+    dtype: Literal["float16", "float32"] = "float32"
+    """The stored latents' dtype: float16 is half as large and rounds to about 5e-9 of error."""
     measure: bool = False
-    """Decode each latent at once, and store the round trip's mse and psnr in its row."""
+    """Decode each latent at once, and store the round trip's mse, psnr and share of identical 8-bit values."""
 
 
 def run(config: EncodeConfig) -> int:
@@ -69,8 +73,9 @@ def run(config: EncodeConfig) -> int:
     with blame("--model"):
         model = checkpoint.load(absolute(config.model))
         how = Preprocess(model.config.sample_size, model.config.in_channels, config.max_pixels)
-    with blame("--steps"):
-        levels = ladder(config.ladder, config.steps, model.schedule.num_train_timesteps)
+    with blame("--steps" if config.ladder in KINDS else "--ladder"):
+        levels = resolve(config.ladder, config.steps, model.schedule)
+    tolerance, exact = _tolerance(config)
     out = Folder(absolute(config.out))
     source = {"uri": uri, "kind": collection.kind, "image_column": collection.image_column}
     with blame("--out"):
@@ -81,11 +86,12 @@ def run(config: EncodeConfig) -> int:
             "inversion": {
                 "method": "fixed point" if config.corrections else "ddim",
                 "corrections": config.corrections,
-                "nfe": evaluations(config.steps, config.corrections),
+                "tolerance": "exact" if exact else tolerance or None,
+                "nfe": evaluations(len(levels) - 1, config.corrections),
             },
             "preprocess": asdict(how),
         }
-        settings = config.settings(images=uri, model=absolute(config.model))
+        settings = config.settings(images=uri, model=absolute(config.model), steps=len(levels) - 1)
         claim(out, "encode", settings, config.FREE, {**facts, "collection": source})
     with blame("--images"):
         totals = plan_totals(out) or write_plan(out, collection, config.shard_size, config.limit)
@@ -99,20 +105,44 @@ def run(config: EncodeConfig) -> int:
         with blame("--address", ClusterError), connect(config.address):
             resources = fit(config.workers, config.decode)
             reader = Reader(collection, how, config.batch_size, resources.read_by_tasks)
-            work = Encode(out, reader, levels, config.corrections, config.dtype, config.measure, facts)
+            corrected = (levels, config.corrections, tolerance, exact)
+            work = Encode(out, reader, *corrected, config.dtype, config.measure, facts)
             progress = Progress("encode", totals, len(done))
             failures = follow(progress, run_shards(work, model, todo, resources))
-    summary = latents_summary(out, config.measure)
+    summary = latents_summary(out, config.measure or exact)
     put_summary(out, summary, failures)
     return _conclude(config, summary, failures)
+
+
+def _tolerance(config: EncodeConfig) -> tuple[float, bool]:
+    """--tolerance as a number, 0 for none, and whether it is `exact`."""
+    if config.tolerance is None:
+        return 0.0, False
+    if not config.corrections:
+        raise ConfigError("--tolerance: --corrections 0, the paper's inversion, corrects nothing")
+    if config.tolerance == "exact":
+        return 0.0, True
+    try:
+        tolerance = float(config.tolerance)
+    except ValueError:
+        tolerance = -1.0
+    if not 0 < tolerance < float("inf"):
+        raise ConfigError(f"--tolerance: {config.tolerance!r} is neither a number above 0 nor exact")
+    return tolerance, False
 
 
 def _conclude(config: EncodeConfig, summary: dict[str, Any], failures: list[Failure]) -> int:
     print(f"{summary['latents']} latents and {summary['rejects']} rejects in {config.out}")
     for reason, count in summary["rejects_by_reason"].items():
         print(f"  {count} rejected as {reason}: {REASONS[reason]}")
-    if config.measure and summary["latents"]:
-        print(f"round-trip error {summary['round_trip']['mean']:.3g} (mean squared error, pixels in [0, 1])")
+    if "round_trip" in summary and summary["latents"]:
+        measured = summary["round_trip"]
+        print(
+            f"round-trip error {measured['mean']:.3g} (mean squared error, pixels in [0, 1]),"
+            f" {summary['latents'] - measured['not_identical']} of {summary['latents']} images identical to the bit"
+        )
+        if config.tolerance == "exact" and measured["not_identical"]:
+            print(f"not identical: {', '.join(measured['not_identical_ids'])}", file=sys.stderr)
     if failures:
         print(f"{len(failures)} shards failed; the same command tries them again", file=sys.stderr)
         return 1

@@ -7,10 +7,11 @@ from typing import Annotated, Any, ClassVar, Literal
 from infra.cluster import ClusterError, connect
 from jobs.config import Config, ConfigError, Range, blame
 from model import checkpoint
-from model.schedule import Ladder, check_ladder, ladder
+from model.schedule import Ladder, NoiseSchedule, check_ladder
 from pipeline.actors import RECONSTRUCTIONS, Reader, Reconstruct
 from pipeline.comparison import choose_examples, series_at
 from pipeline.decode import Preprocess
+from pipeline.ladders import KINDS, ladder_of_kind
 from pipeline.latents import committed
 from pipeline.manifest import ManifestError, claim, read_manifest
 from pipeline.plan import Totals, plan_totals, read_plan
@@ -34,7 +35,7 @@ class ReconstructConfig(Config):
     """The checkpoint folder (default: the one that encode used, where it used it)."""
     steps: tuple[Annotated[int, Range(1)], ...] = ()
     """Numbers of decoding steps, each on a ladder of the run's kind up to the run's top level (default: the
-    run's own ladder)."""
+    run's own ladder); equal steps of the log-SNR where that was a list."""
     batch_size: Annotated[int, Range(1)] = 64
     """Images on the device at once; halved where they do not fit."""
     workers: Annotated[int, Range(1)] | None = None
@@ -60,7 +61,7 @@ def run(config: ReconstructConfig) -> int:
                 f" and this one's is {model.digest[:12]}…"
             )
     with blame("--steps"):
-        ladders = _ladders(config, encoded)
+        ladders = _ladders(config, encoded, model.schedule)
     with blame("--out"):
         facts = {"model_digest": model.digest, "ladders": [list(levels) for levels in ladders]}
         claim(out, "reconstruct", config.settings(latents=latents.uri), config.FREE, facts)
@@ -113,13 +114,13 @@ def _encode_run(latents: Folder) -> dict[str, Any]:
     return manifest
 
 
-def _ladders(config: ReconstructConfig, encoded: dict[str, Any]) -> tuple[Ladder, ...]:
-    own = tuple(encoded["levels"])
-    kind, timesteps = encoded["config"]["ladder"], encoded["num_train_timesteps"]
+def _ladders(config: ReconstructConfig, encoded: dict[str, Any], schedule: NoiseSchedule) -> tuple[Ladder, ...]:
+    own, kind = tuple(encoded["levels"]), encoded["config"]["ladder"]
+    kind = kind if kind in KINDS else "logsnr"  # a list says nothing of other numbers of steps
     if len(set(config.steps)) != len(config.steps):
         raise ConfigError("--steps: a number is named twice")
     return tuple(
-        own if steps == len(own) - 1 else ladder(kind, steps, timesteps, top=own[-1]) for steps in config.steps
+        own if steps == len(own) - 1 else ladder_of_kind(kind, steps, schedule, own[-1]) for steps in config.steps
     ) or (own,)
 
 

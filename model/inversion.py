@@ -7,11 +7,16 @@ solve that for x_b, a fixed point of
 
 where the paper's inversion puts epsilon(x_a, a) in place of epsilon(x_b, b) and leaves it at that. Here the epsilons of
 the steps below predict it at no cost, and each correction is one evaluation at (x_b, b).
+
+By Tweedie's formula the ideal network's Jacobian is (I - alpha_b / (1 - alpha_b) Cov[x_0 | x_b]) / sqrt(1 - alpha_b):
+symmetric, its eigenvalues near 0 along the images and near 1 / sqrt(1 - alpha_b) across them. So those of G lie
+between 0 and kappa = 1 - s sqrt(1 - alpha_a) / sqrt(1 - alpha_b), for which 2 / (2 - kappa) is the best relaxation.
 """
 
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
+from math import sqrt
 
 import torch
 from torch import Tensor
@@ -19,7 +24,8 @@ from torch import Tensor
 from model.ddim import Network, as_state, coefficients, epsilon_of, invert, move
 from model.schedule import NoiseSchedule
 
-MIXING_LIMIT = 2.0  # of the Anderson weight: two nearly equal residuals must not throw an iterate far away
+DEPTH = 2  # of the Anderson mixing: differences of residuals kept
+MIXING_LIMIT = 5.0  # of an Anderson weight: two nearly equal residuals must not throw an iterate far away
 
 
 def evaluations(steps: int, corrections: int) -> int:
@@ -36,62 +42,93 @@ def invert_exactly(
     *,
     prediction_type: str = "epsilon",
     corrections: int = 3,
-) -> tuple[Tensor, Tensor]:
-    """x0 [B, C, H, W] -> x at the ladder's top, and each sample's residual, float [B].
+    tolerance: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x0 [B, C, H, W] -> x at the ladder's top, each sample's residual, float [B], and its evaluations, int32 [B].
 
-    A step predicts epsilon by linear extrapolation of the two steps below, then corrects `corrections` times by a fixed
-    point with Anderson mixing of depth 1, each sample with its own weight. A sample whose residual does not fall keeps
-    the iterate with the smallest one: at worst the prediction. The residual is the root mean square of G(x_b) - x_b of
-    that iterate, the largest over the steps: of the last one evaluated, before the update that follows from it, so the
-    true one is smaller where the fixed point contracts. `corrections` = 0 is the paper's inversion, residual NaN.
+    A step predicts epsilon by linear extrapolation of the two steps below, then corrects `corrections` times by the
+    relaxed fixed point with Anderson mixing, each sample with its own weights. The first step, which has none below,
+    starts from the image and corrects once more. With `tolerance` > 0 a sample leaves a step as soon as its next
+    residual is expected to be below it, and `corrections` is the most a step may take.
+
+    A sample whose residual does not fall keeps the iterate with the smallest one: at worst the prediction. The residual
+    is the root mean square of G(x_b) - x_b of that iterate, the largest over the steps: of the last one evaluated,
+    before the update that follows from it, so the true one is smaller where the fixed point contracts.
+    `corrections` = 0 is the paper's inversion, residual NaN.
     """
     if corrections == 0:
         paper = invert(network, x, levels, schedule, prediction_type=prediction_type)
-        return paper, paper.new_full((len(x),), float("nan"))
+        spent = torch.full((len(x),), len(levels) - 1, dtype=torch.int32, device=x.device)
+        return paper, paper.new_full((len(x),), float("nan")), spent
     x = as_state(x)
     worst = x.new_zeros(len(x))
+    spent = torch.zeros(len(x), dtype=torch.int32, device=x.device)
     below: list[Tensor] = []  # epsilon of the steps below, the last two
     for low, high in pairwise(levels):
         a, b = schedule.alpha_bar(low), schedule.alpha_bar(high)
-        if len(below) == 2:
-            guess = 2 * below[1] - below[0]
-        else:
-            guess = below[0] if below else epsilon_of(network, x, high, schedule, prediction_type)
         at_high = partial(epsilon_of, network, timestep=high, schedule=schedule, prediction_type=prediction_type)
-        y, residual = _solve(at_high, x, guess, a, b, corrections)
-        worst = torch.maximum(worst, residual)
+        if below:
+            guess = 2 * below[1] - below[0] if len(below) == 2 else below[0]
+            y, most = move(x, guess, a, b), corrections
+        else:
+            y, most = x, corrections + 1
+        y, residual, count = _solve(at_high, x, y, a, b, most, tolerance)
+        worst, spent = torch.maximum(worst, residual), spent + count
         scale, gain = coefficients(a, b)
         below = [*below[-1:], (y - scale * x) / gain]
         x = y
-    return x, worst
+    return x, worst, spent
 
 
 def _solve(
-    epsilon_at: Callable[[Tensor], Tensor], x: Tensor, guess: Tensor, a: float, b: float, corrections: int
-) -> tuple[Tensor, Tensor]:
-    """y with y = G(y) = move(x, epsilon_at(y), a, b), from the y that `guess` gives; and its residual, float [B]."""
-    y = move(x, guess, a, b)
-    kept, least, least_at = y, x.new_full((len(x),), float("inf")), y
-    before: tuple[Tensor, Tensor] | None = None
-    for _ in range(corrections):
-        image = move(x, epsilon_at(y), a, b)
-        residual = image - y
+    epsilon_at: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, a: float, b: float, most: int, tolerance: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The y with y = G(y) = move(x, epsilon_at(y), a, b), from a first one; its residual, float [B], and the
+    evaluations, int32 [B]. Samples that are done leave the batch."""
+    _, gain = coefficients(a, b)
+    kappa = gain / sqrt(1 - b)
+    solved, least = y.clone(), x.new_full((len(x),), float("inf"))
+    count = torch.zeros(len(x), dtype=torch.int32, device=x.device)
+    active = torch.arange(len(x), device=x.device)
+    least_at, history = y, list[tuple[Tensor, Tensor]]()
+    for _ in range(most):
+        residual = move(x, epsilon_at(y), a, b) - y
         size = residual.square().flatten(1).mean(1).sqrt()
-        update = image if before is None else _mix(image, residual, *before)
-        falls = size < least
+        history = [*history[-DEPTH:], (y, residual)]
+        update = _mix(history, 2 / (2 - kappa))
+        falls = size < least[active]
         # Where the residual rises, what followed from the smallest one is known to be worse than its origin.
-        kept = _choose(falls, update, least_at)
-        least_at, least = _choose(falls, y, least_at), torch.where(falls, size, least)
-        before, y = (image, residual), update
-    return kept, least
+        least_at = _choose(falls, y, least_at)
+        solved[active] = _choose(falls, update, least_at)
+        least[active] = torch.where(falls, size, least[active])
+        count[active] += 1
+        going = size * kappa / (2 - kappa) > tolerance  # the relaxed fixed point leaves at most so much of it
+        if not going.any():
+            break
+        y = update
+        if not going.all():
+            active, x, y, least_at = active[going], x[going], y[going], least_at[going]
+            history = [(before[going], its_residual[going]) for before, its_residual in history]
+    return solved, least, count
 
 
-def _mix(image: Tensor, residual: Tensor, image_before: Tensor, residual_before: Tensor) -> Tensor:
-    """Anderson mixing of depth 1: the combination of two images whose residuals, combined alike, are smallest."""
-    change = residual - residual_before
-    weight = (residual * change).flatten(1).sum(1) / change.square().flatten(1).sum(1)
-    weight = weight.nan_to_num(0.0).clamp(-MIXING_LIMIT, MIXING_LIMIT)  # NaN: the residual did not change
-    return image - weight[:, None, None, None] * (image - image_before)
+def _mix(history: Sequence[tuple[Tensor, Tensor]], relaxation: float) -> Tensor:
+    """Anderson mixing: the combination of the iterates whose residuals, combined alike, are smallest, moved on along
+    that residual. Of (iterate, residual) pairs, the newest last; orthogonalised by Gram and Schmidt."""
+    basis: list[tuple[Tensor, Tensor]] = []
+    for (y_before, r_before), (y, r) in reversed(list(pairwise(history))):
+        basis.append(_project(y - y_before, r - r_before, basis))
+    y, r = _project(*history[-1], basis)
+    return y + relaxation * r
+
+
+def _project(y: Tensor, r: Tensor, basis: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """r less its components along the basis' residuals, and y less the same parts of the basis' iterates."""
+    for y_basis, r_basis in basis:
+        weight = (r * r_basis).flatten(1).sum(1) / r_basis.square().flatten(1).sum(1)
+        weight = weight.nan_to_num(0.0, 0.0, 0.0).clamp(-MIXING_LIMIT, MIXING_LIMIT)  # NaN: no residual changed
+        y, r = (v - weight[:, None, None, None] * along for v, along in ((y, y_basis), (r, r_basis)))
+    return y, r
 
 
 def _choose(where: Tensor, one: Tensor, other: Tensor) -> Tensor:

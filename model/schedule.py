@@ -65,6 +65,11 @@ class NoiseSchedule:
         return np.minimum(1 - f((t + 1) / T) / f(t / T), 0.999)
 
     @cached_property
+    def log_snr(self) -> np.ndarray:
+        """log(alpha-bar / (1 - alpha-bar)), float64 [num_train_timesteps]: falling."""
+        return np.log(self.alphas_cumprod) - np.log1p(-self.alphas_cumprod)
+
+    @cached_property
     def alphas_cumprod(self) -> np.ndarray:
         """alpha-bar, float64 [num_train_timesteps]; the paper's alpha_t."""
         return np.cumprod(1 - self.betas)
@@ -99,6 +104,25 @@ def ladder(kind: str, steps: int, num_train_timesteps: int = 1000, top: int | No
     power, span = (1, steps - 1) if kind == "linear" else (2, (steps - 1) ** 2)
     for i in range(steps):
         levels.append(max(top * i**power // max(span, 1), levels[-1] + 1))
+    return tuple(levels)
+
+
+def logsnr_ladder(schedule: NoiseSchedule, steps: int, top: int | None = None) -> Ladder:
+    """Clean end, then the `steps` timesteps from 0 to `top` (default: 0.8 T) nearest to equal steps of the log-SNR,
+    log(alpha-bar / (1 - alpha-bar)): the fixed point of model.inversion then contracts alike in every step. Where a
+    level repeats, the later ones move up by one. Raises ValueError when `steps` distinct levels do not fit."""
+    T = schedule.num_train_timesteps
+    if top is None:
+        top = max(T * 4 // 5, steps - 1)
+    if not 1 <= steps <= top + 1 <= T:
+        raise ValueError(f"{steps} steps do not fit between timestep 0 and {top} of {T}")
+    falling = schedule.log_snr[: top + 1]
+    levels = [CLEAN]
+    for i, wanted in enumerate(np.linspace(falling[0], falling[-1], steps)):
+        nearest = int(np.abs(falling - wanted).argmin())
+        levels.append(min(max(nearest, levels[-1] + 1), top - (steps - 1 - i)))
+    if steps == 1:
+        levels = [CLEAN, 0]
     return tuple(levels)
 
 

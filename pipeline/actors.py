@@ -16,6 +16,7 @@ from torch import Tensor
 
 from model.checkpoint import Checkpoint
 from model.ddim import sample
+from model.fit import epsilon_products
 from model.inversion import invert_exactly
 from model.schedule import Ladder
 from pipeline.decode import Preprocess
@@ -29,6 +30,8 @@ from pipeline.storage import Folder
 
 RECONSTRUCTIONS = "reconstructions"
 Walk = Callable[..., tuple[Tensor, ...]]  # along a ladder, of a batch: (network, x, levels, schedule) -> results
+STRICTER = (1e-4, 1e-6)  # tolerances of the further tries of an image that is to come back to the bit
+MOST_CORRECTIONS = 50  # a step, in those
 READ_AHEAD = 2  # batches that a reader may be ahead of the device
 
 
@@ -70,10 +73,16 @@ class Model:
         """Tells the driver's progress that so many more images of this thread's shard are done."""
         self.advanced[threading.get_ident()] += images
 
-    def encode(self, x: Tensor, levels: Ladder, corrections: int = 0) -> tuple[Tensor, Tensor]:
-        """Images in [-1, 1] -> x at the ladder's top, and the residuals [B]; NaN for the paper's inversion, which is
-        `corrections` = 0."""
-        return self._on_device(partial(invert_exactly, corrections=corrections), x, levels)
+    def encode(
+        self, x: Tensor, levels: Ladder, corrections: int = 0, tolerance: float = 0.0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Images in [-1, 1] -> x at the ladder's top, the residuals [B] and the network evaluations [B], as
+        model.inversion says; the paper's inversion is `corrections` = 0."""
+        return self._on_device(partial(invert_exactly, corrections=corrections, tolerance=tolerance), x, levels)
+
+    def epsilon_products(self, x: Tensor, levels: Ladder) -> Tensor:
+        """As model.fit says, of images in [-1, 1]."""
+        return self._on_device(lambda *args, **kwargs: (epsilon_products(*args, **kwargs),), x, levels)[0]
 
     def decode(self, x: Tensor, levels: Ladder) -> Tensor:
         """x at the ladder's top -> images about [-1, 1], by DDIM with eta = 0."""
@@ -165,12 +174,14 @@ class Reader:
 
 @dataclass(frozen=True)
 class Encode:
-    """Images -> `latents/<shard>.parquet`."""
+    """Images -> `latents/<shard>.parquet`. `exact` tries again what does not come back to the bit."""
 
     run: Folder
     reader: Reader
     levels: Ladder
     corrections: int
+    tolerance: float
+    exact: bool
     dtype: str
     measure: bool
     metadata: Mapping[str, Any]
@@ -184,17 +195,40 @@ class Encode:
             rejects += batch.rejects
             if batch.images:
                 x = to_model(np.stack([image.pixels for image in batch.images]))
-                latents, residuals = model.encode(x, self.levels, self.corrections)
-                latents = latents.to(getattr(torch, self.dtype))
-                errors = None
-                if self.measure:  # of the latents as they are stored
-                    errors = round_trip_error(x, model.decode(latents.float(), self.levels)).tolist()
-                tables.append(latent_rows(schema, batch.images, latents.numpy(), errors, residuals.numpy()))
+                latents, found = self._encode(model, x)
+                tables.append(latent_rows(schema, batch.images, latents.numpy(), found))
                 model.advance(len(batch.images))
         rows = pa.concat_tables(tables)
         spent = stopwatch()
         written = commit(self.run, shard.name, rows, rejects, self.metadata, spent)
         return Receipt(shard.name, rows.num_rows, len(rejects), **spent, bytes=written)
+
+    def _encode(self, model: Model, x: Tensor) -> tuple[Tensor, dict[str, np.ndarray]]:
+        """Images in [-1, 1] -> their latents as stored, and the columns of records.MEASURED that are known."""
+        dtype = getattr(torch, self.dtype)
+        latents, residual, nfe = model.encode(x, self.levels, self.corrections, self.tolerance)
+        latents = latents.to(dtype)
+        found = {"residual": residual.numpy(), "nfe": nfe.numpy()}
+        if not (self.measure or self.exact):
+            return latents, found
+        found |= _measure(x, model.decode(latents.float(), self.levels))
+        for tolerance in STRICTER if self.exact else ():
+            left = np.flatnonzero(found["identical"] < 1)
+            if not len(left):
+                break
+            again, residual, nfe = model.encode(x[left], self.levels, MOST_CORRECTIONS, tolerance)
+            latents[left] = again.to(dtype)
+            tried = _measure(x[left], model.decode(latents[left].float(), self.levels))
+            found["nfe"][left] += nfe.numpy()
+            for name, values in {"residual": residual.numpy(), **tried}.items():
+                found[name][left] = values
+        return latents, found
+
+
+def _measure(x: Tensor, decoded: Tensor) -> dict[str, np.ndarray]:
+    mse = round_trip_error(x, decoded)
+    same = to_pixels(x) == to_pixels(decoded)
+    return {"mse": mse, "psnr": np.array([psnr(e) for e in mse]), "identical": same.reshape(len(x), -1).mean(1)}
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.metrics import psnr
-from pipeline.records import Image, Reject, metadata_of, rejects_table, with_metadata
+from pipeline.records import MEASURED, Image, Reject, metadata_of, rejects_table, with_metadata
 from pipeline.storage import Folder
 
 LATENTS, REJECTS = "latents", "rejects"
@@ -16,28 +15,22 @@ ROWS_A_GROUP = 1024
 
 
 def latent_rows(
-    schema: pa.Schema,
-    images: Sequence[Image],
-    latents: np.ndarray,
-    mse: Sequence[float] | None,
-    residuals: np.ndarray | None = None,
+    schema: pa.Schema, images: Sequence[Image], latents: np.ndarray, measured: Mapping[str, Any]
 ) -> pa.Table:
-    """Rows of records.latent_schema: images of one batch, their latents [B, C, H, W], errors and residuals where there
-    are any (a NaN residual is none)."""
+    """Rows of records.latent_schema: images of one batch, their latents [B, C, H, W], and columns of MEASURED, each of
+    length B (a NaN residual is none); those that are not given are null."""
     tensor = schema.field("latent").type
     flat = pa.array(np.ascontiguousarray(latents).reshape(-1), tensor.value_type)
-    measured = {"mse": list(mse), "psnr": [psnr(e) for e in mse]} if mse is not None else {}
 
     def column(field: pa.Field) -> pa.Array:
         if field.name == "latent":
             return pa.ExtensionArray.from_storage(
                 tensor, pa.FixedSizeListArray.from_arrays(flat, math.prod(tensor.shape))
             )
-        if field.name == "residual" and residuals is not None:
-            return pa.array(residuals.astype(np.float32), pa.float32(), mask=np.isnan(residuals))
         if field.name in measured:
-            return pa.array(measured[field.name], field.type)
-        if field.name in ("residual", "mse", "psnr"):
+            found = np.asarray(measured[field.name], field.type.to_pandas_dtype())
+            return pa.array(found, mask=np.isnan(found) if field.name == "residual" else None)
+        if field.name in MEASURED:
             return pa.nulls(len(images), field.type)
         values = [i.kept[field.name] if field.name in i.kept else getattr(i, field.name) for i in images]
         return pa.array(values, field.type)

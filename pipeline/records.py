@@ -130,10 +130,19 @@ def rejects_table(rejects: Iterable[Reject]) -> pa.Table:
     return pa.Table.from_pylist([asdict(reject) for reject in rejects], REJECT_SCHEMA)
 
 
+MEASURED = {
+    "residual": pa.float32(),
+    "nfe": pa.int32(),
+    "mse": pa.float64(),
+    "psnr": pa.float64(),
+    "identical": pa.float64(),
+}
+
+
 def latent_schema(shape: Sequence[int], dtype: str, kept: Sequence[pa.Field] = ()) -> pa.Schema:
     """One row an image. `latent` is x at the ladder's top, [C, H, W] of float16 or float32, as Arrow's fixed-shape
-    tensor. `residual` is that of model.inversion, null for the paper's inversion; `mse` and `psnr` are null where they
-    were not measured."""
+    tensor. `residual` is that of model.inversion, null for the paper's inversion; `nfe` the network evaluations spent;
+    `mse`, `psnr` and `identical`, the share of 8-bit values that come back the same, are null where not measured."""
     value = {"float16": pa.float16(), "float32": pa.float32()}[dtype]
     return pa.schema(
         [
@@ -144,9 +153,7 @@ def latent_schema(shape: Sequence[int], dtype: str, kept: Sequence[pa.Field] = (
             pa.field("content_hash", pa.string(), nullable=False),
             *kept,
             pa.field("latent", pa.fixed_shape_tensor(value, tuple(shape)), nullable=False),
-            ("residual", pa.float32()),
-            ("mse", pa.float64()),
-            ("psnr", pa.float64()),
+            *MEASURED.items(),
         ]
     )
 

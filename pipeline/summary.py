@@ -18,6 +18,7 @@ from pipeline.run import Failure
 from pipeline.storage import Folder
 
 WORST = 20  # ids named
+NAMED = 1000  # ids named of the images that do not come back to the bit; the rows say it of all
 
 
 def latents_summary(run: Folder, measured: bool) -> dict[str, Any]:
@@ -27,10 +28,16 @@ def latents_summary(run: Folder, measured: bool) -> dict[str, Any]:
     reasons = Counter(reject["reason"] for reject in read_rejects(run))
     summary["rejects_by_reason"] = dict(sorted(reasons.items()))
     if measured:
-        columns = ["image_id", "mse"]
-        tables = [run.read_parquet(f"{LATENTS}/{shard}.parquet", columns) for shard in shards]
-        nothing = pa.table({"image_id": pa.array([], pa.string()), "mse": pa.array([], pa.float64())})
-        summary["round_trip"] = error_statistics(pa.concat_tables([nothing, *tables], promote_options="permissive"))
+        columns = {"image_id": pa.string(), "mse": pa.float64(), "identical": pa.float64()}
+        tables = [run.read_parquet(f"{LATENTS}/{shard}.parquet", list(columns)) for shard in shards]
+        nothing = pa.schema(columns).empty_table()
+        rows = pa.concat_tables([nothing, *tables], promote_options="permissive")
+        others = rows.filter(pc.less(rows["identical"], 1))["image_id"]
+        summary["round_trip"] = {
+            **error_statistics(rows),
+            "not_identical": len(others),
+            "not_identical_ids": others.slice(0, NAMED).to_pylist(),
+        }
     return summary
 
 

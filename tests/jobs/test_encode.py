@@ -17,10 +17,12 @@ from PIL import Image
 
 from model.ddim import invert
 from model.inversion import invert_exactly
-from model.schedule import ladder
+from model.schedule import ladder, logsnr_ladder
 from pipeline.decode import Preprocess, decode
 
 GOOD, BAD, SHARD = 1000, 40, 100
+
+PLAIN = ["--corrections", "0", "--ladder", "quadratic"]
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +37,13 @@ def mixed(corpus, tmp_path_factory):
 def command(mixed, model, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "mixed"
     flags = {"--images": mixed[0], "--model": model, "--out": out, "--steps": 4, "--shard-size": SHARD, "--measure": ""}
-    return ["encode", *(str(word) for pair in flags.items() for word in pair if word != "")]
+    return [
+        "encode",
+        *PLAIN,
+        "--dtype",
+        "float16",
+        *(str(word) for pair in flags.items() for word in pair if word != ""),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +138,7 @@ def test_every_file_says_how_to_decode_it(said, run, tiny):
         found = metadata(file)
         assert found["levels"] == list(ladder("quadratic", 4))
         assert found["model_digest"] == tiny.digest
-        assert found["inversion"] == {"method": "ddim", "corrections": 0, "nfe": 4}
+        assert found["inversion"] == {"method": "ddim", "corrections": 0, "tolerance": None, "nfe": 4}
         assert (found["num_train_timesteps"], found["beta_schedule"]) == (1000, "linear")
         assert (found["beta_start"], found["beta_end"], found["prediction_type"]) == (1e-4, 0.02, "epsilon")
         assert (found["preprocess"]["size"], found["preprocess"]["resample"]) == (16, "lanczos")
@@ -226,14 +234,12 @@ def test_the_place_of_decoding_changes_not_one_bit(said, stored, palindrome, com
 def plain(palindrome, pictures, model, tmp_path_factory, read_run):
     """24 pictures from a folder, in float32."""
     out = tmp_path_factory.mktemp("plain") / "run"
-    said = palindrome(
-        "encode", "--images", pictures, "--model", model, "--out", out, "--steps", 5, "--dtype", "float32"
-    )
+    said = palindrome("encode", "--images", pictures, "--model", model, "--out", out, "--steps", 5, *PLAIN)
     assert said.code == 0, said.err
     return read_run(out)
 
 
-def test_float32_is_stored_as_it_is_asked_for(plain):
+def test_float32_is_what_is_stored_unless_said_otherwise(plain):
     assert plain.latents.dtype == np.float32
     assert {(row["mse"], row["psnr"]) for row in plain.rows} == {(None, None)}
 
@@ -241,22 +247,25 @@ def test_float32_is_stored_as_it_is_asked_for(plain):
 def test_corrections_are_those_of_the_model_and_their_residuals_are_stored(
     palindrome, pictures, model, tiny, tmp_path, read_run
 ):
-    flags = ["--steps", 6, "--corrections", 2, "--dtype", "float32", "--batch-size", 24]
+    flags = ["--steps", 6, "--corrections", 2, "--batch-size", 24]
     said = palindrome("encode", "--images", pictures, "--model", model, "--out", tmp_path, *flags)
     assert said.code == 0, said.err
     stored = read_run(tmp_path)
     x0 = torch.from_numpy(np.stack([decode(p.read_bytes(), Preprocess(16))[0] for p in sorted(pictures.iterdir())]))
     x0 = x0.permute(0, 3, 1, 2).float() / 127.5 - 1
-    latents, residuals = invert_exactly(tiny.network(), x0, ladder("quadratic", 6), tiny.schedule, corrections=2)
+    levels = logsnr_ladder(tiny.schedule, 6)
+    latents, residuals, _ = invert_exactly(tiny.network(), x0, levels, tiny.schedule, corrections=2)
     assert np.allclose(stored.latents, latents, rtol=1e-3, atol=1e-3)
     assert np.allclose([row["residual"] for row in stored.rows], residuals, rtol=1e-2)
     found = metadata(next((tmp_path / "latents").iterdir()))
-    assert found["inversion"] == {"method": "fixed point", "corrections": 2, "nfe": 13}
+    assert found["inversion"] == {"method": "fixed point", "corrections": 2, "tolerance": None, "nfe": 13}
+    assert {row["nfe"] for row in stored.rows} == {13}
+    assert found["levels"] == list(levels)
 
 
 def test_batches_glob_and_float16_give_the_same_latents(palindrome, pictures, model, plain, tmp_path, read_run):
-    flags = ["--model", model, "--out", tmp_path / "run", "--steps", 5, "--batch-size", 7, "--shard-size", 10]
-    said = palindrome("encode", "--images", f"{pictures}/*.png", *flags, "--workers", 2)
+    flags = ["--model", model, "--out", tmp_path / "run", "--steps", 5, "--batch-size", 7, "--shard-size", 10, *PLAIN]
+    said = palindrome("encode", "--images", f"{pictures}/*.png", *flags, "--workers", 2, "--dtype", "float16")
     assert said.code == 0, said.err
     found = read_run(tmp_path / "run")
     assert found.ids == plain.ids
@@ -266,7 +275,7 @@ def test_batches_glob_and_float16_give_the_same_latents(palindrome, pictures, mo
 
 def test_parquet_with_limit_and_kept_columns(palindrome, sample, model, plain, tmp_path, read_run):
     flags = ["--model", model, "--out", tmp_path / "run", "--steps", 5, "--limit", 24, "--keep", "label"]
-    said = palindrome("encode", "--images", sample, *flags, "--image-column", "img", "--dtype", "float32")
+    said = palindrome("encode", "--images", sample, *flags, "--image-column", "img", *PLAIN)
     assert said.code == 0, said.err
     found = read_run(tmp_path / "run")
     order = sorted(range(24), key=lambda i: f"{sample.name}#{i}")
@@ -322,7 +331,7 @@ def test_what_breaks_in_the_run_is_not_blamed_on_the_address(palindrome, picture
 def test_a_run_survives_interrupt_and_kill_of_its_driver(palindrome, start, sample, model, tmp_path, times, read_run):
     run, latents = tmp_path / "run", tmp_path / "run/latents"
     command = ["encode", "--images", sample, "--model", model, "--out", run, "--steps", 40, "--shard-size", 4]
-    command += ["--limit", 80, "--decode", "actor"]
+    command += ["--limit", 80, "--decode", "actor", *PLAIN]
 
     def stop(number, after):
         """Sends the signal to a driver that has committed so many shards."""
@@ -369,3 +378,40 @@ def test_a_parquet_of_null_and_broken_rows(palindrome, pngs, model, tmp_path):
     assert pq.read_table(latents)["n"].to_pylist() == [1, 5]
     found = {row["image_id"]: row["reason"] for row in pq.read_table(rejects).to_pylist()}
     assert found == {"rows.parquet#1": "null", "rows.parquet#2": "empty", "rows.parquet#3": "not_an_image"}
+
+
+BUNDLED = Path(__file__).parents[2] / "checkpoints/cifar10-32"
+
+
+def test_exact_spends_more_on_what_does_not_come_back_to_the_bit(palindrome, sample, tmp_path, read_run):
+    """On the bundled checkpoint, with too few corrections for any image to come back at the first try."""
+    command = ["encode", "--images", sample, "--model", BUNDLED, "--limit", 2, "--steps", 8, "--corrections", 1]
+    for name, flags in {"once": ["--measure"], "exact": ["--tolerance", "exact"]}.items():
+        said = palindrome(*command, "--out", tmp_path / name, *flags)
+        assert said.code == 0, said.err
+    once, exact = (read_run(tmp_path / name).rows for name in ("once", "exact"))
+    assert all(row["identical"] < 1 and row["nfe"] == 9 for row in once)
+    assert all(row["identical"] == 1 and row["nfe"] > 9 for row in exact)
+    assert "2 of 2 images identical to the bit" in said.out
+    summary = json.loads((tmp_path / "once/summary.json").read_text())["round_trip"]
+    assert (summary["not_identical"], sorted(summary["not_identical_ids"])) == (2, [row["image_id"] for row in once])
+
+
+def test_exact_names_the_images_that_do_not_come_back(palindrome, pictures, model, tmp_path):
+    """A network of random weights at float16: nothing does."""
+    flags = ["--steps", 2, "--corrections", 1, "--tolerance", "exact", "--dtype", "float16", "--limit", 2]
+    said = palindrome("encode", "--images", pictures, "--model", model, "--out", tmp_path, *flags)
+    assert said.code == 0
+    assert "0 of 2 images identical" in said.out
+    assert "not identical: 000.png, 001.png" in said.err
+
+
+def test_a_tolerance_and_a_listed_ladder(palindrome, pictures, model, tmp_path, read_run):
+    flags = ["--ladder", "0,50,300,700", "--corrections", 30, "--tolerance", "1e-3", "--limit", 4]
+    said = palindrome("encode", "--images", pictures, "--model", model, "--out", tmp_path, *flags)
+    assert said.code == 0, said.err
+    assert all(5 <= row["nfe"] < 121 for row in read_run(tmp_path).rows)
+    found = metadata(next((tmp_path / "latents").iterdir()))
+    assert found["levels"] == [-1, 0, 50, 300, 700]
+    assert found["inversion"]["tolerance"] == 1e-3
+    assert json.loads((tmp_path / "run.json").read_text())["config"]["steps"] == 4

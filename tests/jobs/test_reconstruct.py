@@ -25,7 +25,7 @@ def here(palindrome, pngs, model, tmp_path_factory):
     (folder / "images").mkdir()
     for i, png in enumerate(pngs[:COUNT]):
         (folder / "images" / f"{i:02d} <&>.png").write_bytes(png)
-    flags = ["--steps", 5, "--shard-size", 8, "--measure"]
+    flags = ["--steps", 5, "--shard-size", 8, "--measure", "--ladder", "quadratic", "--corrections", 0]
     said = palindrome("encode", "--images", folder / "images", "--model", model, "--out", folder / "encoded", *flags)
     assert said.code == 0, said.err
     return folder

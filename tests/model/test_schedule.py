@@ -10,7 +10,7 @@ from diffusers import DDIMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.schedule import BETA_SCHEDULES, CLEAN, LADDERS, NoiseSchedule, check_ladder, ladder
+from model.schedule import BETA_SCHEDULES, CLEAN, LADDERS, NoiseSchedule, check_ladder, ladder, logsnr_ladder
 
 PROPERTY = settings(max_examples=200, deadline=None, derandomize=True)
 
@@ -152,3 +152,30 @@ def test_levels_that_are_no_ladder_are_refused(levels):
     assert check_ladder([-1, 0, 9], 10) == (-1, 0, 9)
     with pytest.raises(ValueError, match="ladder"):
         check_ladder(levels, 10)
+
+
+@PROPERTY
+@given(st.sampled_from(BETA_SCHEDULES), st.integers(10, 1500), st.data())
+def test_a_logsnr_ladder_rises_to_its_top(beta_schedule, T, data):
+    schedule = NoiseSchedule(T, beta_schedule)
+    steps = data.draw(st.integers(2, T))
+    top = data.draw(st.none() | st.integers(steps - 1, T - 1))
+    levels = logsnr_ladder(schedule, steps, top)
+    assert check_ladder(levels, T) == levels
+    assert len(levels) == steps + 1
+    assert (levels[1], levels[-1]) == (0, max(T * 4 // 5, steps - 1) if top is None else top)
+
+
+def test_a_logsnr_ladder_takes_equal_steps_of_diffusers_log_snr():
+    alpha_bar = DDIMScheduler(1000).alphas_cumprod.double()
+    log_snr = np.log(alpha_bar / (1 - alpha_bar)).numpy()
+    steps = np.diff(log_snr[list(logsnr_ladder(NoiseSchedule(), 20)[1:])])
+    nearest = np.abs(np.diff(log_snr)).max() / 2  # half a timestep where timesteps are widest apart
+    assert np.abs(steps - steps.mean()).max() <= 2 * nearest
+    assert np.abs(steps[6:] / steps.mean() - 1).max() < 0.05  # where timesteps are dense
+
+
+@pytest.mark.parametrize(("steps", "top"), [(0, None), (1001, None), (10, 8), (2, 1000), (1, -1)])
+def test_a_logsnr_ladder_that_does_not_fit_is_refused(steps, top):
+    with pytest.raises(ValueError, match="fit"):
+        logsnr_ladder(NoiseSchedule(), steps, top)

@@ -49,9 +49,9 @@ def draw(count, dtype, seed=0):
     return latents
 
 
-def put(run, shard, latents, mse=None, rejects=()):
+def put(run, shard, latents, rejects=(), **measured):
     schema = latent_schema(SHAPE, str(latents.dtype))
-    commit(run, shard, latent_rows(schema, images(len(latents)), latents, mse), rejects, METADATA, TIMINGS)
+    commit(run, shard, latent_rows(schema, images(len(latents)), latents, measured), rejects, METADATA, TIMINGS)
     return run.path(f"latents/{shard}.parquet")
 
 
@@ -130,12 +130,15 @@ def test_pyarrow_knows_the_shape_without_being_told(run):
 
 
 def test_the_other_columns(run):
-    path = put(run, "s", draw(2, "float16"), mse=[0.01, 0.0])
+    path = put(
+        run, "s", draw(2, "float16"), mse=[0.01, 0.0], psnr=[20.0, np.inf], residual=np.array([np.nan, 0.5]), nfe=[4, 5]
+    )
     rows = pq.read_table(path).drop_columns(["latent"]).to_pylist()
     expected = {"image_id": "a/1.png", "source": "file:///x/a/1.png", "width": 31, "height": 20}
-    expected |= {"content_hash": f"{1:064x}", "residual": None, "mse": 0.0, "psnr": float("inf")}
+    expected |= {"content_hash": f"{1:064x}", "residual": 0.5, "nfe": 5, "mse": 0.0}
+    expected |= {"psnr": float("inf"), "identical": None}
     assert rows[1] == expected
-    assert (rows[0]["mse"], rows[0]["psnr"]) == (0.01, pytest.approx(20))
+    assert (rows[0]["mse"], rows[0]["psnr"], rows[0]["residual"]) == (0.01, 20, None)
 
 
 def test_errors_are_null_where_they_were_not_measured(run):
@@ -165,7 +168,7 @@ def test_kept_columns_keep_type_and_values(run, name):
     kind, values = KEPT[name]
     schema = latent_schema(SHAPE, "float16", [pa.field(name, kind)])
     listed = images(3, lambda i: {name: values[i]})
-    commit(run, "s", latent_rows(schema, listed, draw(3, "float16"), None), [], METADATA, TIMINGS)
+    commit(run, "s", latent_rows(schema, listed, draw(3, "float16"), {}), [], METADATA, TIMINGS)
     path = run.path("latents/s.parquet")
     table = pq.read_table(path)
     assert table.schema.field(name).type == kind
@@ -178,7 +181,7 @@ def test_tables_of_several_batches_make_one_file(run):
     schema = latent_schema(SHAPE, "float16")
     latents = draw(5, "float16")
     listed = images(5)
-    make = partial(latent_rows, schema, mse=None)
+    make = partial(latent_rows, schema, measured={})
     parts = [schema.empty_table(), make(listed[:3], latents[:3]), make(listed[3:], latents[3:])]
     commit(run, "s", pa.concat_tables(parts), [], METADATA, TIMINGS)
     ids, found = by_pyarrow(run.path("latents/s.parquet"))
@@ -228,7 +231,7 @@ def test_committed_counts_whole_parquet_files_only(run, tmp_path):
 
 def test_commit_returns_the_size_of_the_file(run, tmp_path):
     schema = latent_schema(SHAPE, "float16")
-    rows = latent_rows(schema, images(3), draw(3, "float16"), None)
+    rows = latent_rows(schema, images(3), draw(3, "float16"), {})
     size = commit(run, "s", rows, [], METADATA, TIMINGS)
     assert size == (tmp_path / "run/latents/s.parquet").stat().st_size
 

@@ -1,0 +1,125 @@
+"""palindrome calibrate: a ladder fitted to a model, written as a file that --ladder takes."""
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any
+
+import numpy as np
+import ray
+import torch
+
+from infra.cluster import ClusterError, connect
+from jobs.config import Config, ConfigError, Range, blame
+from model import checkpoint
+from model.fit import candidates, fit_ladder
+from model.inversion import evaluations
+from model.schedule import Ladder
+from pipeline.actors import Model
+from pipeline.decode import Preprocess
+from pipeline.ladders import KINDS, ladder_of_kind
+from pipeline.metrics import round_trip_error, statistics, to_model
+from pipeline.plan import pack
+from pipeline.read import read_batches
+from pipeline.records import Shard
+from pipeline.run import fit
+from pipeline.sources import list_pieces, open_collection
+from pipeline.storage import Folder, absolute
+
+BATCH = 64  # images on the device at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrateConfig(Config):
+    """Find the levels that minimise the round-trip error at a number of steps, on some images of a collection."""
+
+    out: str
+    """The ladder file to write, JSON; a path or an fsspec URI that ends in .json."""
+    images: str
+    """The images: a folder, a glob, or Parquet files with an image column; a path or an fsspec URI."""
+    model: str
+    """The checkpoint folder, in diffusers' layout; a path or an fsspec URI."""
+    steps: Annotated[int, Range(1)]
+    """Steps of the ladder."""
+    corrections: Annotated[int, Range(0, 100)] = 3
+    """The corrections a step that the ladder is to be used with."""
+    top: Annotated[int, Range(0)] | None = None
+    """The highest timestep (default: 0.8 of all). Lower ones leave more of the image in the latent."""
+    limit: Annotated[int, Range(1)] = 32
+    """Images to calibrate on: the first so many that can be decoded."""
+    image_column: str | None = None
+    """The Parquet column that holds the images (default: the one that holds bytes)."""
+
+
+def run(config: CalibrateConfig) -> int:
+    """Writes the ladder and returns the exit code."""
+    if not config.out.endswith(".json"):
+        raise ConfigError(f"--out: {config.out} does not end in .json, by which --ladder knows a ladder file")
+    with blame("--model"):
+        model = checkpoint.load(absolute(config.model))
+        how = Preprocess(model.config.sample_size, model.config.in_channels)
+    schedule = model.schedule
+    top = max(schedule.num_train_timesteps * 4 // 5, config.steps - 1) if config.top is None else config.top
+    with blame("--steps" if config.top is None else "--top"):
+        fine = candidates(schedule, config.steps, top)
+        ladders = {kind: ladder_of_kind(kind, config.steps, schedule, top) for kind in KINDS}
+    with blame("--images"):
+        pixels = _first_images(config, how)
+    with blame("--address", ClusterError), connect(config.address):
+        resources = fit(1, "actor")
+        task = ray.remote(_calibrate).options(num_cpus=1, num_gpus=resources.gpus)
+        errors = ray.get(task.remote(model, pixels, fine, ladders, config, resources.threads))
+    best = min(errors, key=lambda kind: errors[kind]["mean"])
+    for kind, figures in sorted(errors.items(), key=lambda item: item[1]["mean"]):
+        print(f"{kind:>10}: round-trip error {figures['mean']:.3g}, p99 {figures['p99']:.3g}")
+    content: dict[str, Any] = {
+        "levels": errors[best]["levels"],
+        "kind": best,
+        "model_digest": model.digest,
+        "corrections": config.corrections,
+        "nfe": [evaluations(config.steps, config.corrections), config.steps],
+        "images": len(pixels),
+        "round_trip": errors,
+        "preprocess": asdict(how),
+    }
+    folder, _, name = absolute(config.out).rpartition("/")
+    with blame("--out"):
+        Folder(folder or "/").put(name, (json.dumps(content, indent=2) + "\n").encode())
+    print(f"{best} ladder, calibrated on {len(pixels)} images, in {config.out}")
+    return 0
+
+
+def _first_images(config: CalibrateConfig, how: Preprocess) -> np.ndarray:
+    """uint8 [N, H, W, C]. Raises ValueError where not one of the first images can be decoded."""
+    collection = open_collection(absolute(config.images), image_column=config.image_column)
+    pieces = pack(list_pieces(collection, config.limit), config.limit)
+    shards = (Shard.of(collection.kind, group) for group in pieces)
+    found: list[np.ndarray] = []
+    for batch in (b for shard in shards for b in read_batches(collection, shard, how, config.limit)):
+        found += [image.pixels for image in batch.images]
+        if len(found) >= config.limit:
+            break
+    if not found:
+        raise ValueError(f"{config.images} holds no image that can be decoded")
+    return np.stack(found[: config.limit])
+
+
+def _calibrate(
+    checkpoint: checkpoint.Checkpoint,
+    pixels: np.ndarray,
+    fine: Ladder,
+    ladders: dict[str, Ladder],
+    config: CalibrateConfig,
+    threads: int | None,
+) -> dict[str, dict[str, Any]]:
+    """By ladder, the fitted one among them: its levels and the round trip's statistics on the images."""
+    model, x = Model(checkpoint, threads), to_model(pixels)
+    products = torch.cat([model.epsilon_products(part, fine) for part in x.split(BATCH)]).mean(0).numpy()
+    fitted = fit_ladder(products, fine, checkpoint.schedule, config.steps, config.corrections)
+    found: dict[str, dict[str, Any]] = {}
+    for kind, levels in {**ladders, "fitted": fitted}.items():
+        errors = []
+        for part in x.split(BATCH):
+            latents, *_ = model.encode(part, levels, config.corrections)
+            errors.append(round_trip_error(part, model.decode(latents, levels)))
+        found[kind] = {"levels": list(levels), **statistics(np.concatenate(errors))}
+    return found
