@@ -91,7 +91,8 @@ def run(config: ReconstructConfig) -> int:
         "latents": config.latents,
         "images": collection.uri,
         "model": f"{encoded['config']['model']} (digest {model.digest[:16]})",
-        "inversion": f"{inversion['method']}, corrections a step: {inversion['corrections']}, evaluations: {nfe}",
+        "inversion": f"{inversion['method']}, corrections a step: {inversion['corrections']},"
+        f" tolerance: {inversion.get('tolerance') or 'none'}, evaluations: {nfe}",
         "ladder": f"{encoded['config']['ladder']}, {len(encoded['levels']) - 1} steps to {encoded['levels'][-1]}",
         "stored as": encoded["config"]["dtype"],
     }

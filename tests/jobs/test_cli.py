@@ -209,8 +209,9 @@ def test_help_names_every_flag_with_words_and_default(palindrome, job):
     flags = re.findall(r"^  (--[a-z-]+)", said.out, re.MULTILINE)
     assert "--out" in flags and "--address" in flags
     text = " ".join(said.out.split())
-    assert "The same command again resumes." in text
-    assert "(default: 64)" in text or job == "train"
+    if job != "calibrate":  # whose one file is written anew
+        assert "The same command again resumes." in text
+    assert "(default: 64)" in text or job in ("train", "calibrate")
 
 
 @pytest.fixture(scope="module")
