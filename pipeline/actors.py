@@ -217,11 +217,13 @@ class Encode:
             if not len(left):
                 break
             again, residual, nfe = model.encode(x[left], self.levels, MOST_CORRECTIONS, tolerance)
-            latents[left] = again.to(dtype)
-            tried = _measure(x[left], model.decode(latents[left].float(), self.levels))
+            again = again.to(dtype)
+            tried = _measure(x[left], model.decode(again.float(), self.levels))
             found["nfe"][left] += nfe.numpy()
+            better = tried["mse"] < found["mse"][left]
+            latents[left[better]] = again[better]
             for name, values in {"residual": residual.numpy(), **tried}.items():
-                found[name][left] = values
+                found[name][left[better]] = values[better]
         return latents, found
 
 
