@@ -12,6 +12,7 @@ JOBS = {
     "encode": "images -> latents, by DDIM inversion",
     "reconstruct": "latents -> images, compared with the originals",
     "calibrate": "a ladder fitted to a model, for --ladder",
+    "sweep": "the error against the network evaluations, over settings",
     "train": "train a model on a collection",
 }
 

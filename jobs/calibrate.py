@@ -18,11 +18,9 @@ from pipeline.actors import Model
 from pipeline.decode import Preprocess
 from pipeline.ladders import KINDS, ladder_of_kind
 from pipeline.metrics import round_trip_error, statistics, to_model
-from pipeline.plan import pack
-from pipeline.read import read_batches
-from pipeline.records import Shard
+from pipeline.read import first_images
 from pipeline.run import fit
-from pipeline.sources import list_pieces, open_collection
+from pipeline.sources import open_collection
 from pipeline.storage import Folder, absolute
 
 BATCH = 64  # images on the device at once
@@ -63,7 +61,8 @@ def run(config: CalibrateConfig) -> int:
         fine = candidates(schedule, config.steps, top)
         ladders = {kind: ladder_of_kind(kind, config.steps, schedule, top) for kind in KINDS}
     with blame("--images"):
-        pixels = _first_images(config, how)
+        collection = open_collection(absolute(config.images), image_column=config.image_column)
+        pixels = first_images(collection, how, config.limit)
     with blame("--address", ClusterError), connect(config.address):
         resources = fit(1, "actor")
         task = ray.remote(_calibrate).options(num_cpus=1, num_gpus=resources.gpus)
@@ -86,21 +85,6 @@ def run(config: CalibrateConfig) -> int:
         Folder(folder or "/").put(name, (json.dumps(content, indent=2) + "\n").encode())
     print(f"{best} ladder, calibrated on {len(pixels)} images, in {config.out}")
     return 0
-
-
-def _first_images(config: CalibrateConfig, how: Preprocess) -> np.ndarray:
-    """uint8 [N, H, W, C]. Raises ValueError where not one of the first images can be decoded."""
-    collection = open_collection(absolute(config.images), image_column=config.image_column)
-    pieces = pack(list_pieces(collection, config.limit), config.limit)
-    shards = (Shard.of(collection.kind, group) for group in pieces)
-    found: list[np.ndarray] = []
-    for batch in (b for shard in shards for b in read_batches(collection, shard, how, config.limit)):
-        found += [image.pixels for image in batch.images]
-        if len(found) >= config.limit:
-            break
-    if not found:
-        raise ValueError(f"{config.images} holds no image that can be decoded")
-    return np.stack(found[: config.limit])
 
 
 def _calibrate(

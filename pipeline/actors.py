@@ -113,7 +113,7 @@ class Model:
         return self._in_parts(walk, x, levels)
 
 
-def _stopwatch(model: Model) -> Callable[[], dict[str, float]]:
+def stopwatch(model: Model) -> Callable[[], dict[str, float]]:
     """Called later, it gives the seconds since, and those of them that this thread had the device."""
     started, device = time.monotonic(), model.clock.seconds
     return lambda: {
@@ -187,7 +187,7 @@ class Encode:
     metadata: Mapping[str, Any]
 
     def process(self, model: Model, shard: Shard) -> Receipt:
-        stopwatch = _stopwatch(model)
+        spent = stopwatch(model)
         size, channels = self.reader.how.size, self.reader.how.channels
         schema = latent_schema((channels, size, size), self.dtype, self.reader.collection.kept)
         tables, rejects = [schema.empty_table()], []
@@ -199,9 +199,9 @@ class Encode:
                 tables.append(latent_rows(schema, batch.images, latents.numpy(), found))
                 model.advance(len(batch.images))
         rows = pa.concat_tables(tables)
-        spent = stopwatch()
-        written = commit(self.run, shard.name, rows, rejects, self.metadata, spent)
-        return Receipt(shard.name, rows.num_rows, len(rejects), **spent, bytes=written)
+        seconds = spent()
+        written = commit(self.run, shard.name, rows, rejects, self.metadata, seconds)
+        return Receipt(shard.name, rows.num_rows, len(rejects), **seconds, bytes=written)
 
     def _encode(self, model: Model, x: Tensor) -> tuple[Tensor, dict[str, np.ndarray]]:
         """Images in [-1, 1] -> their latents as stored, and the columns of records.MEASURED that are known."""
@@ -211,14 +211,14 @@ class Encode:
         found = {"residual": residual.numpy(), "nfe": nfe.numpy()}
         if not (self.measure or self.exact):
             return latents, found
-        found |= _measure(x, model.decode(latents.float(), self.levels))
+        found |= measure(x, model.decode(latents.float(), self.levels))
         for tolerance in STRICTER if self.exact else ():
             left = np.flatnonzero(found["identical"] < 1)
             if not len(left):
                 break
             again, residual, nfe = model.encode(x[left], self.levels, MOST_CORRECTIONS, tolerance)
             again = again.to(dtype)
-            tried = _measure(x[left], model.decode(again.float(), self.levels))
+            tried = measure(x[left], model.decode(again.float(), self.levels))
             found["nfe"][left] += nfe.numpy()
             better = tried["mse"] < found["mse"][left]
             latents[left[better]] = again[better]
@@ -227,7 +227,8 @@ class Encode:
         return latents, found
 
 
-def _measure(x: Tensor, decoded: Tensor) -> dict[str, np.ndarray]:
+def measure(x: Tensor, decoded: Tensor) -> dict[str, np.ndarray]:
+    """mse, psnr (dB) and the share of identical 8-bit values, [B] each, of images [B, C, H, W] in [-1, 1]."""
     mse = round_trip_error(x, decoded)
     same = to_pixels(x) == to_pixels(decoded)
     return {"mse": mse, "psnr": np.array([psnr(e) for e in mse]), "identical": same.reshape(len(x), -1).mean(1)}
@@ -244,7 +245,7 @@ class Reconstruct:
     metadata: Mapping[str, Any]
 
     def process(self, model: Model, shard: Shard) -> Receipt:
-        stopwatch = _stopwatch(model)
+        spent = stopwatch(model)
         digest = shard_metadata(self.latents, shard.name)["model_digest"]
         if digest != model.checkpoint.digest:
             raise ValueError(f"the latents of shard {shard.name} were made by model {digest}")
@@ -259,12 +260,12 @@ class Reconstruct:
                 rows += _compare(stored, found, decoded, len(levels) - 1)
             model.advance(len(stored))
         counts = {"images": len(rows) // len(self.ladders), "uncompared": missing}
-        spent = stopwatch()
+        seconds = spent()
         table = with_metadata(
-            pa.Table.from_pylist(rows, ERROR_SCHEMA), {**self.metadata, "counts": counts, "timings": spent}
+            pa.Table.from_pylist(rows, ERROR_SCHEMA), {**self.metadata, "counts": counts, "timings": seconds}
         )
         written = self.run.put_parquet(f"{RECONSTRUCTIONS}/{shard.name}.parquet", table)
-        return Receipt(shard.name, counts["images"], 0, **spent, bytes=written)
+        return Receipt(shard.name, counts["images"], 0, **seconds, bytes=written)
 
 
 class _Originals:

@@ -1,7 +1,7 @@
 """Committed shards of latents: write and read."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -50,8 +50,7 @@ def commit(
 
     `metadata` is what another program needs to decode the latents; the counts and timings are put beside it.
     """
-    if rejects:
-        run.put_parquet(f"{REJECTS}/{shard}.parquet", rejects_table(rejects))
+    put_rejects(run, shard, rejects)
     counts = {"images": rows.num_rows + len(rejects), "latents": rows.num_rows, "rejects": len(rejects)}
     table = with_metadata(rows, {**metadata, "counts": counts, "timings": dict(timings)})
     # Bytes split by significance compress better, but DuckDB (2.0) can't read that encoding of float16.
@@ -64,6 +63,12 @@ def commit(
         use_dictionary=texts,
         use_byte_stream_split=split,
     )
+
+
+def put_rejects(run: Folder, shard: str, rejects: Sequence[Reject]) -> None:
+    """Writes a shard's rejects, before its commit."""
+    if rejects:
+        run.put_parquet(f"{REJECTS}/{shard}.parquet", rejects_table(rejects))
 
 
 def committed(run: Folder, below: str = LATENTS) -> set[str]:
@@ -85,9 +90,8 @@ def read_latents(run: Folder, shard: str, batch_size: int) -> Iterator[tuple[lis
             yield batch.drop_columns(["latent"]).to_pylist(), latents
 
 
-def read_rejects(run: Folder) -> Iterator[dict[str, Any]]:
-    """The rejects of the committed shards, as rows of records.REJECT_SCHEMA."""
-    done = committed(run)
+def read_rejects(run: Folder, done: Collection[str]) -> Iterator[dict[str, Any]]:
+    """The rejects of the shards that are done, as rows of records.REJECT_SCHEMA."""
     for name in run.files(REJECTS):
         if name.removesuffix(".parquet") in done:  # else its shard was cut short, and will write them again
             yield from run.read_parquet(f"{REJECTS}/{name}").to_pylist()

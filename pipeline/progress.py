@@ -12,12 +12,13 @@ EVERY = 10.0  # seconds between lines where there is no terminal
 
 
 class Progress:
-    """done/total shards, images, images/s, ETA, rejects; of a run of `totals`, `done_shards` of which were there."""
+    """done/total shards, images, images/s, ETA, rejects; of a run of `totals`, `done_shards` of which were there.
+    Where images do not cost alike, as in a sweep, there is no ETA."""
 
-    def __init__(self, verb: str, totals: Totals, done_shards: int) -> None:
+    def __init__(self, verb: str, totals: Totals, done_shards: int, alike: bool = True) -> None:
         self.verb, self.shards, self.images = verb, totals.shards, totals.images
         self.done_shards, self.done, self.rejects, self.failed = done_shards, 0, 0, 0
-        self.in_flight = 0
+        self.in_flight, self.alike = 0, alike
         self.terminal = sys.stdout.isatty()
         self.started = self.printed = time.monotonic()
 
@@ -37,7 +38,7 @@ class Progress:
         rate = (done + self.rejects) / max(now - self.started, 1e-9)
         left = (self.shards - self.done_shards - self.failed) * self.images / self.shards - self.in_flight
         line = f"{self.verb}: {self.done_shards}/{self.shards} shards, {done} images, {rate:.1f} images/s"
-        if left > 0 and rate and not last:
+        if left > 0 and rate and self.alike and not last:
             seconds = left / rate
             line += f", ETA {time.strftime('%H:%M:%S', time.gmtime(seconds))}"
         if self.rejects:

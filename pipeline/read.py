@@ -4,9 +4,12 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
+
 from pipeline.decode import Preprocess, Rejected, decode
+from pipeline.plan import pack
 from pipeline.records import Image, Reject, Shard
-from pipeline.sources import Collection, RawImage, read_raw
+from pipeline.sources import Collection, RawImage, list_pieces, read_raw
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,19 @@ def read_batches(collection: Collection, shard: Shard, how: Preprocess, batch_si
             images, rejects = [], []
     if images or rejects:
         yield Batch(images, rejects)
+
+
+def first_images(collection: Collection, how: Preprocess, limit: int) -> np.ndarray:
+    """The first `limit` images that can be decoded, uint8 [N, H, W, C]. Raises ValueError where there is none."""
+    found: list[np.ndarray] = []
+    for group in pack(list_pieces(collection, limit), limit):
+        for batch in read_batches(collection, Shard.of(collection.kind, group), how, limit):
+            found += [image.pixels for image in batch.images]
+            if len(found) >= limit:
+                return np.stack(found[:limit])
+    if not found:
+        raise ValueError(f"{collection.uri} holds no image that can be decoded")
+    return np.stack(found)
 
 
 def read_image(raw: RawImage, how: Preprocess) -> Image | Reject:

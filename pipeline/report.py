@@ -9,6 +9,7 @@ from html import escape
 import numpy as np
 
 from pipeline.metrics import statistics
+from pipeline.page import fixed, page, scientific, share
 from pipeline.pictures import png
 
 
@@ -37,75 +38,6 @@ class Series:
     identical: float
     uncompared: Mapping[str, int]
 
-
-CSS = """
-:root { color-scheme: light dark; --back: #fff; --panel: #f6f7f8; --line: #dfe2e5; --text: #1c1e21; --quiet: #5d646c;
-  --mean: #0b6a8f; --p99: #b4560b; }
-@media (prefers-color-scheme: dark) { :root { --back: #131517; --panel: #1c1f22; --line: #33383d; --text: #e7e9eb;
-  --quiet: #a0a8b0; --mean: #63b9dc; --p99: #e8a25c; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 24px 16px 64px; max-width: 1352px; background: var(--back); color: var(--text);
-  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
-  font-variant-numeric: tabular-nums; overflow-wrap: anywhere; -webkit-text-size-adjust: 100%; }
-h1 { margin: 0 0 20px; font-size: 25px; line-height: 1.25; font-weight: 650; text-wrap: balance; }
-h2 { margin: 44px 0 8px; font-size: 18px; line-height: 1.3; font-weight: 650; }
-h2 small { display: inline-block; margin-right: 8px; font-size: 14px; font-weight: 400; color: var(--quiet); }
-p { margin: 8px 0; max-width: 92ch; }
-.quiet, dt, th { color: var(--quiet); font-size: 13px; }
-dl { margin: 0; display: grid; gap: 10px 28px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 230px), 1fr));
-  padding: 14px 0; border: solid var(--line); border-width: 1px 0; }
-dd { margin: 0; }
-.scroll { overflow-x: auto; overscroll-behavior-x: contain; }
-table { border-collapse: collapse; width: 100%; overflow-wrap: normal; }
-th, td { padding: 7px 0 7px 16px; text-align: right; vertical-align: baseline; border-bottom: 1px solid var(--line); }
-th { font-weight: 500; line-height: 1.3; }
-td { white-space: nowrap; }
-td small { display: block; color: var(--quiet); font-size: 12px; }
-thead th { vertical-align: bottom; }
-tr > :first-child { width: 1%; padding: 7px 8px 7px 0; position: sticky; left: 0; background: var(--back); }
-tbody th { font-size: 15px; font-weight: 600; color: var(--text); }
-tr > :last-child { text-align: left; white-space: normal; min-width: 112px; }
-.charts { display: grid; gap: 0 28px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 340px), 1fr)); }
-figure { margin: 0; }
-.charts figcaption { color: var(--quiet); }
-.charts figure { container-type: inline-size; max-width: 660px; }
-svg { display: block; width: 100%; height: auto; }
-/* Drawings grow with the page, their letters should not: the unit here is the drawing's, 400 across. */
-svg text { font-size: 12.5px; fill: var(--quiet); }
-@container (min-width: 400px) { svg text { font-size: 11.5px; } }
-@container (min-width: 470px) { svg text { font-size: 10px; } }
-@container (min-width: 560px) { svg text { font-size: 8.5px; } }
-svg .name { fill: var(--text); font-weight: 600; }
-svg line { stroke: var(--line); vector-effect: non-scaling-stroke; }
-polyline { fill: none; stroke-width: 2; stroke-linejoin: round; vector-effect: non-scaling-stroke; }
-polyline.mean { stroke: var(--mean); } polyline.p99 { stroke: var(--p99); stroke-dasharray: 5 4; }
-svg .mean:not(polyline), rect { fill: var(--mean); } svg .p99:not(polyline) { fill: var(--p99); }
-svg text.mean, svg text.p99 { font-weight: 600; }
-.end { text-anchor: end; } .middle { text-anchor: middle; }
-.cards { display: grid; gap: 12px; grid-template-columns: repeat(auto-fill, min(100%, var(--card))); }
-.cards figure { padding: 12px; background: var(--panel); border-radius: 8px; min-width: 0; }
-.cards figure > div { display: flex; gap: 4px; }
-img { display: block; min-width: 0; max-width: 100%; height: auto; flex: 0 1 auto; align-self: flex-start; }
-img.small { image-rendering: pixelated; }
-sub { font-size: 0.75em; line-height: 0; }
-figcaption { margin-top: 8px; font-size: 13px; line-height: 1.45; }
-.id { overflow: hidden; white-space: nowrap; text-overflow: ellipsis; font-weight: 600; }
-.numbers { display: flex; flex-wrap: wrap; gap: 0 14px; color: var(--quiet); }
-"""
-
-PAGE = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>{title}</title>
-<style>{css}</style>
-<body>
-<h1>{title}</h1>
-{body}
-</body>
-</html>
-"""
 
 TABLE = """<h2>Round-trip error</h2>
 <div class="scroll" tabindex="0" role="region" aria-label="Round-trip error, a row for each number of steps">
@@ -137,7 +69,7 @@ def reconstruction_report(
     title: str, facts: Mapping[str, str], series: Sequence[Series], examples: Mapping[str, Sequence[Example]]
 ) -> str:
     """The page: facts, a table and charts of the series' errors, grids of the examples. Same input, same bytes."""
-    parts = [_facts(facts)] if facts else []
+    parts = []
     if not any(len(s.mse) for s in series):
         parts.append("<p><strong>No image could be compared.</strong></p>")
     if series:
@@ -146,7 +78,7 @@ def reconstruction_report(
     if charts:
         parts.append(f'<div class="charts">{"".join(charts)}</div>')
     parts += [_cards(heading, listed) for heading, listed in examples.items()]
-    return PAGE.format(title=escape(title), css=CSS, body="\n".join(parts))
+    return page(title, facts, parts)
 
 
 def histogram(errors: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -163,38 +95,15 @@ def histogram(errors: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     return np.arange(first, last + 2) * width, np.stack(counts)
 
 
-def _scientific(value: float) -> str:
-    if not math.isfinite(value):
-        return _fixed(value)
-    digits, exponent = f"{value:.2e}".split("e")
-    return f"{digits}e{int(exponent)}" if value else "0"
-
-
-def _fixed(value: float) -> str:
-    return f"{value:.2f}" if math.isfinite(value) else "∞" if value > 0 else "–"
-
-
-def _share(value: float) -> str:
-    """A share that is not 1 must not read as 100 %."""
-    if not math.isfinite(value):
-        return "–"
-    return "100%" if value == 1 else f"{min(value, 0.9999):.2%}"
-
-
-def _facts(facts: Mapping[str, str]) -> str:
-    pairs = (f"<div><dt>{escape(name)}</dt><dd>{escape(str(value))}</dd></div>" for name, value in facts.items())
-    return f"<dl>{''.join(pairs)}</dl>"
-
-
 def _row(series: Series) -> str:
     figures, (_, exact, strange) = statistics(series.mse), _kinds(series.mse)
     images = f"{len(series.mse):,}" + (f"<small>{strange:,} not finite</small>" if strange else "")
-    psnr = _fixed(figures["psnr"])
+    psnr = fixed(figures["psnr"])
     if exact and math.isfinite(figures["psnr"]):
         psnr += f"<small>+ {exact:,} exact</small>"
     uncompared = ", ".join(f"{count:,} {escape(reason)}" for reason, count in series.uncompared.items() if count)
-    cells = [f"{series.nfe:,}", images, *(_scientific(figures[name]) for name in ("mean", "median", "p99", "max"))]
-    cells += [psnr, _share(series.identical), uncompared or "none"]
+    cells = [f"{series.nfe:,}", images, *(scientific(figures[name]) for name in ("mean", "median", "p99", "max"))]
+    cells += [psnr, share(series.identical), uncompared or "none"]
     return f'<tr><th scope="row">{series.steps:,}</th>' + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
 
 
@@ -265,14 +174,14 @@ def _curve(series: Sequence[Series]) -> str:
         points = [(s, f[name], across(math.log10(s.nfe)), up(math.log10(f[name]))) for s, f in drawn if f[name] > 0]
         content += f'<polyline class="{name}" points="{" ".join(f"{x:.1f},{y:.1f}" for *_, x, y in points)}"/>'
         for s, value, x, y in points:
-            words = f"{s.steps:,} steps, {s.nfe:,} evaluations: {name} {_scientific(value)}"
+            words = f"{s.steps:,} steps, {s.nfe:,} evaluations: {name} {scientific(value)}"
             content += f'<circle class="{name}" cx="{x:.1f}" cy="{y:.1f}" r="3"><title>{words}</title></circle>'
             ends[name] = y
     upper, *lower = sorted(ends, key=lambda name: ends[name])
     for name in lower:  # where the lines end together, their names stand apart
         ends[name] = max(ends[name], ends[upper] + 13)
     content += "".join(_text(right + 4, y + 4, name, name) for name, y in ends.items())
-    spoken = "; ".join(f"{s.nfe:,}: mean {_scientific(f['mean'])}, p99 {_scientific(f['p99'])}" for s, f in drawn)
+    spoken = "; ".join(f"{s.nfe:,}: mean {scientific(f['mean'])}, p99 {scientific(f['p99'])}" for s, f in drawn)
     absent = ", ".join(f"{s.steps:,} steps" for s, f in figures if not f["mean"] > 0)
     note = f"Not drawn, having no error above 0: {absent}." if absent else ""
     axes = ("network evaluations an image", "mean squared error")
@@ -301,7 +210,7 @@ def _histograms(series: Sequence[Series]) -> str:
         content += "".join(
             _bar(edges[b], edges[b + 1], int(counts[i, b]), across, base, bars / most) for b in counts[i].nonzero()[0]
         )
-        spoken.append(f"{s.steps:,} steps: {words}, median {_scientific(statistics(s.mse)['median'])}")
+        spoken.append(f"{s.steps:,} steps: {words}, median {scientific(statistics(s.mse)['median'])}")
     content += "".join(_text(across(k + math.log10(m)), bottom + 18, "middle", _power(m, k)) for m, k in ticks)
     note = "Exact: error 0, which has no logarithm; counted, not drawn." if any(e for _, _, e, _ in compared) else ""
     axes = ("mean squared error, logarithmic", "images")
@@ -311,7 +220,7 @@ def _histograms(series: Sequence[Series]) -> str:
 def _bar(start: float, stop: float, count: int, across: Callable[[float], float], base: float, unit: float) -> str:
     x, width = across(start) + 0.4, max(across(stop) - across(start) - 0.8, 0.5)
     height = max(count * unit, 1.5)  # one image among thousands stays visible: it is the one to look for
-    words = f"{count:,} from {_scientific(10**start)} to {_scientific(10**stop)}"
+    words = f"{count:,} from {scientific(10**start)} to {scientific(10**stop)}"
     place = f'x="{x:.1f}" y="{base - height:.1f}" width="{width:.1f}" height="{height:.1f}"'
     return f"<rect {place}><title>{words}</title></rect>"
 
@@ -346,8 +255,8 @@ def _card(example: Example) -> str:
         images="".join(_image(name, pixels) for name, pixels in images.items()),
         id=escape(example.image_id),
         steps=f"{example.steps:,} step" + "s" * (example.steps != 1),
-        mse=_scientific(example.mse),
-        psnr=_fixed(example.psnr) + " dB" * math.isfinite(example.psnr),
+        mse=scientific(example.mse),
+        psnr=fixed(example.psnr) + " dB" * math.isfinite(example.psnr),
     )
 
 

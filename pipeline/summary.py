@@ -3,7 +3,7 @@
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,8 +25,7 @@ def latents_summary(run: Folder, measured: bool) -> dict[str, Any]:
     """Counts, rejects by reason, seconds, and the round-trip error where it was measured."""
     shards = sorted(committed(run))
     summary = _account(run, shards, LATENTS)
-    reasons = Counter(reject["reason"] for reject in read_rejects(run))
-    summary["rejects_by_reason"] = dict(sorted(reasons.items()))
+    summary["rejects_by_reason"] = rejects_by_reason(run, shards)
     if measured:
         columns = {"image_id": pa.string(), "mse": pa.float64(), "identical": pa.float64()}
         tables = [run.read_parquet(f"{LATENTS}/{shard}.parquet", list(columns)) for shard in shards]
@@ -39,6 +38,11 @@ def latents_summary(run: Folder, measured: bool) -> dict[str, Any]:
             "not_identical_ids": others.slice(0, NAMED).to_pylist(),
         }
     return summary
+
+
+def rejects_by_reason(run: Folder, shards: Collection[str]) -> dict[str, int]:
+    """Counts over the shards that are done."""
+    return dict(sorted(Counter(reject["reason"] for reject in read_rejects(run, shards)).items()))
 
 
 def reconstructions_summary(run: Folder, rows: pa.Table, steps: Sequence[int]) -> dict[str, Any]:

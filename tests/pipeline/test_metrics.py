@@ -1,10 +1,11 @@
 import math
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 
-from pipeline.metrics import psnr, round_trip_error, to_model, to_pixels
+from pipeline.metrics import moments, psnr, round_trip_error, to_model, to_pixels
 
 
 def test_every_byte_value_comes_back():
@@ -60,3 +61,24 @@ def test_psnr_of_known_errors():
     assert psnr(1.0) == 0
     assert psnr(1e-4) == pytest.approx(40)
     assert psnr(0.0) == math.inf
+
+
+def test_moments_are_those_of_polars_and_numpy():
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(3, 2, 64, 64, generator=generator)
+    latents = latents + 0.5 * latents.roll(1, -1) + 0.25 * latents.roll(1, -2) + latents.pow(3) / 10
+    found = moments(latents)
+    for i, latent in enumerate(latents.double().numpy()):
+        values = pl.Series(latent.reshape(-1))
+        assert found["mean"][i] == pytest.approx(values.mean())
+        assert found["std"][i] == pytest.approx(values.std(ddof=0))
+        assert found["kurtosis"][i] == pytest.approx(values.kurtosis(fisher=False))
+        across = np.corrcoef(latent[..., 1:].reshape(-1), latent[..., :-1].reshape(-1))[0, 1]
+        down = np.corrcoef(latent[:, 1:].reshape(-1), latent[:, :-1].reshape(-1))[0, 1]
+        assert found["correlation"][i] == pytest.approx((across + down) / 2, abs=1e-3)
+    assert 0.2 < found["correlation"][0] < 0.6
+
+
+def test_noise_has_the_moments_of_noise():
+    found = moments(torch.randn(1, 3, 256, 256, generator=torch.Generator().manual_seed(1)))
+    assert [found[n][0] for n in ("mean", "std", "kurtosis", "correlation")] == pytest.approx([0, 1, 3, 0], abs=0.02)

@@ -1,0 +1,280 @@
+"""Round trips by other solvers of the ODE view, beside ours: error against network evaluations up + down.
+
+python -m benchmarks.solvers [--ladders logsnr quadratic] [--methods Heun O-BELM] [--limit 32] [--json FILE]
+
+One process, no Ray. In y = x / sqrt(alpha) and sigma = sqrt((1 - alpha) / alpha) DDIM is Euler's method for
+dy = epsilon d sigma (eq. 13, 14), and every method here is a formula for the next y; each walks one ladder both ways,
+ours up by model.inversion and down by plain DDIM. BDIA and O-BELM are exact algebraically for those who store the last
+two states: `2 float32`, `2 float16`; of `1 float32` the other is derived again, by a step of plain DDIM.
+
+At the clean end, where the network has no timestep, it is told the ladder's first: Heun takes Euler's step there, in
+either direction, and the two-state methods start with one. DPM-Solver++ is of first order in the steps whose formula
+would need the clean end's log-SNR, which is infinite.
+
+`noise recovery` is the mean squared difference of x_T from what it is inverted to after the method has sampled from it
+(two states: the second by a step of plain DDIM; only the image goes back up).
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.roundtrip import ROOT, _pixels
+from model import checkpoint
+from model.ddim import Network, epsilon_of, sample, sample_noise
+from model.inversion import invert_exactly
+from model.schedule import CLEAN, Ladder, NoiseSchedule
+from pipeline.decode import Preprocess
+from pipeline.ladders import resolve
+from pipeline.metrics import round_trip_error, statistics, to_model, to_pixels
+
+
+@dataclass
+class Flow:
+    """dy / d sigma = epsilon on a ladder, y [B, C, H, W]; `spent` counts the samples evaluated."""
+
+    network: Network
+    levels: Ladder
+    schedule: NoiseSchedule
+    prediction_type: str = "epsilon"
+    spent: int = 0
+
+    def scale(self, level: int) -> float:
+        """x / y."""
+        return sqrt(self.schedule.alpha_bar(level))
+
+    def sigma(self, level: int) -> float:
+        alpha = self.schedule.alpha_bar(level)
+        return sqrt((1 - alpha) / alpha)
+
+    def epsilon(self, y: Tensor, level: int) -> Tensor:
+        x, told = self.scale(level) * y, max(level, self.levels[1])
+        return epsilon_of(self.counted, x, told, self.schedule, self.prediction_type)
+
+    def counted(self, x: Tensor, timestep: int) -> Tensor:
+        self.spent += len(x)
+        return self.network(x, timestep)
+
+
+Solver = Callable[[Flow, Tensor, Sequence[int]], Tensor]
+"""(flow, y at the path's first level, path: levels in either direction) -> y at its last."""
+
+
+def euler(flow: Flow, y: Tensor, path: Sequence[int]) -> Tensor:
+    """Plain DDIM (eq. 14)."""
+    for here, there in pairwise(path):
+        y = y + (flow.sigma(there) - flow.sigma(here)) * flow.epsilon(y, here)
+    return y
+
+
+def heun(flow: Flow, y: Tensor, path: Sequence[int]) -> Tensor:
+    """The trapezoidal rule, its far end predicted by Euler; two evaluations a step, one where it touches the clean
+    end."""
+    for here, there in pairwise(path):
+        h, e = flow.sigma(there) - flow.sigma(here), flow.epsilon(y, here)
+        if CLEAN not in (here, there):
+            e = (e + flow.epsilon(y + h * e, there)) / 2
+        y = y + h * e
+    return y
+
+
+def adams_bashforth(flow: Flow, y: Tensor, path: Sequence[int]) -> Tensor:
+    """Of second order: epsilon extrapolated linearly in sigma to the middle of the step, the first step Euler's."""
+    e_before, h_before = None, 0.0
+    for here, there in pairwise(path):
+        h, e = flow.sigma(there) - flow.sigma(here), flow.epsilon(y, here)
+        y = y + h * (e if e_before is None else e + h / (2 * h_before) * (e - e_before))
+        e_before, h_before = e, h
+    return y
+
+
+def dpm_solver(flow: Flow, y: Tensor, path: Sequence[int]) -> Tensor:
+    """DPM-Solver++(2M) (Lu et al., 2211.01095, algorithm 2) with lambda = -log sigma and the predicted image m:
+    y_t = (sigma_t / sigma_s) y_s + (1 - sigma_t / sigma_s) (m_s + h / (2 h_before) (m_s - m_before))."""
+    m_before, before = None, path[0]
+    for here, there in pairwise(path):
+        e, h = flow.epsilon(y, here), flow.sigma(there) - flow.sigma(here)
+        m = y - flow.sigma(here) * e
+        y = y + h * e  # the first order
+        if m_before is not None and CLEAN not in (before, here, there):
+            step, step_before = (np.log(flow.sigma(a) / flow.sigma(b)) for a, b in ((here, there), (before, here)))
+            y = y - h / flow.sigma(here) * float(step / step_before) / 2 * (m - m_before)
+        m_before, before = m, here
+    return y
+
+
+def bdia(flow: Flow, before: int, here: int, there: int) -> float:
+    """gamma = 1 (Zhang et al., 2307.10829, eq. 15): x_next = x_before + D(here -> next) - D(here -> before), D being
+    the step of DDIM."""
+    return flow.scale(before) / flow.scale(there)
+
+
+def o_belm(flow: Flow, before: int, here: int, there: int) -> float:
+    """The one weight of second order, local error O(h^3) (Wang et al., 2410.07273, eq. 18)."""
+    return ((flow.sigma(there) - flow.sigma(here)) / (flow.sigma(here) - flow.sigma(before))) ** 2
+
+
+Weight = Callable[[Flow, int, int, int], float]
+
+
+def two_states(weight: Weight, flow: Flow, y_before: Tensor, y: Tensor, path: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """y at the path's first two levels -> y at its last two. Euler's step, and `weight` times what Euler's step back
+    would have missed of the state before; the weight of the reverse is its reciprocal, so this undoes itself.
+
+    y_next = y + h epsilon + w (y_before - y + h_before epsilon)
+    """
+    for before, here, there in zip(path, path[1:], path[2:], strict=False):
+        e = flow.epsilon(y, here)
+        h_before, h = flow.sigma(here) - flow.sigma(before), flow.sigma(there) - flow.sigma(here)
+        y_before, y = y, y + h * e + weight(flow, before, here, there) * (y_before - y + h_before * e)
+    return y_before, y
+
+
+States = list[Tensor]
+"""What is stored: x at the top, and for methods of two states x one level below."""
+
+
+@dataclass(frozen=True)
+class Method:
+    name: str
+    up: Callable[[Flow, Tensor], States]
+    down: Callable[[Flow, States], Tensor]
+    steps: tuple[int, int, int]
+    """For about 31, 61 and 81 evaluations up + down."""
+    stored: tuple[tuple[int, str], ...] = ((1, "float32"),)
+
+
+def one_state(name: str, solve: Solver, steps: tuple[int, int, int]) -> Method:
+    def up(flow: Flow, x: Tensor) -> States:
+        return [flow.scale(flow.levels[-1]) * solve(flow, x, flow.levels)]
+
+    def down(flow: Flow, states: States) -> Tensor:
+        return solve(flow, states[0] / flow.scale(flow.levels[-1]), flow.levels[::-1])
+
+    return Method(name, up, down, steps)
+
+
+def exact(name: str, weight: Weight, steps: tuple[int, int, int]) -> Method:
+    def up(flow: Flow, x: Tensor) -> States:
+        first = euler(flow, x, flow.levels[:2])
+        ys = two_states(weight, flow, x, first, flow.levels)
+        return [flow.scale(level) * y for level, y in zip(flow.levels[:-3:-1], ys[::-1], strict=True)]
+
+    def down(flow: Flow, states: States) -> Tensor:
+        path = flow.levels[::-1]
+        y, *below = (state / flow.scale(level) for level, state in zip(path, states, strict=False))
+        y_below = below[0] if below else euler(flow, y, path[:2])
+        return two_states(weight, flow, y, y_below, path)[1]
+
+    return Method(name, up, down, steps, ((2, "float32"), (1, "float32"), (2, "float16")))
+
+
+def ours(corrections: int, steps: tuple[int, int, int]) -> Method:
+    def settings(flow: Flow) -> dict[str, Any]:
+        return {"levels": flow.levels, "schedule": flow.schedule, "prediction_type": flow.prediction_type}
+
+    def up(flow: Flow, x: Tensor) -> States:
+        return [invert_exactly(flow.counted, x, corrections=corrections, **settings(flow))[0]]
+
+    def down(flow: Flow, states: States) -> Tensor:
+        return sample(flow.counted, states[0], **settings(flow))
+
+    return Method(f"ours, {corrections} correction{'s' * (corrections > 1)}", up, down, steps)
+
+
+METHODS = (
+    one_state("plain DDIM", euler, (10, 20, 40)),
+    one_state("Heun", heun, (8, 16, 20)),
+    one_state("Adams-Bashforth 2", adams_bashforth, (15, 30, 40)),
+    one_state("DPM-Solver++(2M)", dpm_solver, (15, 30, 40)),
+    exact("BDIA", bdia, (16, 31, 41)),
+    exact("O-BELM", o_belm, (16, 31, 41)),
+    ours(1, (10, 20, 40)),
+    ours(2, (10, 20, 27)),
+    ours(3, (10, 15, 20)),
+)
+COLUMNS = ("method", "ladder", "S", "NFE up + down", "stored", "MSE mean", "p99", "8-bit values identical")
+COLUMNS += ("images identical", "latent std", "excess kurtosis", "noise recovery MSE")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(ROOT / "checkpoints/cifar10-32"))
+    parser.add_argument("--images", default=str(ROOT / "samples/cifar10-test-256.parquet"))
+    parser.add_argument("--ladders", nargs="+", default=["logsnr", "quadratic"])
+    parser.add_argument("--methods", nargs="+", default=[""], help="those whose names begin so")
+    parser.add_argument("--limit", type=int, default=32)
+    parser.add_argument("--noises", type=int, default=8, help="samples of the noise recovery")
+    parser.add_argument("--json", help="write the figures to this file too")
+    args = parser.parse_args()
+
+    model = checkpoint.load(args.model)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    network = model.network(device)
+    pixels = _pixels(args.images, Preprocess(model.config.sample_size, model.config.in_channels), args.limit)
+    x0 = to_model(pixels).to(device)
+    x_T = torch.cat([sample_noise(0, i, x0.shape[1:]) for i in range(args.noises)]).to(device)
+    print(f"{len(pixels)} images, {device}, model {model.digest[:12]}\n")
+    print(f"| {' | '.join(COLUMNS)} |\n{'| --- ' * len(COLUMNS)}|")
+    rows = []
+    for ladder in args.ladders:
+        for method in (m for m in METHODS if m.name.startswith(tuple(args.methods))):
+            for steps in method.steps:
+                flow_on = partial(Flow, network, resolve(ladder, steps, model.schedule), model.schedule)
+                for row in measure(method, partial(flow_on, model.prediction_type), x0, pixels, x_T):
+                    rows.append({"method": method.name, "ladder": ladder, "S": steps, **row})
+                    print(line(rows[-1]), flush=True)
+    if args.json:
+        figures = {"model_digest": model.digest, "images": len(pixels), "device": device, "rows": rows}
+        Path(args.json).write_text(json.dumps(figures, indent=2) + "\n")
+
+
+@torch.no_grad()
+def measure(
+    method: Method, flow_of: Callable[[], Flow], x0: Tensor, pixels: np.ndarray, x_T: Tensor
+) -> list[dict[str, Any]]:
+    """A row for each way to store the latents."""
+    going_up = flow_of()
+    states = method.up(going_up, x0)
+    latents = states[0].double().flatten()
+    z = (latents - latents.mean()) / latents.std()
+    recovered = method.up(flow_of(), method.down(flow_of(), [x_T]))[0]
+    rows = []
+    for count, dtype in method.stored:
+        flow = flow_of()
+        decoded = method.down(flow, [state.to(getattr(torch, dtype)).float() for state in states[:count]])
+        same = (to_pixels(decoded) == pixels).reshape(len(pixels), -1)
+        errors = statistics(round_trip_error(x0, decoded))
+        rows.append(
+            {
+                "NFE": [going_up.spent / len(x0), flow.spent / len(x0)],
+                "stored": f"{count} {dtype}",
+                "MSE": [errors["mean"], errors["p99"]],
+                "identical": [float(same.mean()), float(same.all(1).mean())],
+                "latent": [float(latents.std()), float(z.pow(4).mean() - 3)],
+                "noise recovery": float((recovered - x_T).square().mean()),
+            }
+        )
+    return rows
+
+
+def line(row: dict[str, Any]) -> str:
+    cells = [row["method"], row["ladder"], row["S"], "{:.4g} + {:.4g}".format(*row["NFE"]), row["stored"]]
+    cells += [f"{error:.2e}" for error in row["MSE"]]
+    cells += ["{:.2%}".format(row["identical"][0]), "{:.1%}".format(row["identical"][1])]
+    cells += [f"{figure:.3g}" for figure in row["latent"]] + [f"{row['noise recovery']:.2e}"]
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+if __name__ == "__main__":
+    main()

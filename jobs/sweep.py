@@ -1,0 +1,144 @@
+"""palindrome sweep: the round trip's error against the network evaluations, over settings and a collection."""
+
+import sys
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import PurePosixPath
+from typing import Annotated, Any, ClassVar, Literal
+
+from infra.cluster import ClusterError, connect
+from jobs.config import Config, ConfigError, Range, blame
+from model import checkpoint
+from model.schedule import NoiseSchedule
+from pipeline.actors import Reader
+from pipeline.decode import Preprocess
+from pipeline.ladders import KINDS, resolve
+from pipeline.latents import committed
+from pipeline.manifest import claim
+from pipeline.plan import Totals, plan_totals, read_plan, write_plan
+from pipeline.progress import Progress, follow
+from pipeline.run import Failure, fit, run_shards
+from pipeline.sources import open_collection
+from pipeline.storage import Folder, absolute
+from pipeline.summary import put_summary, rejects_by_reason
+from pipeline.sweep import SWEPT, Setting, Sweep, read_sweep, units
+from pipeline.sweep_report import as_csv, error_plot, sweep_report
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig(Config):
+    """Take a collection there and back under every combination of the settings: a table, a CSV file and a plot of error
+    against network evaluations. Other settings into the same folder are added to what is there."""
+
+    FREE: ClassVar[frozenset[str]] = frozenset(
+        {"workers", "batch_size", "decode", "model", "steps", "corrections", "ladder", "tolerance", "dtype", "max_nfe"}
+    )
+
+    images: str
+    """The images: a folder, a glob, or Parquet files with an image column; a path or an fsspec URI."""
+    model: str
+    """The checkpoint folder, in diffusers' layout; a path or an fsspec URI."""
+    steps: tuple[Annotated[int, Range(1)], ...] = (10, 20, 50, 100)
+    """Numbers of steps; lists and files of --ladder have their own."""
+    corrections: tuple[Annotated[int, Range(0, 100)], ...] = (0, 1, 2, 3)
+    """Network evaluations that correct each step; 0 is the paper's inversion."""
+    ladder: tuple[str, ...] = ("logsnr",)
+    """Ladders, as encode takes them: linear, quadratic, logsnr, timesteps such as 0,3,11,800, files of calibrate."""
+    tolerance: tuple[Annotated[float, Range(0)], ...] = (0.0,)
+    """As encode's, with --corrections the most a step may take; 0 is none."""
+    dtype: tuple[Literal["float32", "float16"], ...] = ("float32",)
+    """What latents are stored in before they are decoded."""
+    max_nfe: Annotated[int, Range(1)] | None = None
+    """Leave out settings that may take more network evaluations an image, up and down."""
+    recover_noise: bool = False
+    """Go the other way too, from noise to an image and back, and measure how much of the noise is missed."""
+    seed: int = 0
+    """Of that noise."""
+    shard_size: Annotated[int, Range(1)] = 256
+    """Images a shard, at most; a shard under one setting is a unit of work."""
+    batch_size: Annotated[int, Range(1)] = 64
+    """Images on the device at once; halved where they do not fit."""
+    workers: Annotated[int, Range(1)] | None = None
+    """Processes that hold the model (default: one a GPU; without GPUs, one a node)."""
+    decode: Literal["auto", "tasks", "actor"] = "auto"
+    """Where images are read and decoded: in Ray tasks on free CPUs, or in the model's process."""
+    limit: Annotated[int, Range(1)] | None = None
+    """Only the first so many images."""
+    image_column: str | None = None
+    """The Parquet column that holds the images (default: the one that holds bytes)."""
+
+
+def run(config: SweepConfig) -> int:
+    """Measures what is not measured yet, writes table and plot, and returns the exit code."""
+    with blame("--images"):
+        uri = absolute(config.images)
+        collection = open_collection(uri, image_column=config.image_column)
+    with blame("--model"):
+        model = checkpoint.load(absolute(config.model))
+        how = Preprocess(model.config.sample_size, model.config.in_channels)
+    settings = _settings(config, model.schedule)
+    out = Folder(absolute(config.out))
+    source = {"uri": uri, "kind": collection.kind, "image_column": collection.image_column}
+    with blame("--out"):
+        facts = {"model_digest": model.digest, "preprocess": asdict(how), "collection": source}
+        claim(out, "sweep", config.settings(images=uri, model=absolute(config.model)), config.FREE, facts)
+    with blame("--images"):
+        plan = plan_totals(out) or write_plan(out, collection, config.shard_size, config.limit)
+    done = committed(out, SWEPT)
+    todo = (unit for setting in settings for unit in units(read_plan(out), setting) if unit.name not in done)
+    totals = Totals(plan.shards * len(settings), plan.images * len(settings))
+    finished = sum(unit.name in done for setting in settings for unit in units(read_plan(out), setting))
+    left = totals.shards - finished
+    print(f"{plan.images} images in {plan.shards} shards, {len(settings)} settings: {left} to do", flush=True)
+
+    failures: list[Failure] = []
+    if left:
+        with blame("--address", ClusterError), connect(config.address):
+            resources = fit(config.workers, config.decode)
+            reader = Reader(collection, how, config.batch_size, resources.read_by_tasks)
+            seed = config.seed if config.recover_noise else None
+            work = Sweep(out, reader, {s.name: s for s in settings}, seed, {"model_digest": model.digest})
+            progress = Progress("sweep", totals, finished, alike=False)
+            failures = follow(progress, run_shards(work, model, todo, resources))
+    rows = read_sweep(out)
+    rejects = rejects_by_reason(out, {unit.partition("-")[0] for unit in committed(out, SWEPT)})
+    put_summary(out, {"images": plan.images, "rejects_by_reason": rejects, "settings": rows}, failures)
+    plot = error_plot(rows)
+    described = {"images": uri, "model": f"{absolute(config.model)} (digest {model.digest[:16]})"}
+    out.put("table.csv", as_csv(rows))
+    out.put("error.svg", plot)
+    out.put("report.html", sweep_report(described, rows, rejects, plot).encode())
+    return _conclude(config, rows, rejects, failures)
+
+
+def _settings(config: SweepConfig, schedule: NoiseSchedule) -> list[Setting]:
+    """Every combination once, the cheapest first."""
+    found: dict[str, Setting] = {}
+    for named in config.ladder:
+        with blame("--steps" if named in KINDS else "--ladder"):
+            ladders = [resolve(named, steps, schedule) for steps in (config.steps if named in KINDS else (None,))]
+        label = PurePosixPath(named).stem if named.endswith(".json") else named
+        for levels, count, tolerance, dtype in product(ladders, config.corrections, config.tolerance, config.dtype):
+            setting = Setting(label, levels, count, tolerance if count else 0.0, dtype)  # plain has nothing to stop
+            found.setdefault(setting.name, setting)
+    most = config.max_nfe or float("inf")
+    settings = sorted((s for s in found.values() if s.most_nfe <= most), key=lambda s: s.most_nfe)
+    if not settings:
+        raise ConfigError(f"--max-nfe: every setting takes more than {config.max_nfe}")
+    return settings
+
+
+def _conclude(config: SweepConfig, rows: list[dict[str, Any]], rejects: dict[str, int], failures: list[Failure]) -> int:
+    for row in rows:
+        error = "no error measured" if row["mse_mean"] is None else f"error {row['mse_mean']:.3g}"
+        print(f"{row['ladder']}, {row['steps']} steps, {row['corrections']} corrections, {row['dtype']}: {error}")
+    for reason, count in rejects.items():
+        print(f"{count} rejected as {reason}")
+    print(f"report: {config.out}/report.html, table: {config.out}/table.csv, plot: {config.out}/error.svg")
+    if failures:
+        print(f"{len(failures)} shards failed; the same command tries them again", file=sys.stderr)
+        return 1
+    if not any(row["images"] for row in rows):
+        print("not one image could be encoded", file=sys.stderr)
+        return 1
+    return 0

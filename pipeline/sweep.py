@@ -1,0 +1,192 @@
+"""A sweep: every image there and back under each of several settings, one file a shard and setting."""
+
+import hashlib
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from model.ddim import sample_noise
+from model.inversion import evaluations
+from model.schedule import Ladder
+from pipeline.actors import Model, Reader, Receipt, measure, stopwatch
+from pipeline.latents import committed, put_rejects, shard_metadata
+from pipeline.metrics import moments, statistics, to_model
+from pipeline.records import Shard, with_metadata
+from pipeline.storage import Folder
+
+SWEPT = "sweep"
+TABLE_2 = {10: 0.014, 20: 0.0065, 50: 0.0023, 100: 0.0009, 200: 0.0004, 500: 0.0001, 1000: 0.0001}  # by steps
+
+SWEEP_SCHEMA = pa.schema(
+    [
+        ("image_id", pa.string()),
+        ("source", pa.string()),
+        ("mse", pa.float64()),  # of the round trip of the latent as stored, pixels in [0, 1]
+        ("psnr", pa.float64()),
+        ("identical", pa.float64()),  # the share of 8-bit values that came back the same
+        ("residual", pa.float32()),  # of model.inversion, NaN for the paper's
+        ("nfe", pa.int32()),  # network evaluations of the way up
+        ("mean", pa.float64()),  # of the latent, and its further moments
+        ("std", pa.float64()),
+        ("kurtosis", pa.float64()),
+        ("correlation", pa.float64()),
+        ("noise_mse", pa.float64()),  # of x_T -> image -> x_T, null where it was not asked for
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to encode and decode. `ladder` is its name for people."""
+
+    ladder: str
+    levels: Ladder
+    corrections: int
+    tolerance: float
+    dtype: str
+
+    @property
+    def steps(self) -> int:
+        return len(self.levels) - 1
+
+    @property
+    def most_nfe(self) -> int:
+        """Network evaluations an image, up and down, where no tolerance saves some."""
+        return evaluations(self.steps, self.corrections) + self.steps
+
+    @property
+    def name(self) -> str:
+        """From what it does, not from what it is called: two names of one ladder are one setting."""
+        does = [self.levels, self.corrections, self.tolerance, self.dtype]
+        return hashlib.sha256(json.dumps(does).encode()).hexdigest()[:12]
+
+
+def units(shards: Iterable[Shard], setting: Setting) -> Iterator[Shard]:
+    """The shards as units of work of one setting, named after both."""
+    for shard in shards:
+        yield replace(shard, name=f"{shard.name}-{setting.name}")
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Images -> `sweep/<shard>-<setting>.parquet`: there and back, and noise back and there where a seed is given."""
+
+    run: Folder
+    reader: Reader
+    settings: Mapping[str, Setting]
+    noise_seed: int | None
+    metadata: Mapping[str, Any]
+
+    def process(self, model: Model, shard: Shard) -> Receipt:
+        spent = stopwatch(model)
+        images_of, _, name = shard.name.partition("-")
+        setting = self.settings[name]
+        tables, rejects, round_trip = [SWEEP_SCHEMA.empty_table()], [], 0.0
+        for batch in self.reader.batches(shard):
+            rejects += batch.rejects
+            if not batch.images:
+                continue
+            x = to_model(np.stack([image.pixels for image in batch.images]))
+            before = model.clock.seconds
+            found = _there_and_back(model, x, setting)
+            round_trip += model.clock.seconds - before
+            found["image_id"] = ids = [image.image_id for image in batch.images]
+            found["source"] = [image.source for image in batch.images]
+            if self.noise_seed is not None:
+                noise = torch.cat([sample_noise(self.noise_seed, _index(i), x.shape[1:]) for i in ids])
+                found["noise_mse"] = _back_and_there(model, noise, setting)
+            else:
+                found["noise_mse"] = pa.nulls(len(ids), pa.float64())
+            tables.append(pa.table([pa.array(found[f.name], f.type) for f in SWEEP_SCHEMA], schema=SWEEP_SCHEMA))
+            model.advance(len(ids))
+        rows = pa.concat_tables(tables)
+        put_rejects(self.run, images_of, rejects)
+        counts = {"images": len(rows) + len(rejects), "swept": len(rows), "rejects": len(rejects)}
+        timings = {**spent(), "round_trip_seconds": round(round_trip, 3)}
+        about = {**self.metadata, "setting": asdict(setting), "counts": counts, "timings": timings}
+        written = self.run.put_parquet(f"{SWEPT}/{shard.name}.parquet", with_metadata(rows, about))
+        return Receipt(shard.name, len(rows), len(rejects), **spent(), bytes=written)
+
+
+def _there_and_back(model: Model, x: Tensor, setting: Setting) -> dict[str, Any]:
+    """The columns that images [B, C, H, W] in [-1, 1] give."""
+    latents, residual, nfe = model.encode(x, setting.levels, setting.corrections, setting.tolerance)
+    stored = latents.to(getattr(torch, setting.dtype)).float()
+    found = measure(x, model.decode(stored, setting.levels))
+    return {**found, **moments(stored), "residual": residual.numpy(), "nfe": nfe.numpy()}
+
+
+def _back_and_there(model: Model, noise: Tensor, setting: Setting) -> np.ndarray:
+    """Mean squared error [B] of x_T [B, C, H, W] after decoding to an image, which is not rounded, and encoding it."""
+    images = model.decode(noise, setting.levels)
+    found, *_ = model.encode(images, setting.levels, setting.corrections, setting.tolerance)
+    return (found - noise).double().square().flatten(1).mean(1).numpy()
+
+
+def _index(image_id: str) -> int:
+    """The index of an image's noise: from its id alone, as no shard or batch may change it."""
+    return int.from_bytes(hashlib.sha256(image_id.encode()).digest()[:8], "little")
+
+
+def read_sweep(run: Folder) -> list[dict[str, Any]]:
+    """A row for each setting in the folder, by ladder and NFE: what it is, how many images it was tried on, and the
+    figures over them. What has no finite value is None."""
+    done: dict[str, list[str]] = defaultdict(list)
+    for unit in sorted(committed(run, SWEPT)):
+        done[unit.partition("-")[2]].append(unit)
+    rows = [_row(run, names) for names in done.values()]
+    return sorted(rows, key=lambda row: (row["ladder"], row["corrections"], row["dtype"], row["nfe"]))
+
+
+def _row(run: Folder, names: list[str]) -> dict[str, Any]:
+    """One setting over its shards, whose units are named."""
+    seconds = 0.0
+    for name in names:
+        about = shard_metadata(run, name, SWEPT)
+        seconds += about["timings"]["round_trip_seconds"]
+    columns = [field.name for field in SWEEP_SCHEMA if field.type != pa.string()]
+    tables = [run.read_parquet(f"{SWEPT}/{name}.parquet", columns).replace_schema_metadata() for name in names]
+    found = {name: column.to_numpy() for name, column in zip(columns, pa.concat_tables(tables).columns, strict=True)}
+    setting = Setting(**{**about["setting"], "levels": tuple(about["setting"]["levels"])})
+    count, steps = len(found["mse"]), setting.steps
+    plain = not setting.corrections
+    up = _mean(found["nfe"])
+    figures = statistics(found["mse"])
+    return {
+        "ladder": setting.ladder,
+        "steps": steps,
+        "top": setting.levels[-1],
+        "corrections": setting.corrections,
+        "tolerance": setting.tolerance,
+        "dtype": setting.dtype,
+        "nfe_up": up,
+        "nfe_down": steps,
+        "nfe": None if up is None else up + steps,
+        "images": count,
+        **{f"mse_{name}": _finite(figures[name]) for name in ("mean", "median", "p99", "max")},
+        "psnr": _finite(figures["psnr"]),
+        "values_identical": _mean(found["identical"]),
+        "images_identical": _mean(found["identical"] == 1),
+        **{f"latent_{name}": _mean(found[name]) for name in ("mean", "std", "kurtosis", "correlation")},
+        "noise_mse": _mean(found["noise_mse"]),
+        "seconds_an_image": seconds / count if count else None,
+        "paper_mse": TABLE_2.get(steps) if plain else None,
+    }
+
+
+def _mean(values: np.ndarray) -> float | None:
+    """Of the finite ones."""
+    values = values[np.isfinite(values)]
+    return float(values.mean()) if len(values) else None
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
