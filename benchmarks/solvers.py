@@ -1,6 +1,6 @@
 """Round trips by other solvers of the ODE view, beside ours: error against network evaluations up + down.
 
-python -m benchmarks.solvers [--ladders logsnr quadratic] [--methods Heun O-BELM] [--limit 32] [--json FILE]
+python -m benchmarks.solvers [--ladders logsnr] [--budgets 61] [--methods Heun O-BELM] [--limit 32] [--json FILE]
 
 One process, no Ray. In y = x / sqrt(alpha) and sigma = sqrt((1 - alpha) / alpha) DDIM is Euler's method for
 dy = epsilon d sigma (eq. 13, 14), and every method here is a formula for the next y; each walks one ladder both ways,
@@ -29,7 +29,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.roundtrip import ROOT, _pixels
 from model import checkpoint
 from model.ddim import Network, epsilon_of, sample, sample_noise
 from model.inversion import invert_exactly
@@ -37,6 +36,11 @@ from model.schedule import CLEAN, Ladder, NoiseSchedule
 from pipeline.decode import Preprocess
 from pipeline.ladders import resolve
 from pipeline.metrics import round_trip_error, statistics, to_model, to_pixels
+from pipeline.read import first_images
+from pipeline.sources import open_collection
+from pipeline.storage import absolute
+
+ROOT = Path(__file__).parent.parent
 
 
 @dataclass
@@ -114,13 +118,13 @@ def dpm_solver(flow: Flow, y: Tensor, path: Sequence[int]) -> Tensor:
 
 
 def bdia(flow: Flow, before: int, here: int, there: int) -> float:
-    """gamma = 1 (Zhang et al., 2307.10829, eq. 15): x_next = x_before + D(here -> next) - D(here -> before), D being
+    """gamma = 1 (Zhang et al., 2307.10829): x_next = x_before + D(here -> next) - D(here -> before), D being
     the step of DDIM."""
     return flow.scale(before) / flow.scale(there)
 
 
 def o_belm(flow: Flow, before: int, here: int, there: int) -> float:
-    """The one weight of second order, local error O(h^3) (Wang et al., 2410.07273, eq. 18)."""
+    """The one weight of second order, local error O(h^3) (Wang et al., 2410.07273)."""
     return ((flow.sigma(there) - flow.sigma(here)) / (flow.sigma(here) - flow.sigma(before))) ** 2
 
 
@@ -144,17 +148,21 @@ States = list[Tensor]
 """What is stored: x at the top, and for methods of two states x one level below."""
 
 
+BUDGETS = (31, 61, 81)
+Steps = tuple[tuple[int, ...], ...]
+"""The numbers of steps that go with each of `BUDGETS`, of evaluations up + down."""
+
+
 @dataclass(frozen=True)
 class Method:
     name: str
     up: Callable[[Flow, Tensor], States]
     down: Callable[[Flow, States], Tensor]
-    steps: tuple[int, int, int]
-    """For about 31, 61 and 81 evaluations up + down."""
+    steps: Steps
     stored: tuple[tuple[int, str], ...] = ((1, "float32"),)
 
 
-def one_state(name: str, solve: Solver, steps: tuple[int, int, int]) -> Method:
+def one_state(name: str, solve: Solver, steps: Steps) -> Method:
     def up(flow: Flow, x: Tensor) -> States:
         return [flow.scale(flow.levels[-1]) * solve(flow, x, flow.levels)]
 
@@ -164,7 +172,7 @@ def one_state(name: str, solve: Solver, steps: tuple[int, int, int]) -> Method:
     return Method(name, up, down, steps)
 
 
-def exact(name: str, weight: Weight, steps: tuple[int, int, int]) -> Method:
+def exact(name: str, weight: Weight, steps: Steps) -> Method:
     def up(flow: Flow, x: Tensor) -> States:
         first = euler(flow, x, flow.levels[:2])
         ys = two_states(weight, flow, x, first, flow.levels)
@@ -179,7 +187,7 @@ def exact(name: str, weight: Weight, steps: tuple[int, int, int]) -> Method:
     return Method(name, up, down, steps, ((2, "float32"), (1, "float32"), (2, "float16")))
 
 
-def ours(corrections: int, steps: tuple[int, int, int]) -> Method:
+def ours(corrections: int, steps: Steps) -> Method:
     def settings(flow: Flow) -> dict[str, Any]:
         return {"levels": flow.levels, "schedule": flow.schedule, "prediction_type": flow.prediction_type}
 
@@ -189,22 +197,23 @@ def ours(corrections: int, steps: tuple[int, int, int]) -> Method:
     def down(flow: Flow, states: States) -> Tensor:
         return sample(flow.counted, states[0], **settings(flow))
 
-    return Method(f"ours, {corrections} correction{'s' * (corrections > 1)}", up, down, steps)
+    name = f"ours, {corrections} correction{'s' * (corrections > 1)}"
+    return Method(name, up, down, steps, ((1, "float32"), (1, "float16")))
 
 
 METHODS = (
-    one_state("plain DDIM", euler, (10, 20, 40)),
-    one_state("Heun", heun, (8, 16, 20)),
-    one_state("Adams-Bashforth 2", adams_bashforth, (15, 30, 40)),
-    one_state("DPM-Solver++(2M)", dpm_solver, (15, 30, 40)),
-    exact("BDIA", bdia, (16, 31, 41)),
-    exact("O-BELM", o_belm, (16, 31, 41)),
-    ours(1, (10, 20, 40)),
-    ours(2, (10, 20, 27)),
-    ours(3, (10, 15, 20)),
+    one_state("plain DDIM", euler, ((10,), (20,), (40,))),
+    one_state("Heun", heun, ((8,), (16,), (20,))),
+    one_state("Adams-Bashforth 2", adams_bashforth, ((15,), (30,), (40,))),
+    one_state("DPM-Solver++(2M)", dpm_solver, ((15,), (30,), (40,))),
+    exact("BDIA", bdia, ((16,), (31,), (41,))),
+    exact("O-BELM", o_belm, ((16,), (31,), (41,))),
+    ours(1, ((10, 15), (20, 30), (40,))),
+    ours(2, ((10,), (20,), (27,))),
+    ours(3, ((8,), (10, 15), (20,))),
 )
-COLUMNS = ("method", "ladder", "S", "NFE up + down", "stored", "MSE mean", "p99", "8-bit values identical")
-COLUMNS += ("images identical", "latent std", "excess kurtosis", "noise recovery MSE")
+COLUMNS = "method|ladder|S|NFE up + down|stored|MSE mean|p99|8-bit values identical|images identical|latent std|"
+COLUMNS += "excess kurtosis|noise recovery MSE"
 
 
 def main() -> None:
@@ -212,24 +221,26 @@ def main() -> None:
     parser.add_argument("--model", default=str(ROOT / "checkpoints/cifar10-32"))
     parser.add_argument("--images", default=str(ROOT / "samples/cifar10-test-256.parquet"))
     parser.add_argument("--ladders", nargs="+", default=["logsnr", "quadratic"])
+    parser.add_argument("--budgets", type=int, nargs="+", choices=BUDGETS, default=BUDGETS, help="NFE, about")
     parser.add_argument("--methods", nargs="+", default=[""], help="those whose names begin so")
     parser.add_argument("--limit", type=int, default=32)
-    parser.add_argument("--noises", type=int, default=8, help="samples of the noise recovery")
+    parser.add_argument("--noises", type=int, default=4, help="samples of the noise recovery")
     parser.add_argument("--json", help="write the figures to this file too")
     args = parser.parse_args()
 
     model = checkpoint.load(args.model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     network = model.network(device)
-    pixels = _pixels(args.images, Preprocess(model.config.sample_size, model.config.in_channels), args.limit)
+    pixels = first_images(open_collection(absolute(args.images)), Preprocess(model.config.sample_size, model.config.in_channels), args.limit)
     x0 = to_model(pixels).to(device)
     x_T = torch.cat([sample_noise(0, i, x0.shape[1:]) for i in range(args.noises)]).to(device)
     print(f"{len(pixels)} images, {device}, model {model.digest[:12]}\n")
-    print(f"| {' | '.join(COLUMNS)} |\n{'| --- ' * len(COLUMNS)}|")
+    columns = COLUMNS.split("|")
+    print(f"| {' | '.join(columns)} |\n{'| --- ' * len(columns)}|")
     rows = []
     for ladder in args.ladders:
         for method in (m for m in METHODS if m.name.startswith(tuple(args.methods))):
-            for steps in method.steps:
+            for steps in (S for budget in args.budgets for S in method.steps[BUDGETS.index(budget)]):
                 flow_on = partial(Flow, network, resolve(ladder, steps, model.schedule), model.schedule)
                 for row in measure(method, partial(flow_on, model.prediction_type), x0, pixels, x_T):
                     rows.append({"method": method.name, "ladder": ladder, "S": steps, **row})
