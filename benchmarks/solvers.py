@@ -231,7 +231,11 @@ def main() -> None:
     model = checkpoint.load(args.model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     network = model.network(device)
-    pixels = first_images(open_collection(absolute(args.images)), Preprocess(model.config.sample_size, model.config.in_channels), args.limit)
+    pixels = first_images(
+        open_collection(absolute(args.images)),
+        Preprocess(model.config.sample_size, model.config.in_channels),
+        args.limit,
+    )
     x0 = to_model(pixels).to(device)
     x_T = torch.cat([sample_noise(0, i, x0.shape[1:]) for i in range(args.noises)]).to(device)
     print(f"{len(pixels)} images, {device}, model {model.digest[:12]}\n")

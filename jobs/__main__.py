@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"palindrome {parsed.job}: {e}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"\ninterrupted; the same command resumes {parsed.out}", file=sys.stderr)
+        print("\ninterrupted; the same command goes on where it was", file=sys.stderr)
         return 130
 
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, 
 from pipeline.errors import SourceError
 
 STORES = frozenset({"botocore", "aiobotocore", "aiohttp", "google", "gcsfs"})  # whose errors have no common base
-C = TypeVar("C", bound="Config")
+C = TypeVar("C", bound="Options")
 
 
 class ConfigError(ValueError):
@@ -30,8 +30,21 @@ class Range:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
-    """Fields that every job has. Making one checks each field's range and choices and raises ConfigError."""
+class Options:
+    """What a command takes. Making one checks each field's range and choices and raises ConfigError."""
+
+    POSITIONAL: ClassVar[frozenset[str]] = frozenset()
+    """Fields that are named by their place, not by a flag."""
+
+    def __post_init__(self) -> None:
+        for name, kind in get_type_hints(type(self), include_extras=True).items():
+            if get_origin(kind) is not ClassVar:
+                _check(name.upper() if name in self.POSITIONAL else flag_of(name), kind, getattr(self, name))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Options):
+    """Fields that every job has which writes a folder."""
 
     FREE: ClassVar[frozenset[str]] = frozenset()
     """Fields that a resume may change: they say where and how fast, not what comes out."""
@@ -40,11 +53,6 @@ class Config:
     """The folder to write to, a path or an fsspec URI. The same command again resumes."""
     address: str | None = None
     """A Ray cluster's address (default: $RAY_ADDRESS, else a Ray started on this machine)."""
-
-    def __post_init__(self) -> None:
-        for name, kind in get_type_hints(type(self), include_extras=True).items():
-            if get_origin(kind) is not ClassVar:
-                _check(flag_of(name), kind, getattr(self, name))
 
     def settings(self, **resolved: Any) -> dict[str, Any]:
         """The fields for `run.json`, some of them resolved."""
@@ -72,8 +80,8 @@ def blame(flag: str, *only: type[Exception]) -> Iterator[None]:
         raise ConfigError(f"{at_fault}: {' '.join(str(e).split()) or type(e).__name__}") from e
 
 
-def add_arguments(parser: argparse.ArgumentParser, config: type[Config]) -> None:
-    """One flag a field, with the field's docstring as its help."""
+def add_arguments(parser: argparse.ArgumentParser, config: type[Options]) -> None:
+    """One flag or place a field, with the field's docstring as its help."""
     docs = _docstrings(config)
     hints = get_type_hints(config, include_extras=True)
     required = parser.add_argument_group("required")
@@ -83,6 +91,9 @@ def add_arguments(parser: argparse.ArgumentParser, config: type[Config]) -> None
         text = docs[f.name].replace("%", "%%")
         if not must and f.default not in (None, (), False):
             text += f" (default: {f.default})"
+        if f.name in config.POSITIONAL:
+            parser.add_argument(f.name, help=text, metavar=f.name.upper())
+            continue
         options: dict[str, Any] = {"dest": f.name, "help": text, "default": argparse.SUPPRESS}
         if kind is bool:
             options |= {"action": argparse.BooleanOptionalAction}

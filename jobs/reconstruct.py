@@ -20,7 +20,7 @@ from pipeline.report import reconstruction_report
 from pipeline.run import Failure, fit, run_shards
 from pipeline.sources import Collection
 from pipeline.storage import Folder, absolute
-from pipeline.summary import put_summary, read_errors, reconstructions_summary
+from pipeline.summary import mean_nfe, put_summary, read_errors, reconstructions_summary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,13 +86,13 @@ def run(config: ReconstructConfig) -> int:
     summary = reconstructions_summary(out, rows, steps)
     put_summary(out, summary, failures)
     inversion = encoded["inversion"]
-    nfe = inversion["nfe"]
+    nfe = mean_nfe(latents)
     described: dict[str, str] = {
         "latents": config.latents,
         "images": collection.uri,
         "model": f"{encoded['config']['model']} (digest {model.digest[:16]})",
         "inversion": f"{inversion['method']}, corrections a step: {inversion['corrections']},"
-        f" tolerance: {inversion.get('tolerance') or 'none'}, evaluations: {nfe}",
+        f" tolerance: {inversion.get('tolerance') or 'none'}, evaluations: {nfe:.4g}",
         "ladder": f"{encoded['config']['ladder']}, {len(encoded['levels']) - 1} steps to {encoded['levels'][-1]}",
         "stored as": encoded["config"]["dtype"],
     }

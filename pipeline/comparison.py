@@ -19,11 +19,11 @@ from pipeline.summary import split_by_status
 EXAMPLES = 12  # pictures under each heading
 
 
-def series_at(rows: pa.Table, steps: int, nfe_up: int) -> Series:
+def series_at(rows: pa.Table, steps: int, nfe_up: float) -> Series:
     """The errors at a number of steps; `nfe_up` are the network evaluations that encoding took."""
     compared, uncompared = split_by_status(rows, steps)
     identical = pc.mean(compared["identical"]).as_py() or 0.0
-    return Series(steps, nfe_up + steps, compared["mse"].to_numpy(), identical, uncompared)
+    return Series(steps, round(nfe_up + steps), compared["mse"].to_numpy(), identical, uncompared)
 
 
 def choose_examples(

@@ -68,6 +68,15 @@ def read_errors(run: Folder) -> pa.Table:
     return pa.concat_tables(tables)
 
 
+def mean_nfe(run: Folder) -> float:
+    """Network evaluations that encoding spent on an image, over all its rows: a tolerance makes them differ."""
+    spent = count = 0
+    for shard in committed(run):
+        nfe = run.read_parquet(f"{LATENTS}/{shard}.parquet", ["nfe"])["nfe"]
+        spent, count = spent + (pc.sum(nfe).as_py() or 0), count + len(nfe)
+    return spent / max(count, 1)
+
+
 def split_by_status(rows: pa.Table, steps: int) -> tuple[pa.Table, dict[str, int]]:
     """Of the rows at a number of steps: those compared, and reason -> count of those that were not."""
     rows = rows.filter(pc.equal(rows["steps"], steps))
