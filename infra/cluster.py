@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,10 +29,13 @@ def connect(address: str | None = None) -> Iterator[None]:
     where = address or os.environ.get("RAY_ADDRESS") or "local"
     local = {"include_dashboard": False} if where == "local" else {}
     _answers(where)
+    before = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address=where, logging_level=logging.ERROR, log_to_driver=False, **local)
     except (ConnectionError, RuntimeError, ValueError) as e:
         raise ClusterError(f"no Ray cluster at {where}: {str(e).splitlines()[0]}") from e
+    if callable(before):  # Ray has put its own there, which ends the process on the spot
+        signal.signal(signal.SIGTERM, before)
     try:
         yield
     finally:

@@ -2,7 +2,10 @@
 
 import argparse
 import importlib
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 from jobs.config import ConfigError, add_arguments, from_arguments
@@ -17,6 +20,10 @@ JOBS = {
 }
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as a scheduler sends it before it takes the machine."""
+
+
 class Parser(argparse.ArgumentParser):
     """One line for what is wrong, and exit code 2."""
 
@@ -26,7 +33,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one job. Exit codes: 0 done; 1 the run failed; 2 the command was wrong; 130 interrupted."""
+    """Runs one job. Exit codes: 0 done; 1 the run failed; 2 the command was wrong; 130 interrupted, 143 by SIGTERM."""
     argv = sys.argv[1:] if arguments is None else arguments
     parser = Parser(prog="palindrome", description="Image collections to diffusion latents and back, on Ray.")
     jobs = parser.add_subparsers(dest="job", metavar="JOB", required=True, parser_class=Parser)
@@ -40,15 +47,31 @@ def main(arguments: list[str] | None = None) -> int:
             sub.set_defaults(run=module.run, config=config)
     parsed = parser.parse_args(argv)
     try:
-        return int(parsed.run(from_arguments(parsed.config, parsed)))
+        with _sigterm_raises():
+            return int(parsed.run(from_arguments(parsed.config, parsed)))
     except ConfigError as e:
         parser.exit(2, f"palindrome {parsed.job}: error: {e}\n")
     except RunError as e:
         print(f"palindrome {parsed.job}: {e}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on where it was", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as e:
+        if hasattr(parsed, "out"):
+            print(f"\ninterrupted; the same command resumes {parsed.out}", file=sys.stderr)
+        return 143 if isinstance(e, Terminated) else 130
+
+
+@contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """SIGTERM ends a job as Ctrl-C does: what is in flight is dropped, and the folder can be resumed."""
+
+    def terminate(*_: object) -> NoReturn:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

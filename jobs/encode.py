@@ -1,5 +1,6 @@
 """palindrome encode: images -> latents in Parquet, by DDIM inversion."""
 
+import math
 import sys
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, ClassVar, Literal
@@ -13,11 +14,11 @@ from pipeline.decode import Preprocess
 from pipeline.ladders import KINDS, resolve
 from pipeline.latents import committed
 from pipeline.manifest import claim
-from pipeline.plan import plan_totals, read_plan, write_plan
-from pipeline.progress import Progress, follow
+from pipeline.plan import Totals, extend_plan, plan_totals, read_plan, write_plan
+from pipeline.progress import Budget, Progress, follow
 from pipeline.records import REASONS
 from pipeline.run import Failure, fit, run_shards
-from pipeline.sources import open_collection
+from pipeline.sources import Collection, open_collection
 from pipeline.storage import Folder, absolute
 from pipeline.summary import latents_summary, put_summary
 
@@ -26,7 +27,9 @@ from pipeline.summary import latents_summary, put_summary
 class EncodeConfig(Config):
     """Encode an image collection to latents by DDIM inversion: one Parquet file a shard in OUT/latents."""
 
-    FREE: ClassVar[frozenset[str]] = frozenset({"workers", "batch_size", "decode", "model"})
+    FREE: ClassVar[frozenset[str]] = frozenset(
+        {"workers", "batch_size", "decode", "model", "relist", "max_failed_shards", "max_reject_fraction", "stall"}
+    )
 
     images: str
     """The images: a folder, a glob, or Parquet files with an image column; a path or an fsspec URI."""
@@ -53,12 +56,21 @@ class EncodeConfig(Config):
     """Where images are read and decoded: in Ray tasks on free CPUs, or in the model's process."""
     limit: Annotated[int, Range(1)] | None = None
     """Encode only the first so many images."""
+    relist: bool = True
+    """Where a run goes on: list the images again, encode those that are new, and say which changed or are gone. A run
+    with --limit keeps to its first listing."""
     keep: tuple[str, ...] = ()
     """Columns of a Parquet collection to keep beside the latents."""
     image_column: str | None = None
     """The Parquet column that holds the images (default: the one that holds bytes)."""
     max_pixels: Annotated[int, Range(1)] = 100_000_000
     """Larger images are rejected."""
+    max_failed_shards: Annotated[int, Range(0)] | None = None
+    """Give up when more shards fail, and succeed when no more do (default: go on to the end, and fail if one did)."""
+    max_reject_fraction: Annotated[float, Range(0, 1)] = 1.0
+    """Give up, and fail, when more than this share of the images is rejected."""
+    stall: Annotated[float, Range(1)] = 600.0
+    """Seconds without a batch read or a network evaluation, after which a shard is tried elsewhere."""
     dtype: Literal["float16", "float32"] = "float32"
     """The stored latents' dtype: float16 is half as large and rounds to about 5e-9 of error."""
     measure: bool = False
@@ -94,11 +106,13 @@ def run(config: EncodeConfig) -> int:
         settings = config.settings(images=uri, model=absolute(config.model), steps=len(levels) - 1)
         claim(out, "encode", settings, config.FREE, {**facts, "collection": source})
     with blame("--images"):
-        totals = plan_totals(out) or write_plan(out, collection, config.shard_size, config.limit)
+        totals = _plan(config, out, collection)
     done = committed(out)
     left = totals.shards - len(done)
     print(f"{totals.images} images in {totals.shards} shards, {left} to encode", flush=True)
 
+    most_failed = math.inf if config.max_failed_shards is None else config.max_failed_shards
+    budget = Budget(most_failed, config.max_reject_fraction)
     failures: list[Failure] = []
     if left:
         todo = (shard for shard in read_plan(out) if shard.name not in done)
@@ -108,10 +122,30 @@ def run(config: EncodeConfig) -> int:
             corrected = (levels, config.corrections, tolerance, exact)
             work = Encode(out, reader, *corrected, config.dtype, config.measure, facts)
             progress = Progress("encode", totals, len(done))
-            failures = follow(progress, run_shards(work, model, todo, resources))
+            failures = follow(progress, run_shards(work, model, todo, resources, config.stall), budget)
     summary = latents_summary(out, config.measure or exact)
     put_summary(out, summary, failures)
-    return _conclude(config, summary, failures)
+    return _conclude(config, summary, failures, budget.exceeded(len(failures), summary["rejects"], totals.images))
+
+
+def _plan(config: EncodeConfig, out: Folder, collection: Collection) -> Totals:
+    """Made at the first run; at later ones it grows by what is new."""
+    totals = plan_totals(out)
+    if totals is None:
+        return write_plan(out, collection, config.shard_size, config.limit)
+    if not config.relist or config.limit is not None:
+        return totals
+    totals, changes = extend_plan(out, collection, config.shard_size)
+    if changes.added:
+        print(f"{changes.added} images are new")
+    if changes.changed or changes.removed:
+        print(
+            f"warning: of the files planned, {changes.changed} changed since and {changes.removed} are gone"
+            f" ({', '.join(changes.names)}{', …' if changes.changed + changes.removed > len(changes.names) else ''});"
+            " what was encoded of them stays as it is",
+            file=sys.stderr,
+        )
+    return totals
 
 
 def _tolerance(config: EncodeConfig) -> tuple[float, bool]:
@@ -131,7 +165,7 @@ def _tolerance(config: EncodeConfig) -> tuple[float, bool]:
     return tolerance, False
 
 
-def _conclude(config: EncodeConfig, summary: dict[str, Any], failures: list[Failure]) -> int:
+def _conclude(config: EncodeConfig, summary: dict[str, Any], failures: list[Failure], exceeded: str | None) -> int:
     print(f"{summary['latents']} latents and {summary['rejects']} rejects in {config.out}")
     for reason, count in summary["rejects_by_reason"].items():
         print(f"  {count} rejected as {reason}: {REASONS[reason]}")
@@ -145,6 +179,10 @@ def _conclude(config: EncodeConfig, summary: dict[str, Any], failures: list[Fail
             print(f"not identical: {', '.join(measured['not_identical_ids'])}", file=sys.stderr)
     if failures:
         print(f"{len(failures)} shards failed; the same command tries them again", file=sys.stderr)
+        if config.max_failed_shards is None:
+            return 1
+    if exceeded:
+        print(f"given up: {exceeded}", file=sys.stderr)
         return 1
     if not summary["latents"]:
         print("not one image could be encoded", file=sys.stderr)

@@ -101,7 +101,8 @@ def run(config: SweepConfig) -> int:
             progress = Progress("sweep", totals, finished, alike=False)
             failures = follow(progress, run_shards(work, model, todo, resources))
     rows = read_sweep(out)
-    rejects = rejects_by_reason(out, {unit.partition("-")[0] for unit in committed(out, SWEPT)})
+    of_one = {unit for unit in committed(out, SWEPT) if unit.endswith(settings[0].name)}  # the same under each setting
+    rejects = rejects_by_reason(out, of_one)
     put_summary(out, {"images": plan.images, "rejects_by_reason": rejects, "settings": rows}, failures)
     plot = error_plot(rows)
     described = {"images": uri, "model": f"{absolute(config.model)} (digest {model.digest[:16]})"}

@@ -4,7 +4,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -20,11 +20,11 @@ from model.fit import epsilon_products
 from model.inversion import invert_exactly
 from model.schedule import Ladder
 from pipeline.decode import Preprocess
-from pipeline.latents import commit, latent_rows, read_latents, shard_metadata
+from pipeline.latents import ShardWriter, latent_rows, latent_writer, read_latents, shard_metadata
 from pipeline.metrics import psnr, round_trip_error, to_model, to_pixels
 from pipeline.pictures import png
 from pipeline.read import Batch, read_batches
-from pipeline.records import ERROR_SCHEMA, Image, Shard, latent_schema, with_metadata
+from pipeline.records import ERROR_SCHEMA, Image, Shard, latent_schema
 from pipeline.sources import Collection
 from pipeline.storage import Folder
 
@@ -47,6 +47,17 @@ class Receipt:
     bytes: int
 
 
+@dataclass
+class Flight:
+    """How far a shard is: images done, and how often anything has happened to it; `queued` where it waits for the
+    device, while what happens to the other shard counts for it too."""
+
+    shard: str
+    images: int = 0
+    events: int = 0
+    queued: bool = False
+
+
 class _Clock(threading.local):
     """Seconds on the device, of the thread that asks: two shards overlap in a process, one a thread."""
 
@@ -66,12 +77,13 @@ class Model:
         self.checkpoint, self.device = checkpoint, torch.device(device)
         self.lock = threading.Lock()  # shards overlap in this process, and the device takes one batch at a time
         self.clock = _Clock()
-        self.advanced: dict[int, int] = {}  # images done of the shards in flight, by the shard's thread
+        self.flights: dict[int, Flight] = {}  # by the shard's thread
         self.largest = 2**31  # the largest batch that is known to fit, once one did not
 
     def advance(self, images: int) -> None:
-        """Tells the driver's progress that so many more images of this thread's shard are done."""
-        self.advanced[threading.get_ident()] += images
+        """Tells the driver that one more batch of this thread's shard is done, with so many images."""
+        flight = self.flights[threading.get_ident()]
+        flight.images, flight.events = flight.images + images, flight.events + 1
 
     def encode(
         self, x: Tensor, levels: Ladder, corrections: int = 0, tolerance: float = 0.0
@@ -89,7 +101,10 @@ class Model:
         return self._on_device(lambda *args, **kwargs: (sample(*args, **kwargs),), x, levels)[0]
 
     def _on_device(self, walk: Walk, x: Tensor, levels: Ladder) -> Any:
+        flight = self.flights.get(threading.get_ident(), Flight(""))
+        flight.queued = True
         with self.lock:
+            flight.queued = False
             started = time.monotonic()
             try:
                 return self._in_parts(walk, x, levels)
@@ -102,8 +117,14 @@ class Model:
             parts = [self._in_parts(walk, part, levels) for part in x.split(self.largest)]
             return tuple(torch.cat(results) for results in zip(*parts, strict=True))
         schedule, kind = self.checkpoint.schedule, self.checkpoint.prediction_type
+        flight = self.flights.get(threading.get_ident(), Flight(""))
+
+        def network(x: Tensor, timestep: int) -> Tensor:
+            flight.events += 1
+            return self.network(x, timestep)
+
         try:
-            results = walk(self.network, x.to(self.device), levels, schedule, prediction_type=kind)
+            results = walk(network, x.to(self.device), levels, schedule, prediction_type=kind)
             return tuple(result.cpu() for result in results)
         except torch.OutOfMemoryError:
             if len(x) == 1:
@@ -138,15 +159,17 @@ class ShardActor:
         """Returns once the constructor has."""
 
     def process(self, shard: Shard) -> Receipt:
-        self.model.advanced[threading.get_ident()] = 0
+        self.model.flights[threading.get_ident()] = Flight(shard.name)
         try:
             return self.work.process(self.model, shard)
         finally:
-            del self.model.advanced[threading.get_ident()]
+            del self.model.flights[threading.get_ident()]
 
-    def in_flight(self) -> int:
-        """Images done of the shards that are not."""
-        return sum(list(self.model.advanced.values()))
+    def in_flight(self) -> list[Flight]:
+        """How far the shards are that are not done."""
+        flights = list(self.model.flights.values())
+        events = sum(flight.events for flight in flights)
+        return [replace(flight, events=events if flight.queued else flight.events) for flight in flights]
 
 
 @ray.remote(num_cpus=1, num_returns="streaming", max_retries=3, _generator_backpressure_num_objects=READ_AHEAD)
@@ -190,18 +213,18 @@ class Encode:
         spent = stopwatch(model)
         size, channels = self.reader.how.size, self.reader.how.channels
         schema = latent_schema((channels, size, size), self.dtype, self.reader.collection.kept)
-        tables, rejects = [schema.empty_table()], []
-        for batch in self.reader.batches(shard):
-            rejects += batch.rejects
-            if batch.images:
-                x = to_model(np.stack([image.pixels for image in batch.images]))
-                latents, found = self._encode(model, x)
-                tables.append(latent_rows(schema, batch.images, latents.numpy(), found))
+        with latent_writer(self.run, shard.name, schema, self.metadata) as out:
+            for batch in self.reader.batches(shard):
+                rows = None
+                if batch.images:
+                    x = to_model(np.stack([image.pixels for image in batch.images]))
+                    latents, found = self._encode(model, x)
+                    rows = latent_rows(schema, batch.images, latents.numpy(), found)
+                out.add(rows, batch.rejects)
                 model.advance(len(batch.images))
-        rows = pa.concat_tables(tables)
-        seconds = spent()
-        written = commit(self.run, shard.name, rows, rejects, self.metadata, seconds)
-        return Receipt(shard.name, rows.num_rows, len(rejects), **seconds, bytes=written)
+            seconds = spent()
+            written = out.commit(seconds)
+            return Receipt(shard.name, out.rows, out.refused, **seconds, bytes=written)
 
     def _encode(self, model: Model, x: Tensor) -> tuple[Tensor, dict[str, np.ndarray]]:
         """Images in [-1, 1] -> their latents as stored, and the columns of records.MEASURED that are known."""
@@ -249,23 +272,21 @@ class Reconstruct:
         digest = shard_metadata(self.latents, shard.name)["model_digest"]
         if digest != model.checkpoint.digest:
             raise ValueError(f"the latents of shard {shard.name} were made by model {digest}")
-        rows: list[dict[str, Any]] = []
-        missing = 0
         originals = _Originals(self.reader.batches(shard))
-        for stored, latents in read_latents(self.latents, shard.name, self.reader.batch_size):
-            found = [originals.find(row["image_id"], row["content_hash"]) for row in stored]
-            missing += sum(isinstance(original, str) for original in found)
-            for levels in self.ladders:
-                decoded = model.decode(torch.from_numpy(latents), levels)
-                rows += _compare(stored, found, decoded, len(levels) - 1)
-            model.advance(len(stored))
-        counts = {"images": len(rows) // len(self.ladders), "uncompared": missing}
-        seconds = spent()
-        table = with_metadata(
-            pa.Table.from_pylist(rows, ERROR_SCHEMA), {**self.metadata, "counts": counts, "timings": seconds}
-        )
-        written = self.run.put_parquet(f"{RECONSTRUCTIONS}/{shard.name}.parquet", table)
-        return Receipt(shard.name, counts["images"], 0, **seconds, bytes=written)
+        with ShardWriter(self.run, RECONSTRUCTIONS, shard.name, ERROR_SCHEMA, self.metadata) as out:
+            images = missing = 0
+            for stored, latents in read_latents(self.latents, shard.name, self.reader.batch_size):
+                found = [originals.find(row["image_id"], row["content_hash"]) for row in stored]
+                missing += sum(isinstance(original, str) for original in found)
+                for levels in self.ladders:
+                    decoded = model.decode(torch.from_numpy(latents), levels)
+                    rows = list(_compare(stored, found, decoded, len(levels) - 1))
+                    out.add(pa.Table.from_pylist(rows, ERROR_SCHEMA))
+                images += len(stored)
+                model.advance(len(stored))
+            seconds = spent()
+            written = out.commit(seconds, {"images": images, "uncompared": missing})
+            return Receipt(shard.name, images, 0, **seconds, bytes=written)
 
 
 class _Originals:

@@ -1,17 +1,26 @@
 """Committed shards of latents: write and read."""
 
+import json
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
 
-from pipeline.records import MEASURED, Image, Reject, metadata_of, rejects_table, with_metadata
-from pipeline.storage import Folder
+from pipeline.records import (
+    MEASURED,
+    METADATA_KEY,
+    REJECT_SCHEMA,
+    SHARD_KEY,
+    Image,
+    Reject,
+    metadata_of,
+    rejects_table,
+)
+from pipeline.storage import Folder, TableWriter
 
 LATENTS, REJECTS = "latents", "rejects"
-ROWS_A_GROUP = 1024
 
 
 def latent_rows(
@@ -38,37 +47,52 @@ def latent_rows(
     return pa.table([column(field) for field in schema], schema=schema)
 
 
-def commit(
-    run: Folder,
-    shard: str,
-    rows: pa.Table,
-    rejects: Sequence[Reject],
-    metadata: Mapping[str, Any],
-    timings: Mapping[str, float],
-) -> int:
-    """Writes a shard: its rejects first, then the latents, whose file is the commit. Returns the file's bytes.
+class ShardWriter:
+    """A shard under way, written as its batches come: `<below>/<name>.parquet`, whose commit is the shard's, and its
+    rejects, which are written before that. `metadata` is what another program needs to understand the rows."""
 
-    `metadata` is what another program needs to decode the latents; the counts and timings are put beside it.
-    """
-    put_rejects(run, shard, rejects)
-    counts = {"images": rows.num_rows + len(rejects), "latents": rows.num_rows, "rejects": len(rejects)}
-    table = with_metadata(rows, {**metadata, "counts": counts, "timings": dict(timings)})
+    def __init__(
+        self, run: Folder, below: str, name: str, schema: pa.Schema, metadata: Mapping[str, Any], **parquet: Any
+    ) -> None:
+        self.run, self.name, self.rows, self.refused = run, name, 0, 0
+        described = schema.with_metadata({METADATA_KEY: json.dumps(metadata, sort_keys=True)})
+        self.table = TableWriter(run, f"{below}/{name}.parquet", described, **parquet)
+        self.rejects: TableWriter | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for writer in (self.table, self.rejects):
+            if writer is not None:
+                writer.__exit__()
+
+    def add(self, rows: pa.Table | None, rejects: Sequence[Reject] = ()) -> None:
+        if rows is not None:
+            self.table.add(rows)
+            self.rows += rows.num_rows
+        if rejects:
+            self.rejects = self.rejects or TableWriter(self.run, f"{REJECTS}/{self.name}.parquet", REJECT_SCHEMA)
+            self.rejects.add(rejects_table(rejects))
+            self.refused += len(rejects)
+
+    def commit(self, timings: Mapping[str, float], counts: Mapping[str, int] | None = None) -> int:
+        """Returns the bytes of the rows' file. `counts`, where rows are no latents, stand in for those of latents."""
+        if self.rejects is not None:
+            self.rejects.commit({})
+        else:
+            self.run.remove(f"{REJECTS}/{self.name}.parquet")  # of a try that could not read what this one could
+        found = {"images": self.rows + self.refused, "latents": self.rows, "rejects": self.refused}
+        counts = found if counts is None else dict(counts)
+        return self.table.commit({SHARD_KEY: json.dumps({"counts": counts, "timings": dict(timings)})})
+
+
+def latent_writer(run: Folder, shard: str, schema: pa.Schema, metadata: Mapping[str, Any]) -> ShardWriter:
+    """For rows of records.latent_schema."""
     # Bytes split by significance compress better, but DuckDB (2.0) can't read that encoding of float16.
-    split = ["latent.list.element"] if rows.schema.field("latent").type.value_type == pa.float32() else False
-    texts = [f.name for f in rows.schema if f.name != "latent"]
-    return run.put_parquet(
-        f"{LATENTS}/{shard}.parquet",
-        table,
-        row_group_size=ROWS_A_GROUP,
-        use_dictionary=texts,
-        use_byte_stream_split=split,
-    )
-
-
-def put_rejects(run: Folder, shard: str, rejects: Sequence[Reject]) -> None:
-    """Writes a shard's rejects, before its commit."""
-    if rejects:
-        run.put_parquet(f"{REJECTS}/{shard}.parquet", rejects_table(rejects))
+    split = ["latent.list.element"] if schema.field("latent").type.value_type == pa.float32() else False
+    texts = [f.name for f in schema if f.name != "latent"]
+    return ShardWriter(run, LATENTS, shard, schema, metadata, use_dictionary=texts, use_byte_stream_split=split)
 
 
 def committed(run: Folder, below: str = LATENTS) -> set[str]:
@@ -77,9 +101,9 @@ def committed(run: Folder, below: str = LATENTS) -> set[str]:
 
 
 def shard_metadata(run: Folder, shard: str, below: str = LATENTS) -> dict[str, Any]:
-    """What a committed shard's file says of itself; reads its footer only."""
+    """What a committed shard's file says of itself, its counts and timings too; reads its footer only."""
     with run.parquet_file(f"{below}/{shard}.parquet") as file:
-        return metadata_of(file.schema_arrow)
+        return {**metadata_of(file.schema_arrow), **json.loads(file.metadata.metadata.get(SHARD_KEY, b"{}"))}
 
 
 def read_latents(run: Folder, shard: str, batch_size: int) -> Iterator[tuple[list[dict[str, Any]], np.ndarray]]:

@@ -1,8 +1,10 @@
 """Progress of a long run: one line kept up to date on a terminal, a line now and then elsewhere."""
 
+import math
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Generator
+from dataclasses import dataclass
 
 from pipeline.actors import Receipt
 from pipeline.plan import Totals
@@ -51,8 +53,27 @@ class Progress:
             print(line, flush=True)
 
 
-def follow(progress: Progress, outcomes: Iterable[Receipt | Failure | Pulse]) -> list[Failure]:
-    """Shows the outcomes as they come and returns the failures, each said at once on standard error."""
+@dataclass(frozen=True)
+class Budget:
+    """How much may go wrong before a run is given up: shards that fail, and the share of the images rejected."""
+
+    failed_shards: float = math.inf
+    reject_fraction: float = 1.0
+
+    def exceeded(self, failed: int, rejects: int, images: int) -> str | None:
+        """In words; of a run of so many images."""
+        if failed > self.failed_shards:
+            return f"--max-failed-shards: {failed} shards failed, and {self.failed_shards} may"
+        if rejects > self.reject_fraction * images:
+            return f"--max-reject-fraction: {rejects} of {images} images are rejected, above {self.reject_fraction:g}"
+        return None
+
+
+def follow(
+    progress: Progress, outcomes: Generator[Receipt | Failure | Pulse, None, None], budget: Budget | None = None
+) -> list[Failure]:
+    """Shows the outcomes as they come and returns the failures, each said at once on standard error. A budget that
+    is exceeded ends the run."""
     failures = []
     for outcome in outcomes:
         if isinstance(outcome, Failure):
@@ -64,5 +85,8 @@ def follow(progress: Progress, outcomes: Iterable[Receipt | Failure | Pulse]) ->
             progress.show()
         else:
             progress.add(outcome.images, outcome.rejects)
+        if budget and budget.exceeded(progress.failed, progress.rejects, progress.images):
+            outcomes.close()
+            break
     progress.show(last=True)
     return failures

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-METADATA_KEY = b"palindrome"
+METADATA_KEY = b"palindrome"  # in the schema's metadata: one JSON object that says what the rows are
+SHARD_KEY = b"palindrome.shard"  # in the footer alone, since it is known last: counts and timings
 
 REASONS = {
     "empty": "the file has no bytes",

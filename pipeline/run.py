@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -19,6 +19,7 @@ SHARDS_AN_ACTOR = 2  # the next shard is read while this one is on the device
 RETRIES = 2  # of a failing shard
 STARTS = 3  # actors that may die in a row before one is up
 BACKOFF = 2.0  # seconds before the second start; doubled for each further one
+STALL = 600.0  # seconds without a batch read or a network evaluation, after which a shard is tried elsewhere
 
 
 @dataclass(frozen=True)
@@ -70,16 +71,20 @@ class _Actor:
     starting: Any  # resolves when the constructor is through; None from then on
     shards: dict[Any, Shard] = field(default_factory=dict)  # in flight, by the reference to the receipt
     alone: bool = False  # what is in flight is a suspect
-    pulse: Any = None  # resolves to the images done of what is in flight
-    images: int = 0  # what it last resolved to
+    pulse: Any = None  # resolves to how far what is in flight is
+    asked: float = 0.0  # when
+    images: int = 0  # done of what is in flight, by the last pulse
+    events: dict[str, tuple[int, float]] = field(default_factory=dict)  # by shard: how many, and when that was new
 
 
 class _Run:
     """The driver's loop. A shard whose actor died is a suspect and is tried alone, so that no neighbour is blamed."""
 
-    def __init__(self, work: Work, checkpoint: Checkpoint, shards: Iterator[Shard], resources: Resources) -> None:
+    def __init__(
+        self, work: Work, checkpoint: Checkpoint, shards: Iterator[Shard], resources: Resources, stall: float
+    ) -> None:
         self.work, self.checkpoint, self.resources = work, ray.put(checkpoint), resources
-        self.shards = shards
+        self.shards, self.stall = shards, stall
         self.ahead: deque[Shard] = deque()  # read from the plan: enough to know how many actors there is work for
         self.retries: deque[Shard] = deque()
         self.suspects: deque[Shard] = deque()
@@ -88,7 +93,7 @@ class _Run:
         self.failed_starts = 0
         self.pulsed = time.monotonic()
 
-    def outcomes(self) -> Iterator[Receipt | Failure | Pulse]:
+    def outcomes(self) -> Generator[Receipt | Failure | Pulse, None, None]:
         try:
             while self._assign():
                 yield from self._collect()
@@ -162,21 +167,42 @@ class _Run:
             actor.alone, actor.images, actor.pulse = False, max(0, actor.images - result.images), None
             yield result
 
-    def _pulse(self) -> Iterator[Pulse]:
-        """Asks every actor how far it is, and says what the last answers were, at most once a second."""
-        if time.monotonic() - self.pulsed < 1:
+    def _pulse(self) -> Iterator[Failure | Pulse]:
+        """Asks every actor how far it is, and says what the last answers were, at most once a second. An actor of
+        which a shard stands still is given up, and so is one that does not answer."""
+        now = time.monotonic()
+        if now - self.pulsed < 1:
             return
-        self.pulsed = time.monotonic()
-        for actor in self.actors:
+        self.pulsed = now
+        for actor in list(self.actors):
             if actor.pulse is not None and ray.wait([actor.pulse], timeout=0)[0]:
                 try:
-                    actor.images = ray.get(actor.pulse)
+                    flights = ray.get(actor.pulse)
                 except RayError:
-                    pass  # its death is seen at its shards
-                actor.pulse = None
-            if actor.starting is None and actor.pulse is None:
-                actor.pulse = actor.handle.in_flight.remote()
+                    flights = []  # its death is seen at its shards
+                actor.pulse, actor.images = None, sum(flight.images for flight in flights)
+                before = actor.events
+                seen = {flight.shard: (flight.events, now) for flight in flights}
+                actor.events = {k: before[k] if k in before and before[k][0] == v[0] else v for k, v in seen.items()}
+                for shard, (_, since) in actor.events.items():
+                    if now - since > self.stall:
+                        yield from self._stalled(actor, shard)
+                        break
+            elif actor.pulse is not None and actor.shards and now - actor.asked > self.stall:
+                yield from self._died(actor, RayError(f"the actor has not answered for {self.stall:g} s"))
+            if actor in self.actors and actor.starting is None and actor.pulse is None:
+                actor.pulse, actor.asked = actor.handle.in_flight.remote(), now
         yield Pulse(sum(actor.images for actor in self.actors))
+
+    def _stalled(self, actor: _Actor, name: str) -> Iterator[Failure]:
+        """A shard of the actor stands still: it is to blame, its neighbour is not."""
+        self.actors.remove(actor)
+        ray.kill(actor.handle)
+        for shard in actor.shards.values():
+            if shard.name == name:
+                yield from self._blamed(shard, f"no progress for {self.stall:g} s", self.retries)
+            else:
+                self.retries.append(shard)
 
     def _died(self, actor: _Actor, error: RayError) -> Iterator[Failure]:
         self.actors.remove(actor)
@@ -200,14 +226,14 @@ class _Run:
 
 
 def run_shards(
-    work: Work, checkpoint: Checkpoint, shards: Iterator[Shard], resources: Resources
-) -> Iterator[Receipt | Failure | Pulse]:
+    work: Work, checkpoint: Checkpoint, shards: Iterator[Shard], resources: Resources, stall: float = STALL
+) -> Generator[Receipt | Failure | Pulse, None, None]:
     """Works through `shards`, which is read as actors have room, and yields an outcome for every one, and pulses.
 
-    A shard that fails is tried `RETRIES` more times; an actor that dies is replaced. Raises RunError when actors
-    don't start.
+    A shard that fails, or stands still for `stall` seconds, is tried `RETRIES` more times; an actor that dies is
+    replaced. Raises RunError when actors don't start. To close the generator is to drop what is in flight.
     """
-    return _Run(work, checkpoint, shards, resources).outcomes()
+    return _Run(work, checkpoint, shards, resources, stall).outcomes()
 
 
 def _words(error: Exception) -> str:

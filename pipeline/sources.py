@@ -135,12 +135,12 @@ def _list(uri: str, options: Mapping[str, Any]) -> Iterator[tuple[str, str, int,
             root, infos = path, fs.find(path, detail=True)
         else:
             root, infos = path.rpartition("/")[0], {path: info}
-    for file, info in sorted(infos.items()):
-        name = file[len(root) :].lstrip("/")
+    named = ((_as_text(file[len(root) :].lstrip("/")), file, info) for file, info in infos.items())
+    for name, file, info in sorted(named, key=lambda item: item[0]):  # as they come back from a plan
         if info["type"] == "directory" or any(part.startswith(".") for part in name.split("/")):
             continue
         version = str(info.get("ETag") or info.get("etag") or info.get("mtime") or "")
-        yield _as_text(fs.unstrip_protocol(file)), _as_text(name), info.get("size") or 0, version
+        yield _as_text(fs.unstrip_protocol(file)), name, info.get("size") or 0, version
 
 
 def _open_parquet(fs: Any, uri: str) -> pq.ParquetFile:

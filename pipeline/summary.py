@@ -24,7 +24,7 @@ NAMED = 1000  # ids named of the images that do not come back to the bit; the ro
 def latents_summary(run: Folder, measured: bool) -> dict[str, Any]:
     """Counts, rejects by reason, seconds, and the round-trip error where it was measured."""
     shards = sorted(committed(run))
-    summary = _account(run, shards, LATENTS)
+    summary = {"images": 0, "latents": 0, "rejects": 0, **_account(run, shards, LATENTS)}
     summary["rejects_by_reason"] = rejects_by_reason(run, shards)
     if measured:
         columns = {"image_id": pa.string(), "mse": pa.float64(), "identical": pa.float64()}

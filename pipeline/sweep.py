@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -17,9 +17,9 @@ from model.ddim import sample_noise
 from model.inversion import evaluations
 from model.schedule import Ladder
 from pipeline.actors import Model, Reader, Receipt, measure, stopwatch
-from pipeline.latents import committed, put_rejects, shard_metadata
+from pipeline.latents import ShardWriter, committed, shard_metadata
 from pipeline.metrics import moments, statistics, to_model
-from pipeline.records import Shard, with_metadata
+from pipeline.records import Image, Shard
 from pipeline.storage import Folder
 
 SWEPT = "sweep"
@@ -87,33 +87,35 @@ class Sweep:
 
     def process(self, model: Model, shard: Shard) -> Receipt:
         spent = stopwatch(model)
-        images_of, _, name = shard.name.partition("-")
-        setting = self.settings[name]
-        tables, rejects, round_trip = [SWEEP_SCHEMA.empty_table()], [], 0.0
-        for batch in self.reader.batches(shard):
-            rejects += batch.rejects
-            if not batch.images:
-                continue
-            x = to_model(np.stack([image.pixels for image in batch.images]))
-            before = model.clock.seconds
-            found = _there_and_back(model, x, setting)
-            round_trip += model.clock.seconds - before
-            found["image_id"] = ids = [image.image_id for image in batch.images]
-            found["source"] = [image.source for image in batch.images]
-            if self.noise_seed is not None:
-                noise = torch.cat([sample_noise(self.noise_seed, _index(i), x.shape[1:]) for i in ids])
-                found["noise_mse"] = _back_and_there(model, noise, setting)
-            else:
-                found["noise_mse"] = pa.nulls(len(ids), pa.float64())
-            tables.append(pa.table([pa.array(found[f.name], f.type) for f in SWEEP_SCHEMA], schema=SWEEP_SCHEMA))
-            model.advance(len(ids))
-        rows = pa.concat_tables(tables)
-        put_rejects(self.run, images_of, rejects)
-        counts = {"images": len(rows) + len(rejects), "swept": len(rows), "rejects": len(rejects)}
-        timings = {**spent(), "round_trip_seconds": round(round_trip, 3)}
-        about = {**self.metadata, "setting": asdict(setting), "counts": counts, "timings": timings}
-        written = self.run.put_parquet(f"{SWEPT}/{shard.name}.parquet", with_metadata(rows, about))
-        return Receipt(shard.name, len(rows), len(rejects), **spent(), bytes=written)
+        setting = self.settings[shard.name.partition("-")[2]]
+        about = {**self.metadata, "setting": asdict(setting)}
+        round_trip = 0.0
+        with ShardWriter(self.run, SWEPT, shard.name, SWEEP_SCHEMA, about) as out:
+            for batch in self.reader.batches(shard):
+                rows = None
+                if batch.images:
+                    x = to_model(np.stack([image.pixels for image in batch.images]))
+                    before = model.clock.seconds
+                    found = _there_and_back(model, x, setting)
+                    round_trip += model.clock.seconds - before
+                    rows = self._rows(model, batch.images, found, setting)
+                out.add(rows, batch.rejects)
+                model.advance(len(batch.images))
+            seconds = spent()
+            written = out.commit({**seconds, "round_trip_seconds": round(round_trip, 3)})
+            return Receipt(shard.name, out.rows, out.refused, **seconds, bytes=written)
+
+    def _rows(self, model: Model, images: Sequence[Image], found: dict[str, Any], setting: Setting) -> pa.Table:
+        """Of SWEEP_SCHEMA, the noise's way among them."""
+        found["image_id"] = [image.image_id for image in images]
+        found["source"] = [image.source for image in images]
+        if self.noise_seed is None:
+            found["noise_mse"] = pa.nulls(len(images), pa.float64())
+        else:
+            shape = (self.reader.how.channels, self.reader.how.size, self.reader.how.size)
+            noise = torch.cat([sample_noise(self.noise_seed, _index(i), shape) for i in found["image_id"]])
+            found["noise_mse"] = _back_and_there(model, noise, setting)
+        return pa.table([pa.array(found[f.name], f.type) for f in SWEEP_SCHEMA], schema=SWEEP_SCHEMA)
 
 
 def _there_and_back(model: Model, x: Tensor, setting: Setting) -> dict[str, Any]:

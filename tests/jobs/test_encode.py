@@ -1,8 +1,11 @@
+import http.server
 import json
 import math
 import os
+import re
 import shutil
 import signal
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -109,7 +112,8 @@ def test_the_summary_s_error_is_that_of_the_rows(summary, stored):
 
 
 def test_the_account_closes_in_every_shard(said, run):
-    counts = [metadata(file)["counts"] for file in (run / "latents").iterdir()]
+    footers = [pq.read_metadata(file).metadata[b"palindrome.shard"] for file in (run / "latents").iterdir()]
+    counts = [json.loads(footer)["counts"] for footer in footers]
     assert all(c["images"] == c["latents"] + c["rejects"] <= SHARD for c in counts)
     assert sum(c["images"] for c in counts) == GOOD + BAD
 
@@ -324,8 +328,9 @@ def test_what_breaks_in_the_run_is_not_blamed_on_the_address(palindrome, picture
         file.unlink()
     [plan] = (tmp_path / "run/plan").glob("*.parquet")
     plan.unlink()
-    with pytest.raises(FileNotFoundError, match=plan.name):
-        palindrome(*command)
+    said = palindrome(*command)
+    assert said.code == 1
+    assert f"plan/{plan.name} is missing" in said.err
 
 
 def test_a_run_survives_interrupt_and_kill_of_its_driver(palindrome, start, sample, model, tmp_path, times, read_run):
@@ -350,7 +355,10 @@ def test_a_run_survives_interrupt_and_kill_of_its_driver(palindrome, start, samp
     first = times(latents)
     assert 0 < len(first) < 20
     assert not (run / "summary.json").exists()
-    code, out, _ = stop(signal.SIGKILL, after=len(first) + 1)
+    code, _, err = stop(signal.SIGTERM, after=len(first) + 1)
+    assert code == 143
+    assert err.strip() == f"interrupted; the same command resumes {run}"
+    code, out, _ = stop(signal.SIGKILL, after=len(times(latents)) + 1)
     assert code == -signal.SIGKILL
     second = {name: when for name, when in times(latents).items() if name.endswith(".parquet")}
     assert len(first) < len(second) < 20
@@ -415,3 +423,130 @@ def test_a_tolerance_and_a_listed_ladder(palindrome, pictures, model, tmp_path, 
     assert found["levels"] == [-1, 0, 50, 300, 700]
     assert found["inversion"]["tolerance"] == 1e-3
     assert json.loads((tmp_path / "run.json").read_text())["config"]["steps"] == 4
+
+
+@pytest.fixture
+def growing(pngs, tmp_path):
+    folder = tmp_path / "growing"
+    folder.mkdir()
+    for i in range(0, 20, 2):
+        (folder / f"{i:03d}.png").write_bytes(pngs[i])
+    return folder
+
+
+def test_images_that_are_added_are_encoded_and_nothing_else(
+    palindrome, growing, pngs, model, tmp_path, times, read_run
+):
+    run = tmp_path / "run"
+    command = ["encode", "--images", growing, "--model", model, "--out", run, "--steps", 2, "--shard-size", 4, *PLAIN]
+    assert palindrome(*command).code == 0
+    before = times(run / "latents")
+    (growing / "005.png").write_bytes(pngs[5])
+    (growing / "broken.png").write_bytes(b"no image")
+    said = palindrome(*command)
+    assert said.code == 0, said.err
+    assert "2 images are new" in said.out and "4 shards, 1 to encode" in said.out
+    assert before.items() <= times(run / "latents").items()
+    assert sorted(read_run(run).ids) == sorted([f"{i:03d}.png" for i in range(0, 20, 2)] + ["005.png"])
+    assert json.loads((run / "summary.json").read_text())["rejects_by_reason"] == {"not_an_image": 1}
+
+
+def test_images_that_changed_or_are_gone_are_named(palindrome, growing, pngs, model, tmp_path, times):
+    run = tmp_path / "run"
+    command = ["encode", "--images", growing, "--model", model, "--out", run, "--steps", 2, "--shard-size", 4, *PLAIN]
+    assert palindrome(*command).code == 0
+    before = times(run)
+    (growing / "004.png").write_bytes(pngs[40])
+    (growing / "006.png").unlink()
+    said = palindrome(*command)
+    assert said.code == 0
+    assert "1 changed since and 1 are gone (004.png, 006.png)" in said.err
+    assert times(run) == before
+    assert palindrome(*command, "--no-relist").err == ""
+
+
+def test_a_file_that_vanishes_between_plan_and_read_is_a_reject(palindrome, growing, model, tmp_path, read_run):
+    run = tmp_path / "run"
+    command = ["encode", "--images", growing, "--model", model, "--out", run, "--steps", 2, "--shard-size", 4, *PLAIN]
+    assert palindrome(*command).code == 0
+    for path in (run / "latents").iterdir():
+        path.unlink()
+    (growing / "006.png").unlink()
+    said = palindrome(*command, "--no-relist")
+    assert said.code == 0
+    assert json.loads((run / "summary.json").read_text())["rejects_by_reason"] == {"missing": 1}
+    assert len(read_run(run).ids) == 9
+
+
+def test_more_rejects_than_may_be_end_the_run(palindrome, growing, model, tmp_path):
+    for i in range(10):
+        (growing / f"{i:03d}-bad.png").write_bytes(b"no image")
+    command = ["encode", "--images", growing, "--model", model, "--out", tmp_path / "run", "--steps", 2, *PLAIN]
+    command += ["--shard-size", 2]
+    said = palindrome(*command, "--max-reject-fraction", 0.2)
+    assert said.code == 1
+    assert re.search(r"given up: --max-reject-fraction: \d+ of 20 images are rejected, above 0.2", said.err)
+    assert 0 < len(list((tmp_path / "run/latents").iterdir())) < 10
+    said = palindrome(*command, "--max-reject-fraction", 0.5)
+    assert said.code == 0, said.err
+
+
+@pytest.mark.parametrize(("most", "code"), [(1, 1), (2, 0)])
+def test_so_many_shards_may_fail(palindrome, growing, model, tmp_path, most, code):
+    run = tmp_path / "run"
+    command = ["encode", "--images", growing, "--model", model, "--out", run, "--steps", 2, "--shard-size", 4, *PLAIN]
+    assert palindrome(*command).code == 0
+    done = sorted((run / "latents").iterdir())
+    for path in done:
+        path.unlink()
+    for path in done[:2]:
+        path.mkdir()  # where a folder stands no file can be put
+        (path / "keep").touch()
+    said = palindrome(*command, "--max-failed-shards", most)
+    assert said.code == code, said.err
+    assert ("given up: --max-failed-shards: 2 shards failed, and 1 may" in said.err) == (code == 1)
+
+
+def test_a_reader_that_hangs_fails_its_shard_alone(palindrome, pngs, model, tmp_path, read_run):
+    """Images over HTTP, one of which the server begins to send and never ends, until it is let go."""
+    let_go = threading.Event()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self._head()
+
+        def do_GET(self):
+            content = self._head()
+            self.wfile.write(content[:100])
+            if "005" in self.path:
+                let_go.wait(120)
+            self.wfile.write(content[100:])
+
+        def _head(self):
+            name = self.path.rpartition("/")[2]
+            links = "".join(f'<a href="/in/{i:03d}.png">{i}</a>' for i in range(8)).encode()
+            content = pngs[int(name[:3])] if name else links
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.send_header("Content-Type", "image/png" if name else "text/html")
+            self.end_headers()
+            return content
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    uri = f"http://127.0.0.1:{server.server_port}/in/*.png"
+    command = ["encode", "--images", uri, "--model", model, "--out", tmp_path, "--steps", 2, "--shard-size", 4, *PLAIN]
+    try:
+        said = palindrome(*command, "--stall", 3)
+        assert said.code == 1
+        assert "failed: no progress for 3 s" in said.err
+        assert sorted(read_run(tmp_path).ids) == [f"{i:03d}.png" for i in range(4)]
+        let_go.set()
+        assert palindrome(*command).code == 0
+        assert sorted(read_run(tmp_path).ids) == [f"{i:03d}.png" for i in range(8)]
+    finally:
+        let_go.set()
+        server.shutdown()

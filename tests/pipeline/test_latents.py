@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.latents import commit, committed, latent_rows, read_latents, read_rejects, shard_metadata
+from pipeline.latents import committed, latent_rows, latent_writer, read_latents, read_rejects, shard_metadata
 from pipeline.records import Image, Reject, latent_schema
 from pipeline.storage import Folder
 
@@ -47,6 +47,12 @@ def draw(count, dtype, seed=0):
     latents = np.random.default_rng(seed).standard_normal((count, *SHAPE)).astype(dtype)
     latents.reshape(-1)[: len(ODD)] = np.array(ODD, dtype)
     return latents
+
+
+def commit(run, shard, rows, rejects, metadata, timings):
+    with latent_writer(run, shard, rows.schema, metadata) as out:
+        out.add(rows, rejects)
+        return out.commit(timings)
 
 
 def put(run, shard, latents, rejects=(), **measured):
@@ -151,9 +157,11 @@ def test_the_metadata_is_one_json_object_under_one_key(run):
     metadata = pq.read_schema(path).metadata
     assert list(metadata) == [b"palindrome"]
     found = json.loads(metadata[b"palindrome"])
-    counts = {"images": 4, "latents": 3, "rejects": 1}
-    assert found == {**METADATA, "counts": counts, "timings": TIMINGS}
-    assert shard_metadata(run, "s") == found
+    assert found == METADATA
+    footer = pq.read_metadata(path).metadata
+    known_last = json.loads(footer[b"palindrome.shard"])
+    assert known_last == {"counts": {"images": 4, "latents": 3, "rejects": 1}, "timings": TIMINGS}
+    assert shard_metadata(run, "s") == {**found, **known_last}
 
 
 def test_duckdb_reads_the_metadata_too(run):
@@ -198,11 +206,40 @@ def test_rejects_have_a_file_only_where_there_are_some(run):
 
 
 def test_rejects_are_written_before_the_commit(run, tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "latents").write_text("a file stands where the folder should")
+    (tmp_path / "run/latents/s.parquet").mkdir(parents=True)  # a folder stands where the file should
     with pytest.raises(OSError):
         put(run, "s", draw(1, "float16"), rejects=[Reject("a", "s/a", "empty", "0 bytes")])
     assert list(run.files("rejects")) == ["s.parquet"]
+    assert [path.name for path in (tmp_path / "run/latents").iterdir()] == ["s.parquet"]
+
+
+def test_rejects_of_a_try_that_could_read_less_are_gone(run):
+    put(run, "s", draw(1, "float16"), rejects=[Reject("a", "s/a", "unreadable", "")])
+    put(run, "s", draw(2, "float16"))
+    assert list(run.files("rejects")) == []
+    assert shard_metadata(run, "s")["counts"]["rejects"] == 0
+
+
+def test_a_shard_that_fails_on_the_way_leaves_nothing(run, tmp_path):
+    schema = latent_schema(SHAPE, "float16")
+    with pytest.raises(RuntimeError), latent_writer(run, "s", schema, METADATA) as out:
+        for part in range(3):
+            listed = images(1000)
+            out.add(latent_rows(schema, listed, draw(1000, "float16"), {}), [Reject(str(part), "s", "empty", "")])
+        raise RuntimeError("the device is gone")
+    assert [path for path in (tmp_path / "run").rglob("*") if path.is_file()] == []
+
+
+def test_a_row_group_is_written_as_soon_as_it_is_full(run, tmp_path):
+    schema = latent_schema(SHAPE, "float32")
+    with latent_writer(run, "s", schema, METADATA) as out:
+        for _ in range(5):
+            out.add(latent_rows(schema, images(512), draw(512, "float32"), {}))
+        [half] = (tmp_path / "run/latents").iterdir()
+        assert half.stat().st_size > 0 and half.name.startswith(".tmp-")
+        assert sum(table.num_rows for table in out.table.waiting) == 512
+        out.commit(TIMINGS)
+    assert pq.read_metadata(tmp_path / "run/latents/s.parquet").num_rows == 2560
 
 
 def test_no_commit_where_the_rejects_can_not_be_written(run, tmp_path):

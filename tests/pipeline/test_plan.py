@@ -5,6 +5,7 @@ import os
 import uuid
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import duckdb
 import fsspec
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 
 from pipeline import plan
 from pipeline.errors import SourceError
-from pipeline.plan import Totals, pack, plan_totals, read_plan, write_plan
+from pipeline.plan import Totals, extend_plan, pack, plan_totals, read_plan, write_plan
 from pipeline.records import Piece, Shard
 from pipeline.sources import list_pieces, open_collection
 from pipeline.storage import Folder
@@ -261,4 +262,66 @@ def test_storage_options_are_in_no_file(run, pictures):
 
 def test_complete_json_says_what_the_plan_holds(run, pictures):
     write_plan(run, open_collection(str(pictures)), 10, limit=12)
-    assert json.loads(run.read("plan/complete.json")) == {"shards": 2, "images": 12, "files": 1}
+    assert json.loads(run.read("plan/complete.json")) == {
+        "shards": 2,
+        "images": 12,
+        "files": 1,
+        "generations": [1],
+    }
+
+
+@st.composite
+def histories(draw):
+    """Listings of one collection as it changes: name -> (version, rows) at each time, names of any text."""
+    names = draw(st.lists(st.text("ab/é\U0001f600.", min_size=1, max_size=4), min_size=1, max_size=12, unique=True))
+    state = st.dictionaries(st.sampled_from(names), st.tuples(st.integers(0, 2), st.integers(1, 9)))
+    return draw(st.lists(state, min_size=2, max_size=5)), draw(st.integers(1, 8))
+
+
+@settings(max_examples=60)
+@given(histories())
+def test_a_plan_grows_by_what_is_new_and_says_what_is_lost(tmp_path_factory, history):
+    """Against a dictionary of what was planned first."""
+    states, shard_size = history
+    folder = Folder(str(tmp_path_factory.mktemp("plan")))
+    planned, before = {}, []
+    for state in states:
+        listed = [
+            Piece(f"memory://{name}", name, 1, str(version), start, min(start + shard_size, rows))
+            for name, (version, rows) in sorted(state.items())
+            for start in range(0, rows, shard_size)
+        ]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(plan, "list_pieces", lambda *_, listed=listed: iter(listed))
+            totals, changes = extend_plan(folder, SimpleNamespace(kind="parquet"), shard_size)
+        new = {name: found for name, found in state.items() if name not in planned}
+        assert changes.added == sum(rows for _, rows in new.values())
+        assert changes.removed == len(planned.keys() - state.keys())
+        assert changes.changed == sum(state[name] != planned[name] for name in planned.keys() & state.keys())
+        planned |= new
+        if not planned:
+            assert plan_totals(folder) is None
+            continue
+        shards = list(read_plan(folder))
+        assert [shard.name for shard in shards][: len(before)] == before
+        before = [shard.name for shard in shards]
+        assert len(set(before)) == len(before) == totals.shards
+        images = [image for shard in shards for image in images_of(shard.pieces)]
+        assert sorted(images) == sorted((name, row) for name, (_, rows) in planned.items() for row in range(rows))
+        assert totals == plan_totals(folder) == Totals(len(shards), len(images))
+
+
+def test_a_plan_that_grew_is_listed_against_in_the_order_of_names(run, pictures, pngs):
+    """Real files, some of whose names are no UTF-8, that come in between the others."""
+    collection = open_collection(str(pictures))
+    first = write_plan(run, collection, 4)
+    for name in (b"000-a.png", b"005-\xff.png", b"\xc3\xa9.png", b"zz.png"):
+        (pictures / os.fsdecode(name)).write_bytes(pngs[0])
+    totals, changes = extend_plan(run, collection, 4)
+    assert (changes.added, changes.changed, changes.removed) == (4, 0, 0)
+    assert totals == Totals(first.shards + 1, first.images + 4)
+    assert extend_plan(run, collection, 4)[1] == plan.Changes()
+    (pictures / "zz.png").unlink()
+    (pictures / "000-a.png").write_bytes(pngs[1] + b"more")
+    changes = extend_plan(run, collection, 4)[1]
+    assert changes == plan.Changes(0, 1, 1, ["000-a.png", "zz.png"])

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import ray
+import torch
 
 from pipeline import run as run_module
 from pipeline.actors import Receipt
@@ -39,7 +40,8 @@ class Work:
     """Notes every attempt in a folder. The names of shards say what becomes of them:
 
     `good`; `raise` each time; `raise-once`; `odd` raises what can't be unpickled; `kill` its process each time;
-    `kill-once`; `wait` until a file `go` is there; `slow` for a moment.
+    `kill-once`; `wait` until a file `go` is there; `slow` for a moment; `hang` each time; `hang-once`; `stop-once` its
+    process as a whole; `busy` evaluates a network for longer than others may hang.
     """
 
     folder: Path
@@ -59,6 +61,14 @@ class Work:
             time.sleep(0.05)
         if kind == "slow":
             time.sleep(0.2)
+        if kind == "hang" or (kind == "hang-once" and not before):
+            time.sleep(60)
+        if kind == "stop-once" and not before:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if kind == "busy":
+            for _ in range(12):
+                time.sleep(0.5)
+                model.encode(torch.zeros(1, 3, 16, 16), (-1, 0))
         return Receipt(shard.name, 1, 0, 0.0, 0.0, 0)
 
     def attempts(self):
@@ -299,3 +309,19 @@ def _is_alive(pid):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def test_a_shard_that_hangs_is_tried_elsewhere_and_its_neighbours_are_not_blamed(work, tiny):
+    kinds = ["slow", "hang-once", "busy", "hang", "slow"]
+    done, failed = account(run_shards(work, tiny, iter(shards_of(*kinds)), TWO, stall=3))
+    assert done == {"slow.0", "hang-once.1", "busy.2", "slow.4"}
+    assert failed == {"hang.3": "no progress for 3 s"}
+    attempts = work.attempts()
+    assert (attempts["hang-once.1"], attempts["hang.3"]) == (2, RETRIES + 1)
+
+
+def test_a_process_that_does_not_answer_is_given_up(work, tiny):
+    done, failed = account(run_shards(work, tiny, iter(shards_of("good", "stop-once", "good", "good")), ONE, stall=3))
+    assert failed == {}
+    assert len(done) == 4
+    assert work.attempts()["stop-once.1"] == 2
