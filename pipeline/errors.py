@@ -1,5 +1,8 @@
 """Errors that reach the person who gave the command. Light to import."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class SourceError(ValueError):
     """A collection that can't be used as asked: the message names the URI or column, `field` the setting at fault."""
@@ -15,3 +18,12 @@ class ManifestError(ValueError):
 
 class RunError(RuntimeError):
     """The run can't go on. Exit code 1."""
+
+
+@contextmanager
+def writing(what: str) -> Iterator[None]:
+    """A disk that is full, or may not be written to, is the run's end, and not the fault of what was being read."""
+    try:
+        yield
+    except OSError as e:
+        raise RunError(f"{what} can't be written: {e.strerror or e}") from e

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
-from pipeline.errors import RunError
+from pipeline.errors import RunError, writing
 from pipeline.manifest import COMPLETE
 from pipeline.records import Piece, Shard, shard_of, shards_table
 from pipeline.sources import Collection, SourceError, list_pieces
@@ -125,7 +125,8 @@ def _add_generation(
 
     def flush() -> None:
         nonlocal files, shards, held
-        run.put_parquet(f"plan/{files:06d}.parquet", shards_table(shards), row_group_size=SHARDS_A_GROUP)
+        with writing(f"{run.uri}/plan"):
+            run.put_parquet(f"plan/{files:06d}.parquet", shards_table(shards), row_group_size=SHARDS_A_GROUP)
         files, shards, held = files + 1, [], 0
 
     for group in pack(pieces, shard_size, limit):
@@ -138,7 +139,8 @@ def _add_generation(
         flush()
     if files > first:
         content = {"shards": total, "images": images, "files": files, "generations": [*before["generations"], files]}
-        run.put(COMPLETE, json.dumps(content).encode())
+        with writing(f"{run.uri}/{COMPLETE}"):
+            run.put(COMPLETE, json.dumps(content).encode())
     return Totals(total, images)
 
 

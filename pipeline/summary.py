@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.actors import RECONSTRUCTIONS
+from pipeline.errors import writing
 from pipeline.latents import LATENTS, committed, read_rejects, shard_metadata
 from pipeline.metrics import statistics
 from pipeline.records import ERROR_SCHEMA
@@ -95,7 +96,8 @@ def error_statistics(rows: pa.Table) -> dict[str, Any]:
 
 def put_summary(run: Folder, summary: dict[str, Any], failures: Sequence[Failure]) -> None:
     failed = [{"shard": f.shard.name, "images": f.shard.images, "error": f.error} for f in failures]
-    run.put("summary.json", (json.dumps({**summary, "failed_shards": failed}, indent=2) + "\n").encode())
+    with writing(f"{run.uri}/summary.json"):
+        run.put("summary.json", (json.dumps({**summary, "failed_shards": failed}, indent=2) + "\n").encode())
 
 
 def _account(run: Folder, shards: Sequence[str], below: str) -> dict[str, Any]:

@@ -1,0 +1,217 @@
+"""Whatever is killed, at whatever moment: the same command again, and every input is one latent or one reject.
+
+A Ray of three nodes on this machine; SIGKILL to drivers, actors, workers that read, and whole nodes.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import duckdb
+import pytest
+from ray.cluster_utils import Cluster
+
+ROOT = Path(__file__).parents[2]
+GOOD, SHARD, KILLS = 240, 6, 20
+
+
+@pytest.fixture(scope="module")
+def cluster(ray_here):
+    """`ray_here` only so that Ray is set up as the other tests have it."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    for _ in range(2):
+        cluster.add_node(num_cpus=2)
+    yield cluster
+    cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def folder(corpus, tmp_path_factory):
+    """Good images, and bad ones in nearly every shard."""
+    folder = tmp_path_factory.mktemp("faults")
+    corpus.good_images(folder, GOOD)
+    for i, path in enumerate(sorted(folder.rglob("*"))[::7]):
+        if path.is_file():
+            (path.parent / f"{path.stem}-bad-{i}.png").write_bytes(b"no image")
+    return folder
+
+
+def children(cluster, name):
+    """Pids of the cluster's Ray workers that are at work on what is named so: children of one of its raylets."""
+    session, found = cluster.head_node.get_session_dir_path().encode(), []
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and (entry / "cmdline").read_bytes().startswith(f"ray::{name}".encode()):
+                parent = (entry / "stat").read_text().rpartition(")")[2].split()[1]
+                if session in Path(f"/proc/{parent}/cmdline").read_bytes():
+                    found.append(int(entry.name))
+        except OSError:
+            continue
+    return found
+
+
+class Run:
+    """The command, started again whenever its driver is gone."""
+
+    def __init__(self, cluster, folder, model, out, *flags):
+        self.cluster, self.out, self.driver = cluster, out, None
+        self.command = [sys.executable, "-m", "jobs", "encode", "--images", folder, "--model", model, "--out", out]
+        self.command += ["--steps", 12, "--corrections", 0, "--shard-size", SHARD, "--batch-size", 3]
+        self.command = list(map(str, [*self.command, "--address", cluster.address, "--decode", "tasks", *flags]))
+        self.ends = []
+
+    def start(self):
+        if self.driver is None or self.driver.poll() is not None:
+            env = {**os.environ, "OMP_NUM_THREADS": "1"}
+            self.driver = subprocess.Popen(
+                self.command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
+
+    def end(self):
+        out, _ = self.driver.communicate()
+        self.ends.append((self.driver.returncode, out))
+        self.driver = None
+
+    def done(self):
+        return len(list(self.out.glob("latents/*.parquet")))
+
+
+def wait(condition, process, seconds=180):
+    """Looks every millisecond: what is waited for may soon be gone. False if the process ends first."""
+    until = time.monotonic() + seconds
+    while not condition():
+        if process.poll() is not None:
+            return False
+        assert time.monotonic() < until
+        time.sleep(0.001)
+    return True
+
+
+def assert_whole(run, folder):
+    """Every input is one latent or one reject, in files that others read."""
+    inputs = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    latents = [name for (name,) in duckdb.sql(f"select image_id from '{run.out}/latents/*.parquet'").fetchall()]
+    rejects = [name for (name,) in duckdb.sql(f"select image_id from '{run.out}/rejects/*.parquet'").fetchall()]
+    assert sorted(latents + rejects) == inputs
+    assert all("-bad-" in name for name in rejects)
+    assert not any("-bad-" in name for name in latents)
+    summary = json.loads((run.out / "summary.json").read_text())
+    assert (summary["latents"], summary["rejects"]) == (len(latents), len(rejects))
+    assert not [path for path in run.out.rglob("*") if path.name.startswith(".tmp-")]
+
+
+def test_kills_at_every_stage_of_the_driver(cluster, folder, model, tmp_path):
+    run = Run(cluster, folder, model, tmp_path / "run")
+    complete, summary = run.out / "plan/complete.json", run.out / "summary.json"
+    run.start()
+    assert wait((run.out / "run.json").exists, run.driver)
+    run.driver.kill()  # while it plans
+    run.end()
+    assert not complete.exists()
+    run.start()
+    assert wait(lambda: run.done() > 5, run.driver)
+    run.driver.kill()  # while shards are under way
+    run.end()
+    assert 5 < run.done() < 40 and not summary.exists()
+    shards = json.loads(complete.read_text())["shards"]
+    run.start()
+    assert wait(lambda: run.done() == shards, run.driver)
+    run.driver.kill()  # before it has written the summary
+    run.end()
+    assert not summary.exists()
+    run.start()
+    run.end()
+    assert run.ends[-1][0] == 0, run.ends[-1][1]
+    assert ", 0 to encode" in run.ends[-1][1]
+    assert_whole(run, folder)
+
+
+def test_twenty_kills_at_random_moments(cluster, folder, model, palindrome, tmp_path):
+    """Of drivers, actors, workers that read, an actor between its rejects and its commit, and whole nodes."""
+    dice, run, kills = random.Random(0), Run(cluster, folder, model, tmp_path / "run"), []
+    rejects, latents = run.out / "rejects", run.out / "latents"
+    while len(kills) < KILLS:
+        run.start()
+        time.sleep(dice.uniform(0.2, 3))
+        if run.driver.poll() is not None:
+            run.end()
+            if ", 0 to encode" in run.ends[-1][1]:
+                for path in sorted(latents.glob("*.parquet"))[::2]:  # all was done before all was killed
+                    path.unlink()
+            continue
+        victim = ["driver", "actor", "reader", "commit", "node"][len(kills) % 5]
+        if victim == "driver":
+            run.driver.kill()
+            run.end()
+        elif victim == "node":
+            node = cluster.worker_nodes and dice.choice(sorted(cluster.worker_nodes, key=lambda n: n.unique_id))
+            cluster.remove_node(node, allow_graceful=False)
+            cluster.add_node(num_cpus=2)
+        else:
+            before, pids = set(rejects.glob("*.parquet")), []
+
+            def is_there(victim=victim, before=before, pids=pids):
+                if victim == "commit" and not set(rejects.glob("*.parquet")) - before:
+                    return False
+                pids[:] = children(cluster, "read " if victim == "reader" else "ShardActor")
+                return bool(pids)
+
+            if not wait(is_there, run.driver):
+                continue
+            for pid in pids if victim == "commit" else [dice.choice(pids)]:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        kills.append(victim)
+    for _ in range(5):
+        run.start()
+        run.end()
+        if run.ends[-1][0] == 0:
+            break
+    assert run.ends[-1][0] == 0, run.ends[-1][1]
+    assert_whole(run, folder)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 400 KiB, and a function that sets its size."""
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", tmp_path]).returncode:
+        pytest.skip("no file system can be mounted here: a full disk is not tried")
+    yield tmp_path, lambda size: subprocess.run(["mount", "-o", f"remount,size={size}", tmp_path], check=True)
+    subprocess.run(["umount", "--lazy", tmp_path], check=True)
+
+
+def test_a_full_disk_ends_the_run_and_room_on_it_completes_it(palindrome, pictures, model, small_disk):
+    disk, resize = small_disk
+    command = ["encode", "--images", pictures, "--model", model, "--out", disk / "run", "--steps", 2, "--shard-size", 4]
+    said = palindrome(*command, "--dtype", "float32")
+    assert said.code == 0, said.err
+    for path in (disk / "run/latents").iterdir():
+        path.unlink()
+    (disk / "ballast").write_bytes(bytes(300 << 10))
+    said = palindrome(*command)
+    assert said.code == 1
+    assert "No space left on device" in said.err
+    committed = list((disk / "run/latents").iterdir())
+    assert len(committed) < 6
+    assert duckdb.sql(f"select count(*) from '{disk}/run/plan/*.parquet'").fetchall() == [(6,)]
+    resize("4m")
+    said = palindrome(*command)
+    assert said.code == 0, said.err
+    assert duckdb.sql(f"select count(distinct image_id) from '{disk}/run/latents/*.parquet'").fetchall() == [(24,)]
+
+
+def test_a_disk_too_full_for_a_plan_is_not_the_images_fault(palindrome, pictures, model, small_disk):
+    disk, _ = small_disk
+    with open(disk / "ballast", "wb") as file, pytest.raises(OSError):
+        while True:
+            os.write(file.fileno(), bytes(4096))
+    said = palindrome("encode", "--images", pictures, "--model", model, "--out", disk / "run", "--steps", 2)
+    assert said.code in (1, 2)
+    assert "No space left on device" in said.err
+    assert "--images" not in said.err
