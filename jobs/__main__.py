@@ -17,6 +17,9 @@ JOBS = {
     "calibrate": "a ladder fitted to a model, for --ladder",
     "sweep": "the error against the network evaluations, over settings",
     "train": "train a model on a collection",
+    "status": "how far a run is",
+    "verify": "whether a run holds what it should",
+    "rejects": "the inputs that a run could not use",
 }
 
 
@@ -44,11 +47,11 @@ def main(arguments: list[str] | None = None) -> int:
             config = getattr(module, f"{name.capitalize()}Config")
             sub.description = config.__doc__
             add_arguments(sub, config)
-            sub.set_defaults(run=module.run, config=config)
+            sub.set_defaults(start=module.run, config=config)
     parsed = parser.parse_args(argv)
     try:
         with _sigterm_raises():
-            return int(parsed.run(from_arguments(parsed.config, parsed)))
+            return int(parsed.start(from_arguments(parsed.config, parsed)))
     except ConfigError as e:
         parser.exit(2, f"palindrome {parsed.job}: error: {e}\n")
     except RunError as e:

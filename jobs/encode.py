@@ -12,7 +12,7 @@ from model.inversion import evaluations
 from pipeline.actors import Encode, Reader
 from pipeline.decode import Preprocess
 from pipeline.ladders import KINDS, resolve
-from pipeline.latents import committed
+from pipeline.latents import REJECTS, committed
 from pipeline.manifest import claim
 from pipeline.plan import Totals, extend_plan, plan_totals, read_plan, write_plan
 from pipeline.progress import Budget, Progress, follow
@@ -28,7 +28,8 @@ class EncodeConfig(Config):
     """Encode an image collection to latents by DDIM inversion: one Parquet file a shard in OUT/latents."""
 
     FREE: ClassVar[frozenset[str]] = frozenset(
-        {"workers", "batch_size", "decode", "model", "relist", "max_failed_shards", "max_reject_fraction", "stall"}
+        ("workers", "batch_size", "decode", "model")
+        + ("relist", "retry_rejects", "max_failed_shards", "max_reject_fraction", "stall")
     )
 
     images: str
@@ -65,6 +66,8 @@ class EncodeConfig(Config):
     """The Parquet column that holds the images (default: the one that holds bytes)."""
     max_pixels: Annotated[int, Range(1)] = 100_000_000
     """Larger images are rejected."""
+    retry_rejects: bool = False
+    """Encode again the shards in which an input was rejected: it may be there, or whole, by now."""
     max_failed_shards: Annotated[int, Range(0)] | None = None
     """Give up when more shards fail, and succeed when no more do (default: go on to the end, and fail if one did)."""
     max_reject_fraction: Annotated[float, Range(0, 1)] = 1.0
@@ -107,8 +110,8 @@ def run(config: EncodeConfig) -> int:
         claim(out, "encode", settings, config.FREE, {**facts, "collection": source})
     with blame("--images"):
         totals = _plan(config, out, collection)
-    done = committed(out)
-    left = totals.shards - len(done)
+    done = committed(out) - (committed(out, REJECTS) if config.retry_rejects else set())
+    left = sum(shard.name not in done for shard in read_plan(out))  # a file there need not be one of the plan's
     print(f"{totals.images} images in {totals.shards} shards, {left} to encode", flush=True)
 
     most_failed = math.inf if config.max_failed_shards is None else config.max_failed_shards
@@ -121,7 +124,7 @@ def run(config: EncodeConfig) -> int:
             reader = Reader(collection, how, config.batch_size, resources.read_by_tasks)
             corrected = (levels, config.corrections, tolerance, exact)
             work = Encode(out, reader, *corrected, config.dtype, config.measure, facts)
-            progress = Progress("encode", totals, len(done))
+            progress = Progress("encode", totals, totals.shards - left)
             failures = follow(progress, run_shards(work, model, todo, resources, config.stall), budget)
             out.sweep()
     summary = latents_summary(out, config.measure or exact)

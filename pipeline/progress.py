@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pipeline.actors import Receipt
 from pipeline.plan import Totals
 from pipeline.run import Failure, Pulse
+from pipeline.state import duration
 
 EVERY = 10.0  # seconds between lines where there is no terminal
 
@@ -41,8 +42,7 @@ class Progress:
         left = (self.shards - self.done_shards - self.failed) * self.images / self.shards - self.in_flight
         line = f"{self.verb}: {self.done_shards}/{self.shards} shards, {done} images, {rate:.1f} images/s"
         if left > 0 and rate and self.alike and not last:
-            seconds = left / rate
-            line += f", ETA {time.strftime('%H:%M:%S', time.gmtime(seconds))}"
+            line += f", ETA {duration(left / rate)}"
         if self.rejects:
             line += f", {self.rejects} rejects"
         if self.failed:

@@ -176,7 +176,9 @@ class TableWriter:
 
     def __init__(self, folder: Folder, name: str, schema: pa.Schema, **writer: Any) -> None:
         self.new = folder.create(name)
-        self.parquet = pq.ParquetWriter(self.new.file, schema, **{"compression": "zstd", **writer})
+        # Latents hardly compress, so that nothing but a checksum would notice a bit that has flipped.
+        options = {"compression": "zstd", "write_page_checksum": True, **writer}
+        self.parquet = pq.ParquetWriter(self.new.file, schema, **options)
         self.waiting: list[pa.Table] = []
         self.rows = 0
 

@@ -478,6 +478,23 @@ def test_a_file_that_vanishes_between_plan_and_read_is_a_reject(palindrome, grow
     assert len(read_run(run).ids) == 9
 
 
+def test_rejects_are_tried_again_when_asked(palindrome, growing, pngs, model, tmp_path, times, read_run):
+    run = tmp_path / "run"
+    for i, content in {3: b"no image", 7: b""}.items():
+        (growing / f"{i:03d}.png").write_bytes(content)
+    command = ["encode", "--images", growing, "--model", model, "--out", run, "--steps", 2, "--shard-size", 4, *PLAIN]
+    assert palindrome(*command).code == 0
+    before = times(run / "latents")
+    (growing / "003.png").write_bytes(pngs[3])
+    assert "0 to encode" in palindrome(*command).out
+    said = palindrome(*command, "--retry-rejects")
+    assert said.code == 0 and "2 to encode" in said.out
+    assert "003.png" in read_run(run).ids and len(read_run(run).ids) == 11
+    assert json.loads((run / "summary.json").read_text())["rejects_by_reason"] == {"empty": 1}
+    assert sum(times(run / "latents")[name] == when for name, when in before.items()) == 1
+    assert len(list((run / "rejects").iterdir())) == 1
+
+
 def test_more_rejects_than_may_be_end_the_run(palindrome, growing, model, tmp_path):
     for i in range(10):
         (growing / f"{i:03d}-bad.png").write_bytes(b"no image")

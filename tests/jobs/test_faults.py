@@ -93,7 +93,7 @@ def wait(condition, process, seconds=180):
     return True
 
 
-def assert_whole(run, folder):
+def assert_whole(run, folder, palindrome):
     """Every input is one latent or one reject, in files that others read."""
     inputs = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     latents = [name for (name,) in duckdb.sql(f"select image_id from '{run.out}/latents/*.parquet'").fetchall()]
@@ -104,9 +104,11 @@ def assert_whole(run, folder):
     summary = json.loads((run.out / "summary.json").read_text())
     assert (summary["latents"], summary["rejects"]) == (len(latents), len(rejects))
     assert not [path for path in run.out.rglob("*") if path.name.startswith(".tmp-")]
+    said = palindrome("verify", run.out)
+    assert said.code == 0 and "all well" in said.out, said.out
 
 
-def test_kills_at_every_stage_of_the_driver(cluster, folder, model, tmp_path):
+def test_kills_at_every_stage_of_the_driver(cluster, folder, model, palindrome, tmp_path):
     run = Run(cluster, folder, model, tmp_path / "run")
     complete, summary = run.out / "plan/complete.json", run.out / "summary.json"
     run.start()
@@ -129,7 +131,7 @@ def test_kills_at_every_stage_of_the_driver(cluster, folder, model, tmp_path):
     run.end()
     assert run.ends[-1][0] == 0, run.ends[-1][1]
     assert ", 0 to encode" in run.ends[-1][1]
-    assert_whole(run, folder)
+    assert_whole(run, folder, palindrome)
 
 
 def test_twenty_kills_at_random_moments(cluster, folder, model, palindrome, tmp_path):
@@ -174,7 +176,7 @@ def test_twenty_kills_at_random_moments(cluster, folder, model, palindrome, tmp_
         if run.ends[-1][0] == 0:
             break
     assert run.ends[-1][0] == 0, run.ends[-1][1]
-    assert_whole(run, folder)
+    assert_whole(run, folder, palindrome)
 
 
 @pytest.fixture

@@ -1,0 +1,82 @@
+"""palindrome rejects: the inputs of a run that could not be used, as a table."""
+
+import csv
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain, islice
+from typing import Any, ClassVar, Literal
+
+from jobs.config import ConfigError, Options, blame
+from pipeline.records import REASONS, REJECT_SCHEMA
+from pipeline.state import open_run, printable, rejects
+
+ALIGNED = 200  # rows that the table's widths are taken from; those that come later may stand out
+
+
+@dataclass(frozen=True, kw_only=True)
+class RejectsConfig(Options):
+    """List what a run could not use: image id, source, reason and detail of each; the counts on standard error."""
+
+    POSITIONAL: ClassVar[frozenset[str]] = frozenset({"run"})
+
+    run: str
+    """The run folder of encode or sweep, a path or an fsspec URI."""
+    reason: str | None = None
+    """Only those rejected for this reason, named as the list names it."""
+    format: Literal["table", "csv", "json"] = "table"
+    """For people; or CSV; or a JSON list, one row a line. Table and CSV write control characters as escapes."""
+
+
+def run(config: RejectsConfig) -> int:
+    if config.reason is not None and config.reason not in REASONS:
+        raise ConfigError(f"--reason: {config.reason!r} is none of {', '.join(REASONS)}")
+    with blame("RUN"):
+        folder, manifest = open_run(config.run, "encode", "sweep")
+    counts: Counter[str] = Counter()
+
+    def counted() -> Iterator[dict[str, Any]]:
+        for row in rejects(folder, manifest, config.reason):
+            counts[row["reason"]] += 1
+            yield row
+
+    try:
+        {"table": _table, "csv": _csv, "json": _json}[config.format](counted())
+        sys.stdout.flush()
+    except BrokenPipeError:  # of `| head`, say, which has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    reasons = ", ".join(f"{n} {printable(str(reason))}" for reason, n in sorted(counts.items()))
+    print(f"{counts.total()} rejects" + (f": {reasons}" if reasons else ""), file=sys.stderr)
+    return 0
+
+
+def _texts(rows: Iterable[dict[str, Any]]) -> Iterator[list[str]]:
+    return ([printable(str(row[name])) for name in REJECT_SCHEMA.names] for row in rows)
+
+
+def _table(rows: Iterable[dict[str, Any]]) -> None:
+    texts = _texts(rows)
+    first = [REJECT_SCHEMA.names, *islice(texts, ALIGNED)]
+    if len(first) == 1:
+        return
+    widths = [max(map(len, column)) for column in zip(*first, strict=True)]
+    for row in chain(first, texts):
+        print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _csv(rows: Iterable[dict[str, Any]]) -> None:
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow(REJECT_SCHEMA.names)
+    writer.writerows(_texts(rows))
+
+
+def _json(rows: Iterable[dict[str, Any]]) -> None:
+    end = "["
+    for row in rows:
+        print(end + json.dumps(row).replace("\x7f", "\\u007f"), end="")
+        end = ",\n"
+    print("[]" if end == "[" else "]")

@@ -1,0 +1,56 @@
+"""palindrome status: how far a run is, from its folder alone."""
+
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from typing import ClassVar
+
+from jobs.config import Options, blame
+from pipeline.state import FOLDERS, State, StateReader, as_json, describe, open_run
+
+EVERY = 2.0  # seconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatusConfig(Options):
+    """Say how far a run of encode, reconstruct or sweep is: shards and images done, rejects by reason, images/s, the
+    time left, the slowest shards. Reads the run folder alone, from any machine, while the run goes on or after."""
+
+    POSITIONAL: ClassVar[frozenset[str]] = frozenset({"run"})
+
+    run: str
+    """The run folder, a path or an fsspec URI."""
+    watch: bool = False
+    """Say it again every 2 seconds until the run is complete; Ctrl-C leaves."""
+    json: bool = False
+    """One JSON object in a line instead of text."""
+
+
+def run(config: StatusConfig) -> int:
+    with blame("RUN"):
+        folder, manifest = open_run(config.run, *FOLDERS)
+        reader = StateReader(folder, manifest)
+        state = reader.read()
+    printed = _show(config, state, 0)
+    while config.watch and not state.complete:
+        time.sleep(EVERY)
+        with blame("RUN"):
+            state = reader.read()
+        printed = _show(config, state, printed)
+    return 0
+
+
+def _show(config: StatusConfig, state: State, printed: int) -> int:
+    """On a terminal over the `printed` lines of the time before; returns how many lines are there now."""
+    if config.json:
+        print(as_json(state), flush=True)
+        return 0
+    lines = describe(state)
+    if config.watch and sys.stdout.isatty():
+        width = shutil.get_terminal_size().columns  # a line that wraps would be two to go up
+        back = f"\x1b[{printed}F" if printed else ""
+        print(back + "".join(f"\x1b[K{line[: width - 1]}\n" for line in lines) + "\x1b[J", end="", flush=True)
+    else:
+        print("\n".join(lines), end="\n\n" if config.watch and not state.complete else "\n", flush=True)
+    return len(lines)

@@ -1,0 +1,89 @@
+"""palindrome verify: whether a run folder holds what its plan says."""
+
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+from typing import Annotated, ClassVar
+
+from jobs.config import ConfigError, Options, Range, blame
+from pipeline.state import open_run, printable
+from pipeline.verify import Account, Finding, verify
+
+SAID = 100  # findings printed
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyConfig(Options):
+    """Check a run of encode or reconstruct: every shard is there and can be read, counts agree, every image of the plan
+    is one latent or one reject, latents are finite and of the run's model. Exit code 1 if anything is wrong."""
+
+    POSITIONAL: ClassVar[frozenset[str]] = frozenset({"run"})
+
+    run: str
+    """The run folder, a path or an fsspec URI."""
+    deep: Annotated[int, Range(1)] | None = None
+    """Decode so many latents too, evenly over the run, on this machine, and compare with the originals."""
+
+
+def run(config: VerifyConfig) -> int:
+    with blame("RUN"):
+        folder, manifest = open_run(config.run, "encode", "reconstruct")
+    if config.deep and manifest["job"] != "encode":
+        raise ConfigError(f"--deep: {config.run} is a run of {manifest['job']}, which holds no latents")
+    account = Account()
+    progress = _Progress(account)
+    findings = verify(folder, manifest, account, progress.show)
+    if config.deep:
+        from pipeline.verify_deep import verify_decoding  # brings torch, which nothing else here needs
+
+        findings = chain(findings, verify_decoding(folder, manifest, config.deep, account))
+    with blame("RUN", OSError):
+        wrong = _say(findings, progress)
+    if config.deep:
+        errors = account.errors
+        figures = f": mean {sum(errors) / len(errors):.3g}, largest {max(errors):.3g}" if errors else ""
+        print(f"{len(errors)} latents decoded, round-trip error{figures}")
+    found = "all well" if not wrong else f"{wrong} things are wrong" if wrong > 1 else "1 thing is wrong"
+    print(f"{account.shards} shards, {account.latents} latents, {account.rejects} rejects: {found}")
+    return 1 if wrong else 0
+
+
+class _Progress:
+    """On a terminal, how many shards were read, in a line that gives way to others."""
+
+    def __init__(self, account: Account) -> None:
+        self.account, self.shown = account, time.monotonic()
+        self.terminal = sys.stderr.isatty()
+
+    def show(self) -> None:
+        if self.terminal and time.monotonic() - self.shown > 0.2:
+            self.shown = time.monotonic()
+            print(f"\r\x1b[K{self.account.shards} shards, {self.account.latents} latents", end="", file=sys.stderr)
+
+    def clear(self) -> None:
+        if self.terminal:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def _say(findings: Iterator[Finding], progress: _Progress) -> int:
+    """Prints what is wrong, and returns how much is."""
+    wrong = warnings = 0
+    for finding in findings:
+        line = printable(f"{finding.where}: {finding.what}")
+        progress.clear()
+        if finding.warning:
+            warnings += 1
+            if warnings <= SAID:
+                print(f"warning: {line}", file=sys.stderr)
+        else:
+            wrong += 1
+            if wrong <= SAID:
+                print(line, flush=True)
+    progress.clear()
+    if wrong > SAID:
+        print(f"and {wrong - SAID} more")
+    if warnings > SAID:
+        print(f"and {warnings - SAID} more warnings", file=sys.stderr)
+    return wrong

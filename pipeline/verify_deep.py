@@ -1,0 +1,104 @@
+"""Whether latents decode to their images: some are decoded again, and compared with originals and stored errors."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from model import checkpoint
+from pipeline.actors import Model
+from pipeline.decode import Preprocess
+from pipeline.latents import LATENTS
+from pipeline.metrics import round_trip_error, to_model
+from pipeline.plan import read_plan
+from pipeline.read import read_image
+from pipeline.records import Reject, Shard
+from pipeline.sources import FILES, Collection, read_raw
+from pipeline.state import open_checked, words
+from pipeline.storage import Folder
+from pipeline.verify import Account, Finding
+
+# Of the stored error; another device or batch size rounds otherwise, which is all there is where the error is nothing.
+RELATIVE, ABSOLUTE = 1e-2, 1e-8
+
+
+def verify_decoding(run: Folder, manifest: Mapping[str, Any], count: int, account: Account) -> Iterator[Finding]:
+    """What is wrong with `count` latents, evenly over the shards that `verify`, which has filled `account`, found well;
+    their errors are added to it."""
+    uri = str(manifest["config"].get("model"))
+    try:
+        loaded = checkpoint.load(uri)
+    except Exception as e:  # of whichever store
+        yield Finding("--deep", f"the model {uri} can't be loaded: {words(e)}")
+        return
+    if loaded.digest != manifest["model_digest"]:
+        yield Finding("--deep", f"the model {uri} is another than the run's: digest {loaded.digest[:12]}…")
+        return
+    model, levels = Model(loaded), tuple(manifest["levels"])
+    how, collection = Preprocess(**manifest["preprocess"]), Collection(**manifest["collection"])
+    for shard, places in _spread(run, account.of_shard, count):
+        file = f"{LATENTS}/{shard.name}.parquet"
+        for row in _rows(run, file, places):
+            image_id = row["image_id"]
+            image = read_image(next(read_raw(collection, _only(shard, image_id))), how)
+            if isinstance(image, Reject):
+                yield Finding(file, f"{image_id}: its original can't be read again: {image.reason}: {image.detail}")
+                continue
+            if image.content_hash != row["content_hash"]:
+                yield Finding(file, f"{image_id}: its original is not what was encoded: content_hash differs")
+                continue
+            x, latent = to_model(np.stack([image.pixels])), torch.from_numpy(np.stack([row["latent"]]))
+            mse = float(round_trip_error(x, model.decode(latent, levels))[0])
+            account.errors.append(mse)
+            stored = row["mse"]
+            if not math.isfinite(mse):
+                yield Finding(file, f"{image_id}: the decoded image is not finite")
+            elif stored is not None and not math.isclose(mse, stored, rel_tol=RELATIVE, abs_tol=ABSOLUTE):
+                yield Finding(file, f"{image_id}: round-trip error {mse:.4g}, and {stored:.4g} is stored")
+
+
+def _spread(run: Folder, of_shard: Mapping[str, int], count: int) -> Iterator[tuple[Shard, list[int]]]:
+    """Shards, and the rows of theirs that are drawn."""
+    total = sum(of_shard.values())
+    if not total:
+        return
+    wanted = iter(sorted({(2 * i + 1) * total // (2 * count) for i in range(count)}))
+    place, before = next(wanted, None), 0
+    for shard in read_plan(run):
+        here, after = [], before + of_shard.get(shard.name, 0)
+        while place is not None and place < after:
+            here.append(place - before)
+            place = next(wanted, None)
+        before = after
+        if here:
+            yield shard, here
+        if place is None:
+            return
+
+
+def _rows(run: Folder, file: str, places: list[int]) -> Iterator[dict[str, Any]]:
+    """The rows that stand there."""
+    first = 0
+    with open_checked(run, file) as opened:
+        for group in range(opened.metadata.num_row_groups):
+            rows = opened.metadata.row_group(group).num_rows
+            here = [place - first for place in places if first <= place < first + rows]
+            first += rows
+            if here:
+                table = opened.read_row_group(group, ["image_id", "content_hash", "latent", "mse"]).take(here)
+                latents = table["latent"].combine_chunks().to_numpy_ndarray().astype(np.float32)
+                for row, latent in zip(table.drop_columns(["latent"]).to_pylist(), latents, strict=True):
+                    yield {**row, "latent": latent}
+
+
+def _only(shard: Shard, image_id: str) -> Shard:
+    """The shard of that one image of its."""
+    if shard.kind == FILES:
+        return Shard.of(shard.kind, [piece for piece in shard.pieces if piece.name == image_id])
+    name, _, number = image_id.rpartition("#")
+    row = int(number)
+    [piece] = [p for p in shard.pieces if p.name == name and p.start <= row < p.stop]
+    return Shard.of(shard.kind, [replace(piece, start=row, stop=row + 1)])
