@@ -28,8 +28,8 @@ class EncodeConfig(Config):
     """Encode an image collection to latents by DDIM inversion: one Parquet file a shard in OUT/latents."""
 
     FREE: ClassVar[frozenset[str]] = frozenset(
-        ("workers", "batch_size", "decode", "model")
-        + ("relist", "retry_rejects", "max_failed_shards", "max_reject_fraction", "stall")
+        {"workers", "batch_size", "decode", "model", "relist", "retry_rejects"}
+        | {"max_failed_shards", "max_reject_fraction", "stall"}
     )
 
     images: str
