@@ -77,7 +77,7 @@ def sweep_report(facts: Mapping[str, str], rows: Sequence[Row], rejects: Mapping
 
 
 def _label(row: Row) -> str:
-    words = "plain" if not row["corrections"] else f"{row['corrections']} corrections"
+    words = "plain" if not row["corrections"] else f"{row['corrections']} correction" + "s" * (row["corrections"] > 1)
     words += f", tolerance {row['tolerance']:g}" if row["tolerance"] else ""
     return f"{row['ladder']}, {words}" + ("" if row["dtype"] == "float32" else f", {row['dtype']}")
 
