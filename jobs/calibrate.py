@@ -64,7 +64,7 @@ def run(config: CalibrateConfig) -> int:
         collection = open_collection(absolute(config.images), image_column=config.image_column)
         pixels = first_images(collection, how, config.limit)
     with blame("--address", ClusterError), connect(config.address):
-        resources = fit(1, "actor")
+        resources = fit([1], "actor")
         task = ray.remote(_calibrate).options(num_cpus=1, num_gpus=resources.gpus)
         errors = ray.get(task.remote(model, pixels, fine, ladders, config, resources.threads))
     best = min(errors, key=lambda kind: errors[kind]["mean"])

@@ -60,6 +60,26 @@ class Config(Options):
         return {**found, **resolved}
 
 
+@dataclass(frozen=True, kw_only=True)
+class ShardedConfig(Config):
+    """Fields of the jobs that map shards of images over processes which hold a model."""
+
+    FREE: ClassVar[frozenset[str]] = frozenset({"workers", "batch_size", "decode", "model"})
+
+    batch_size: Annotated[int, Range(1)] = 64
+    """Images on the device at once; halved where they do not fit."""
+    workers: tuple[Annotated[int, Range(1)], ...] = ()
+    """Processes that hold the model, at most (default: one a GPU; without GPUs, one a node). Of two numbers the first
+    is the fewest to go on with: where the cluster has no room for so many for half an hour, the run ends."""
+    decode: Literal["auto", "tasks", "actor"] = "auto"
+    """Where images are read and decoded: in Ray tasks on free CPUs, or in the model's process."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.workers) > 2 or list(self.workers) != sorted(self.workers):
+            raise ConfigError(f"--workers: {' '.join(map(str, self.workers))} is no number, and no MIN MAX")
+
+
 def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 from infra.cluster import ClusterError, connect
-from jobs.config import Config, ConfigError, Range, blame
+from jobs.config import ConfigError, Range, ShardedConfig, blame
 from model import checkpoint
 from model.inversion import evaluations
 from pipeline.actors import Encode, Reader
@@ -24,13 +24,12 @@ from pipeline.summary import latents_summary, put_summary
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncodeConfig(Config):
+class EncodeConfig(ShardedConfig):
     """Encode an image collection to latents by DDIM inversion: one Parquet file a shard in OUT/latents."""
 
-    FREE: ClassVar[frozenset[str]] = frozenset(
-        {"workers", "batch_size", "decode", "model", "relist", "retry_rejects"}
-        | {"max_failed_shards", "max_reject_fraction", "stall"}
-    )
+    FREE: ClassVar[frozenset[str]] = ShardedConfig.FREE | {
+        *("relist", "retry_rejects", "max_failed_shards", "max_reject_fraction", "stall"),
+    }
 
     images: str
     """The images: a folder, a glob, or Parquet files with an image column; a path or an fsspec URI."""
@@ -49,12 +48,6 @@ class EncodeConfig(Config):
     such as 0,3,11,800, or a file that calibrate wrote."""
     shard_size: Annotated[int, Range(1)] = 1024
     """Images a shard, at most: what is lost when a worker dies, and one file."""
-    batch_size: Annotated[int, Range(1)] = 64
-    """Images on the device at once; halved where they do not fit."""
-    workers: Annotated[int, Range(1)] | None = None
-    """Processes that hold the model (default: one a GPU; without GPUs, one a node)."""
-    decode: Literal["auto", "tasks", "actor"] = "auto"
-    """Where images are read and decoded: in Ray tasks on free CPUs, or in the model's process."""
     limit: Annotated[int, Range(1)] | None = None
     """Encode only the first so many images."""
     relist: bool = True

@@ -2,10 +2,10 @@
 
 import sys
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any
 
 from infra.cluster import ClusterError, connect
-from jobs.config import Config, ConfigError, Range, blame
+from jobs.config import ConfigError, Range, ShardedConfig, blame
 from model import checkpoint
 from model.schedule import Ladder, NoiseSchedule, check_ladder
 from pipeline.actors import RECONSTRUCTIONS, Reader, Reconstruct
@@ -24,10 +24,8 @@ from pipeline.summary import mean_nfe, put_summary, read_errors, reconstructions
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReconstructConfig(Config):
+class ReconstructConfig(ShardedConfig):
     """Decode an encode run's latents, compare with the originals, and report the error in numbers and pictures."""
-
-    FREE: ClassVar[frozenset[str]] = frozenset({"workers", "batch_size", "decode", "model"})
 
     latents: str
     """The run folder that encode wrote; a path or an fsspec URI."""
@@ -36,12 +34,6 @@ class ReconstructConfig(Config):
     steps: tuple[Annotated[int, Range(1)], ...] = ()
     """Numbers of decoding steps, each on a ladder of the run's kind up to the run's top level (default: the
     run's own ladder); equal steps of the log-SNR where that was a list."""
-    batch_size: Annotated[int, Range(1)] = 64
-    """Images on the device at once; halved where they do not fit."""
-    workers: Annotated[int, Range(1)] | None = None
-    """Processes that hold the model (default: one a GPU; without GPUs, one a node)."""
-    decode: Literal["auto", "tasks", "actor"] = "auto"
-    """Where the originals are read and decoded: in Ray tasks on free CPUs, or in the model's process."""
 
 
 def run(config: ReconstructConfig) -> int:

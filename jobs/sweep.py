@@ -7,7 +7,7 @@ from pathlib import PurePosixPath
 from typing import Annotated, Any, ClassVar, Literal
 
 from infra.cluster import ClusterError, connect
-from jobs.config import Config, ConfigError, Range, blame
+from jobs.config import ConfigError, Range, ShardedConfig, blame
 from model import checkpoint
 from model.schedule import NoiseSchedule
 from pipeline.actors import Reader
@@ -26,13 +26,13 @@ from pipeline.sweep_report import as_csv, error_plot, sweep_report
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepConfig(Config):
+class SweepConfig(ShardedConfig):
     """Take a collection there and back under every combination of the settings: a table, a CSV file and a plot of error
     against network evaluations. Other settings into the same folder are added to what is there."""
 
-    FREE: ClassVar[frozenset[str]] = frozenset(
-        {"workers", "batch_size", "decode", "model", "steps", "corrections", "ladder", "tolerance", "dtype", "max_nfe"}
-    )
+    FREE: ClassVar[frozenset[str]] = ShardedConfig.FREE | {
+        *("steps", "corrections", "ladder", "tolerance", "dtype", "max_nfe"),
+    }
 
     images: str
     """The images: a folder, a glob, or Parquet files with an image column; a path or an fsspec URI."""
@@ -56,12 +56,6 @@ class SweepConfig(Config):
     """Of that noise."""
     shard_size: Annotated[int, Range(1)] = 256
     """Images a shard, at most; a shard under one setting is a unit of work."""
-    batch_size: Annotated[int, Range(1)] = 64
-    """Images on the device at once; halved where they do not fit."""
-    workers: Annotated[int, Range(1)] | None = None
-    """Processes that hold the model (default: one a GPU; without GPUs, one a node)."""
-    decode: Literal["auto", "tasks", "actor"] = "auto"
-    """Where images are read and decoded: in Ray tasks on free CPUs, or in the model's process."""
     limit: Annotated[int, Range(1)] | None = None
     """Only the first so many images."""
     image_column: str | None = None

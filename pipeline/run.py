@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter, deque
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -19,6 +19,9 @@ SHARDS_AN_ACTOR = 2  # the next shard is read while this one is on the device
 RETRIES = 2  # of a failing shard
 STARTS = 3  # actors that may die in a row before one is up
 BACKOFF = 2.0  # seconds before the second start; doubled for each further one
+ROOM = (
+    1800.0  # seconds with fewer actors up than there must be, after which the run ends: a node takes minutes to start
+)
 STALL = 600.0  # seconds without a batch read or a network evaluation, after which a shard is tried elsewhere
 
 
@@ -39,16 +42,19 @@ class Pulse:
 
 @dataclass(frozen=True)
 class Resources:
-    """What each actor takes of the cluster: `gpus` 1, or on CPUs `threads` computing threads."""
+    """At most `workers` actors, at least `fewest`, and what each takes of the cluster: `gpus` 1, or on CPUs `threads`
+    computing threads."""
 
     workers: int
     gpus: float
     threads: int | None
     read_by_tasks: bool
+    fewest: int = 1
 
 
-def fit(workers: int | None, decode: str) -> Resources:
-    """One actor a GPU, or one for all CPUs of a node where there is no GPU, unless `workers` says otherwise.
+def fit(workers: Sequence[int], decode: str) -> Resources:
+    """One actor a GPU, or one for all CPUs of a node where there is no GPU, unless `workers` says otherwise: how many,
+    or how many at least and at most.
 
     `decode` is `actor`, `tasks`, or `auto`: tasks where CPUs are left for them beside the actors.
     """
@@ -56,13 +62,14 @@ def fit(workers: int | None, decode: str) -> Resources:
     gpus = int(total.get("GPU", 0))
     cpus = int(total.get("CPU", 1))
     nodes = sum(node["Alive"] for node in ray.nodes())
-    count = workers or gpus or nodes
+    count = workers[-1] if workers else gpus or nodes
+    fewest = workers[0] if len(workers) == 2 else 1
     if decode == "tasks" and cpus <= count:
         raise RunError(f"{count} actors take all {cpus} CPUs of the cluster, and tasks that decode need one more")
     by_tasks = decode == "tasks" or (decode == "auto" and cpus > count)
     if gpus:
-        return Resources(count, 1, None, by_tasks)
-    return Resources(count, 0, max(1, cpus // max(count, nodes)), by_tasks)
+        return Resources(count, 1, None, by_tasks, fewest)
+    return Resources(count, 0, max(1, cpus // max(count, nodes)), by_tasks, fewest)
 
 
 @dataclass(eq=False)
@@ -91,11 +98,12 @@ class _Run:
         self.attempts: Counter[str] = Counter()
         self.actors: list[_Actor] = []
         self.failed_starts = 0
-        self.pulsed = time.monotonic()
+        self.pulsed = self.roomy = time.monotonic()
 
     def outcomes(self) -> Generator[Receipt | Failure | Pulse, None, None]:
         try:
             while self._assign():
+                self._check_room()
                 yield from self._collect()
         finally:
             for actor in self.actors:
@@ -116,6 +124,14 @@ class _Run:
             while len(actor.shards) < SHARDS_AN_ACTOR and (shard := self._next()) is not None:
                 self._give(actor, shard)
         return self._left() > 0 or any(actor.shards for actor in self.actors)
+
+    def _check_room(self) -> None:
+        """Raises RunError where shards have waited too long for the fewest actors to be up."""
+        up = sum(actor.starting is None for actor in self.actors)
+        if up >= self.resources.fewest or not self._left():
+            self.roomy = time.monotonic()
+        elif time.monotonic() - self.roomy > ROOM:
+            raise RunError(f"{up} workers are up and {self.resources.fewest} are needed: the cluster has had no room")
 
     def _left(self) -> int:
         """Shards known to wait for an actor."""

@@ -59,6 +59,8 @@ WRONG = {
     "negative steps": (f"{ENCODE} --steps -3", "--steps: -3 is out of range"),
     "steps that are no number": (f"{ENCODE} --steps ten", "--steps: invalid int value: 'ten'"),
     "no workers": (f"{ENCODE} --workers 0", "--workers: 0 is out of range"),
+    "fewer workers than there must be": (f"{ENCODE} --workers 3 2", "--workers: 3 2 is no number, and no MIN MAX"),
+    "three numbers of workers": (f"{ENCODE} --workers 1 2 3", "--workers: 1 2 3 is no number, and no MIN MAX"),
     "empty shards": (f"{ENCODE} --shard-size 0", "--shard-size: 0 is out of range"),
     "empty batches": (f"{ENCODE} --batch-size 0", "--batch-size: 0 is out of range"),
     "a limit of none": (f"{ENCODE} --limit 0", "--limit: 0 is out of range"),

@@ -208,6 +208,29 @@ def test_a_full_disk_ends_the_run_and_room_on_it_completes_it(palindrome, pictur
     assert duckdb.sql(f"select count(distinct image_id) from '{disk}/run/latents/*.parquet'").fetchall() == [(24,)]
 
 
+def test_a_disk_that_may_not_be_written_to_is_named(palindrome, pictures, model, small_disk):
+    disk, _ = small_disk
+    command = [
+        "encode",
+        "--images",
+        pictures,
+        "--model",
+        model,
+        "--out",
+        disk / "run",
+        "--steps",
+        2,
+        "--shard-size",
+        12,
+    ]
+    subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+    said = palindrome(*command)
+    assert said.code == 2
+    assert "--out: " in said.err and "Read-only file system" in said.err
+    subprocess.run(["mount", "-o", "remount,rw,size=4m", disk], check=True)
+    assert palindrome(*command).code == 0
+
+
 def test_a_disk_too_full_for_a_plan_is_not_the_images_fault(palindrome, pictures, model, small_disk):
     disk, _ = small_disk
     with open(disk / "ballast", "wb") as file, pytest.raises(OSError):

@@ -195,6 +195,13 @@ def test_more_workers_than_cpus_still_completes(work, tiny):
     assert len(work.processes()) <= cpus
 
 
+def test_fewer_actors_than_there_must_be_end_the_run(work, tiny, monkeypatch):
+    monkeypatch.setattr(run_module, "ROOM", 3)
+    many = Resources(workers=10, gpus=0, threads=1, read_by_tasks=False, fewest=10)
+    with pytest.raises(RunError, match=r"[0-3] workers are up and 10 are needed"):
+        run(work, ["slow"] * 500, many, tiny)
+
+
 def test_no_more_actors_than_shards(work, tiny):
     done, _ = run(work, ["slow"], Resources(workers=3, gpus=0, threads=1, read_by_tasks=False), tiny)
     assert done == {"slow.0"}
@@ -241,11 +248,11 @@ def test_shards_overlap_in_an_actor_so_that_one_is_read_while_the_other_computes
 @pytest.mark.parametrize(
     ("workers", "decode", "expected"),
     [
-        (None, "auto", Resources(1, 0, 3, True)),
-        (None, "actor", Resources(1, 0, 3, False)),
-        (2, "tasks", Resources(2, 0, 1, True)),
-        (3, "auto", Resources(3, 0, 1, False)),
-        (7, "auto", Resources(7, 0, 1, False)),
+        ((), "auto", Resources(1, 0, 3, True)),
+        ((), "actor", Resources(1, 0, 3, False)),
+        ((2,), "tasks", Resources(2, 0, 1, True)),
+        ((3,), "auto", Resources(3, 0, 1, False)),
+        ((2, 7), "auto", Resources(7, 0, 1, False, fewest=2)),
     ],
 )
 def test_what_fits_three_cpus(workers, decode, expected):
@@ -254,7 +261,7 @@ def test_what_fits_three_cpus(workers, decode, expected):
 
 def test_decoding_tasks_need_a_cpu_beside_the_actors():
     with pytest.raises(RunError, match="3 actors take all 3 CPUs"):
-        run_module.fit(3, "tasks")
+        run_module.fit([3], "tasks")
 
 
 # On a Ray of its own, which kills a process that takes three gigabytes more than are in use as it starts.
