@@ -15,15 +15,6 @@ from model.schedule import CLEAN, NoiseSchedule, check_ladder, ladder
 SCHEDULE = NoiseSchedule()
 
 
-def mixture(x, t):
-    """The optimal epsilon for data of two Gaussians at -0.6 and 0.6, each channel value on its own."""
-    a = SCHEDULE.alpha_bar(t)
-    variance = a * 0.2**2 + 1 - a
-    means = sqrt(a) * torch.tensor([-0.6, 0.6], dtype=x.dtype)
-    weights = torch.softmax(-((x[..., None] - means) ** 2) / (2 * variance), -1)
-    return sqrt(1 - a) * (x - (weights * means).sum(-1)) / variance
-
-
 def images(n=8):
     drawn = torch.randn(n, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     return 0.6 * drawn.sign() + 0.2 * drawn.flip(0)
@@ -56,7 +47,7 @@ def test_it_is_the_best_of_all_ladders(corrections, steps):
     assert found == min(every, key=lambda levels: cost(levels, epsilons, corrections))
 
 
-def test_products_are_those_of_the_epsilons_on_the_way_up():
+def test_products_are_those_of_the_epsilons_on_the_way_up(mixture):
     levels, x0 = candidates(SCHEDULE, 10, 800), images(2)
     products = epsilon_products(mixture, x0, levels, SCHEDULE)
     n = len(levels) - 1
@@ -67,7 +58,7 @@ def test_products_are_those_of_the_epsilons_on_the_way_up():
     assert np.linalg.eigvalsh(products.mean(0).numpy()).min() > -1e-9
 
 
-def test_a_fitted_ladder_beats_the_quadratic_one():
+def test_a_fitted_ladder_beats_the_quadratic_one(mixture):
     levels, x0 = candidates(SCHEDULE, 10, 800), images()
     products = epsilon_products(mixture, x0, levels, SCHEDULE).mean(0).numpy()
     fitted = fit_ladder(products, levels, SCHEDULE, 10, 2)

@@ -24,15 +24,6 @@ def gaussian(x, t):
     return sqrt(1 - a) * (x - sqrt(a) * MU) / (a * S**2 + 1 - a)
 
 
-def mixture(x, t):
-    """The optimal epsilon for data of two narrow Gaussians at -0.6 and 0.6, each channel value on its own."""
-    a = SCHEDULE.alpha_bar(t)
-    variance = a * 0.2**2 + 1 - a
-    means = sqrt(a) * torch.tensor([-0.6, 0.6], dtype=x.dtype)
-    weights = torch.softmax(-((x[..., None] - means) ** 2) / (2 * variance), -1)
-    return sqrt(1 - a) * (x - (weights * means).sum(-1)) / variance
-
-
 def images(n=4, seed=0):
     return MU + S * torch.randn(n, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
@@ -83,7 +74,7 @@ def test_any_ladder_decodes_to_the_very_image(beta_schedule, levels, seed):
     assert (error <= plain + 1e-7).all()
 
 
-def test_a_mixture_is_recovered_where_plain_inversion_fails():
+def test_a_mixture_is_recovered_where_plain_inversion_fails(mixture):
     levels, x0 = ladder("quadratic", 20), images() / 2
     latents, residual, _ = invert_exactly(mixture, x0, levels, SCHEDULE, corrections=30)
     assert residual.max() < 1e-10
@@ -124,7 +115,7 @@ def test_evaluations_are_as_stated(corrections):
 
 
 @pytest.mark.parametrize("tolerance", [0.0, 1e-4])
-def test_a_sample_does_not_depend_on_its_batch(tolerance):
+def test_a_sample_does_not_depend_on_its_batch(tolerance, mixture):
     levels, x0 = ladder("quadratic", 10), images() / 2
     together = invert_exactly(mixture, x0, levels, SCHEDULE, corrections=4, tolerance=tolerance)
     for i in range(len(x0)):
@@ -153,7 +144,7 @@ def test_the_relaxation_halves_the_spectrum_of_a_linear_flow():
     assert left.max() > 0.99 * kappa / (2 - kappa)  # the bound is met at both ends of the spectrum
 
 
-def test_a_tolerance_spends_evaluations_where_the_error_is():
+def test_a_tolerance_spends_evaluations_where_the_error_is(mixture):
     levels = ladder("quadratic", 20)
     x0 = torch.cat([torch.full((1, 3, 8, 8), MU, dtype=torch.float64), images(1) / 2])  # an easy one and a hard one
     calls = []
@@ -174,7 +165,7 @@ def test_a_tolerance_spends_evaluations_where_the_error_is():
     assert (more > spent).all()
 
 
-def test_the_most_corrections_bound_a_tolerance():
+def test_the_most_corrections_bound_a_tolerance(mixture):
     *_, spent = invert_exactly(mixture, images() / 2, ladder("linear", 10), SCHEDULE, corrections=2, tolerance=1e-12)
     assert (spent == evaluations(10, 2)).all()
 
