@@ -119,7 +119,7 @@ def run(config: EncodeConfig) -> int:
             work = Encode(out, reader, *corrected, config.dtype, config.measure, facts)
             progress = Progress("encode", totals, totals.shards - left)
             failures = follow(progress, run_shards(work, model, todo, resources, config.stall), budget)
-            out.sweep()
+            out.clear_unfinished()
     summary = latents_summary(out, config.measure or exact)
     put_summary(out, summary, failures)
     return _conclude(config, summary, failures, budget.exceeded(len(failures), summary["rejects"], totals.images))

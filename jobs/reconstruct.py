@@ -74,7 +74,7 @@ def run(config: ReconstructConfig) -> int:
             reader = Reader(collection, how, config.batch_size, resources.read_by_tasks)
             work = Reconstruct(out, latents, reader, ladders, {"model_digest": model.digest})
             failures = follow(Progress("reconstruct", totals, len(done)), run_shards(work, model, todo, resources))
-            out.sweep()
+            out.clear_unfinished()
     rows, steps = read_errors(out), [len(levels) - 1 for levels in ladders]
     summary = reconstructions_summary(out, rows, steps)
     put_summary(out, summary, failures)

@@ -94,7 +94,7 @@ def run(config: SweepConfig) -> int:
             work = Sweep(out, reader, {s.name: s for s in settings}, seed, {"model_digest": model.digest})
             progress = Progress("sweep", totals, finished, alike=False)
             failures = follow(progress, run_shards(work, model, todo, resources))
-            out.sweep()
+            out.clear_unfinished()
     rows = read_sweep(out)
     of_one = {unit for unit in committed(out, SWEPT) if unit.endswith(settings[0].name)}  # the same under each setting
     rejects = rejects_by_reason(out, of_one)

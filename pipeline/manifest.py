@@ -22,7 +22,7 @@ def claim(run: Folder, job: str, config: Mapping[str, Any], free: Collection[str
     wanted = json.loads(json.dumps({"job": job, "config": dict(config), **facts}))
     found = read_manifest(run)
     if found is not None:
-        run.sweep()
+        run.clear_unfinished()
     names = {path.rpartition("/")[2] for path in run.fs.ls(run.path(), detail=False)} if run.exists() else set()
     names = {name for name in names if not name.startswith(TEMPORARY)}  # a run killed at its first put leaves one
     if names <= {NAME, "plan"} and not run.exists(COMPLETE):  # nothing is done here yet: a first try may have failed

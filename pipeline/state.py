@@ -31,10 +31,8 @@ READ = 4096  # footers read, at most; of more shards these are a sample
 NEWEST = 32  # shards of which the pace is learnt
 THREADS = 16
 SLOWEST = 5
-PATIENCE, WINDOW = (
-    3,
-    10,
-)  # of the longest recent shard's time: a run so long silent stands still; the pace is of so long
+PATIENCE = 3  # times the longest recent shard's time: a run so long silent stands still
+WINDOW = 10  # times that: the pace is of the last so long
 AT_LEAST = 60.0  # seconds, both
 T = TypeVar("T")
 R = TypeVar("R")

@@ -103,7 +103,7 @@ class Folder:
         with suppress(FileNotFoundError):
             self.fs.rm_file(self.path(name))
 
-    def sweep(self) -> None:
+    def clear_unfinished(self) -> None:
         """Removes what writers that were killed have left, in the folder and the ones right below. On an object store
         a listing shows nothing of the kind."""
         if self.is_local:
