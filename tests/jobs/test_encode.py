@@ -557,9 +557,9 @@ def test_a_reader_that_hangs_fails_its_shard_alone(palindrome, pngs, model, tmp_
     uri = f"http://127.0.0.1:{server.server_port}/in/*.png"
     command = ["encode", "--images", uri, "--model", model, "--out", tmp_path, "--steps", 2, "--shard-size", 4, *PLAIN]
     try:
-        said = palindrome(*command, "--stall", 3)
+        said = palindrome(*command, "--stall", 6)  # a reading process takes seconds to start
         assert said.code == 1
-        assert "failed: no progress for 3 s" in said.err
+        assert "failed: no progress for 6 s" in said.err
         assert sorted(read_run(tmp_path).ids) == [f"{i:03d}.png" for i in range(4)]
         let_go.set()
         assert palindrome(*command).code == 0
