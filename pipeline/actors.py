@@ -82,8 +82,12 @@ class Model:
 
     def advance(self, images: int) -> None:
         """Tells the driver that one more batch of this thread's shard is done, with so many images."""
-        flight = self.flights[threading.get_ident()]
+        flight = self._flight()
         flight.images, flight.events = flight.images + images, flight.events + 1
+
+    def _flight(self) -> Flight:
+        """Of this thread's shard; one that nobody asks for where a shard is not what is worked on."""
+        return self.flights.get(threading.get_ident()) or Flight("")
 
     def encode(
         self, x: Tensor, levels: Ladder, corrections: int = 0, tolerance: float = 0.0
@@ -101,7 +105,7 @@ class Model:
         return self._on_device(lambda *args, **kwargs: (sample(*args, **kwargs),), x, levels)[0]
 
     def _on_device(self, walk: Walk, x: Tensor, levels: Ladder) -> Any:
-        flight = self.flights.get(threading.get_ident(), Flight(""))
+        flight = self._flight()
         flight.queued = True
         with self.lock:
             flight.queued = False
@@ -117,7 +121,7 @@ class Model:
             parts = [self._in_parts(walk, part, levels) for part in x.split(self.largest)]
             return tuple(torch.cat(results) for results in zip(*parts, strict=True))
         schedule, kind = self.checkpoint.schedule, self.checkpoint.prediction_type
-        flight = self.flights.get(threading.get_ident(), Flight(""))
+        flight = self._flight()
 
         def network(x: Tensor, timestep: int) -> Tensor:
             flight.events += 1

@@ -10,13 +10,13 @@ import pyarrow as pa
 
 from pipeline.records import (
     MEASURED,
-    METADATA_KEY,
     REJECT_SCHEMA,
     SHARD_KEY,
     Image,
     Reject,
     metadata_of,
     rejects_table,
+    with_metadata,
 )
 from pipeline.storage import Folder, TableWriter
 
@@ -55,8 +55,7 @@ class ShardWriter:
         self, run: Folder, below: str, name: str, schema: pa.Schema, metadata: Mapping[str, Any], **parquet: Any
     ) -> None:
         self.run, self.name, self.rows, self.refused = run, name, 0, 0
-        described = schema.with_metadata({METADATA_KEY: json.dumps(metadata, sort_keys=True)})
-        self.table = TableWriter(run, f"{below}/{name}.parquet", described, **parquet)
+        self.table = TableWriter(run, f"{below}/{name}.parquet", with_metadata(schema, metadata), **parquet)
         self.rejects: TableWriter | None = None
 
     def __enter__(self) -> Self:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -162,9 +162,9 @@ def latent_schema(shape: Sequence[int], dtype: str, kept: Sequence[pa.Field] = (
 LATENT_COLUMNS = frozenset(latent_schema((1,), "float16").names)
 
 
-def with_metadata(table: pa.Table, metadata: dict[str, Any]) -> pa.Table:
-    """The table with one JSON object under the key `palindrome` in its schema's metadata."""
-    return table.replace_schema_metadata({METADATA_KEY: json.dumps(metadata, sort_keys=True)})
+def with_metadata(schema: pa.Schema, metadata: Mapping[str, Any]) -> pa.Schema:
+    """The schema with one JSON object under the key `palindrome` in its metadata."""
+    return schema.with_metadata({METADATA_KEY: json.dumps(metadata, sort_keys=True)})
 
 
 def metadata_of(schema: pa.Schema) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from pipeline.records import (
     LATENT_COLUMNS,
     METADATA_KEY,
     REASONS,
+    REJECT_SCHEMA,
     Piece,
     Reject,
     Shard,
@@ -54,7 +55,7 @@ def test_no_rejects_are_a_table_with_the_columns():
 
 def test_metadata_is_one_json_object_in_the_file(tmp_path):
     metadata = {"model_digest": "ab", "levels": [-1, 0, 5], "preprocess": {"size": 32, "background": [255, 255, 255]}}
-    pq.write_table(with_metadata(rejects_table(REJECTS), metadata), tmp_path / "a.parquet")
+    pq.write_table(rejects_table(REJECTS).cast(with_metadata(REJECT_SCHEMA, metadata)), tmp_path / "a.parquet")
     schema = pq.read_schema(tmp_path / "a.parquet")
     assert json.loads(schema.metadata[b"palindrome"]) == metadata
     assert metadata_of(schema) == metadata
@@ -69,8 +70,8 @@ def test_metadata_of_a_foreign_file_is_empty():
 
 def test_equal_metadata_gives_equal_bytes():
     one, other = ({"a": 1, "b": {"c": 2, "d": 3}}, {"b": {"d": 3, "c": 2}, "a": 1})
-    tables = [with_metadata(rejects_table(REJECTS), metadata) for metadata in (one, other)]
-    assert tables[0].schema.metadata[METADATA_KEY] == tables[1].schema.metadata[METADATA_KEY]
+    schemas = [with_metadata(REJECT_SCHEMA, metadata) for metadata in (one, other)]
+    assert schemas[0].metadata[METADATA_KEY] == schemas[1].metadata[METADATA_KEY]
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
