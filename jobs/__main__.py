@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 from jobs.config import ConfigError, add_arguments, from_arguments
+from pipeline import interrupt
 from pipeline.errors import RunError
 
 JOBS = {
@@ -50,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
             sub.set_defaults(start=module.run, config=config)
     parsed = parser.parse_args(argv)
     try:
-        with _sigterm_raises():
+        with _signals_raise():
             return int(parsed.start(from_arguments(parsed.config, parsed)))
     except ConfigError as e:
         parser.exit(2, f"palindrome {parsed.job}: error: {e}\n")
@@ -64,17 +65,21 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 @contextmanager
-def _sigterm_raises() -> Iterator[None]:
+def _signals_raise() -> Iterator[None]:
     """SIGTERM ends a job as Ctrl-C does: what is in flight is dropped, and the folder can be resumed."""
 
-    def terminate(*_: object) -> NoReturn:
-        raise Terminated
+    def end(number: int, _: object) -> NoReturn:
+        raised = Terminated() if number == signal.SIGTERM else KeyboardInterrupt()
+        interrupt.set_pending(raised)
+        raise raised
 
-    before = signal.signal(signal.SIGTERM, terminate)
+    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        interrupt.set_pending(None)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

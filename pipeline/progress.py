@@ -6,6 +6,7 @@ import time
 from collections.abc import Generator
 from dataclasses import dataclass
 
+from pipeline import interrupt
 from pipeline.actors import Receipt
 from pipeline.plan import Totals
 from pipeline.run import Failure, Pulse
@@ -76,6 +77,7 @@ def follow(
     is exceeded ends the run."""
     failures = []
     for outcome in outcomes:
+        interrupt.check()
         if isinstance(outcome, Failure):
             failures.append(outcome)
             progress.failed += 1
