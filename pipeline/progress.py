@@ -4,6 +4,7 @@ import math
 import sys
 import time
 from collections.abc import Generator
+from contextlib import closing
 from dataclasses import dataclass
 
 from pipeline import interrupt
@@ -76,19 +77,19 @@ def follow(
     """Shows the outcomes as they come and returns the failures, each said at once on standard error. A budget that
     is exceeded ends the run."""
     failures = []
-    for outcome in outcomes:
-        interrupt.check()
-        if isinstance(outcome, Failure):
-            failures.append(outcome)
-            progress.failed += 1
-            print(f"shard {outcome.shard.name} failed: {outcome.error}", file=sys.stderr, flush=True)
-        elif isinstance(outcome, Pulse):
-            progress.in_flight = outcome.images
-            progress.show()
-        else:
-            progress.add(outcome.images, outcome.rejects)
-        if budget and budget.exceeded(progress.failed, progress.rejects, progress.images):
-            outcomes.close()
-            break
+    with closing(outcomes):  # actors are given back before the connection is, whatever ends this
+        for outcome in outcomes:
+            interrupt.check()
+            if isinstance(outcome, Failure):
+                failures.append(outcome)
+                progress.failed += 1
+                print(f"shard {outcome.shard.name} failed: {outcome.error}", file=sys.stderr, flush=True)
+            elif isinstance(outcome, Pulse):
+                progress.in_flight = outcome.images
+                progress.show()
+            else:
+                progress.add(outcome.images, outcome.rejects)
+            if budget and budget.exceeded(progress.failed, progress.rejects, progress.images):
+                break
     progress.show(last=True)
     return failures

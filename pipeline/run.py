@@ -19,9 +19,7 @@ SHARDS_AN_ACTOR = 2  # the next shard is read while this one is on the device
 RETRIES = 2  # of a failing shard
 STARTS = 3  # actors that may die in a row before one is up
 BACKOFF = 2.0  # seconds before the second start; doubled for each further one
-ROOM = (
-    1800.0  # seconds with fewer actors up than there must be, after which the run ends: a node takes minutes to start
-)
+ROOM = 1800.0  # seconds with fewer actors up than must be, after which the run ends: a node takes minutes to start
 STALL = 600.0  # seconds without a batch read or a network evaluation, after which a shard is tried elsewhere
 
 

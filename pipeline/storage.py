@@ -180,7 +180,6 @@ class TableWriter:
         options = {"compression": "zstd", "write_page_checksum": True, **writer}
         self.parquet = pq.ParquetWriter(self.new.file, schema, **options)
         self.waiting: list[pa.Table] = []
-        self.rows = 0
 
     def __enter__(self) -> Self:
         return self
@@ -192,7 +191,6 @@ class TableWriter:
 
     def add(self, table: pa.Table) -> None:
         self.waiting.append(table)
-        self.rows += table.num_rows
         held = sum(t.num_rows for t in self.waiting), sum(t.nbytes for t in self.waiting)
         if held[0] >= GROUP_ROWS or held[1] >= GROUP_BYTES:
             self._flush()
