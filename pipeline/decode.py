@@ -7,7 +7,8 @@ import re
 import struct
 import warnings
 import zlib
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from PIL import ExifTags, UnidentifiedImageError, _imaging
@@ -40,6 +41,15 @@ MAX_SCANS = 100  # of a JPEG, as in libtiff; a progressive one has about ten
 MARKER = re.compile(rb"\xff[\x02-\xcf\xd8-\xfe]")  # of a JPEG, but those without a length
 SIZ = re.compile(rb"\xff\x4f\xff\x51....(.{32})", re.DOTALL)  # the header of a JPEG 2000 codestream
 TILE = (322, 323)  # a TIFF's tags of its tiles' width and height
+BITS, PHOTOMETRIC, PLANAR, SAMPLES, SUBSAMPLING = 258, 262, 284, 339, 530  # and of how its values are stored
+GRAY_KEYS = {"L;2": (3, 85), "L;4": (15, 17)}  # of a PNG of 2 or 4 bits: its largest value, and what makes it 255
+FILTERS = {
+    "lanczos": PIL.Resampling.LANCZOS,
+    "bicubic": PIL.Resampling.BICUBIC,
+    "box": PIL.Resampling.BOX,
+    "area": None,  # not Pillow's
+}
+FITS = ("crop", "pad")
 TURNS = {  # EXIF's orientation -> what makes the image upright
     2: PIL.Transpose.FLIP_LEFT_RIGHT,
     3: PIL.Transpose.ROTATE_180,
@@ -64,8 +74,11 @@ class Preprocess:
     """How a file becomes the model's input; written to every latent file, so that an original can be read again.
 
     EXIF orientation applied, the first frame of an animation, alpha laid over `background`, converted to RGB (16-bit
-    gray by its high byte), then the largest centred square cropped (an odd pixel left over is on the right or below)
-    and resized to `size` x `size` pixels with Lanczos.
+    values by their high byte, colour profiles not applied). Then `fit`: `crop` is the largest centred square; `pad` is
+    the whole image, centred on `background` (of an odd number of pixels left over, one more is on the right or below).
+    Resized to `size` pixels by `resample`: lanczos, bicubic or box as Pillow does it, or area, the mean over the area
+    that each new pixel covers (OpenCV's INTER_AREA; box counts a pixel in full or not at all). Raises ValueError for a
+    value that is none of these.
     """
 
     size: int
@@ -73,6 +86,23 @@ class Preprocess:
     max_pixels: int = 100_000_000
     background: tuple[int, int, int] = (255, 255, 255)
     resample: str = "lanczos"
+    fit: str = "crop"
+
+    def __post_init__(self) -> None:
+        red, green, blue = self.background
+        object.__setattr__(self, "background", (red, green, blue))  # JSON makes it a list
+        if not all(0 <= value <= 255 for value in self.background):
+            raise ValueError(f"background {self.background} is no colour of three numbers from 0 to 255")
+        if self.resample not in FILTERS:
+            raise ValueError(f"resample {self.resample!r} is none of {', '.join(FILTERS)}")
+        if self.fit not in FITS:
+            raise ValueError(f"fit {self.fit!r} is none of {', '.join(FITS)}")
+
+    def record(self) -> dict[str, Any]:
+        """For files, as JSON's types; `Preprocess(**record)` is equal. `fit` is left out where it is `crop`, as in
+        files from before there was another: runs from then go on, with the same metadata in each of their files."""
+        found = {**asdict(self), "background": list(self.background)}
+        return {name: value for name, value in found.items() if (name, value) != ("fit", "crop")}
 
 
 def decode(data: bytes, how: Preprocess) -> tuple[np.ndarray, int, int]:
@@ -86,14 +116,15 @@ def decode(data: bytes, how: Preprocess) -> tuple[np.ndarray, int, int]:
     except UnidentifiedImageError:
         # Pillow says the same of a text file and of a PNG that ends inside its header.
         if MAGIC.match(data):
-            raise Rejected("truncated" if len(data) < 64 else "corrupt", "the header can't be read") from None
+            reason = "truncated" if len(data) < 64 else "corrupt"
+            raise Rejected(reason, "the header can't be read, or states a layout that is not supported") from None
         raise Rejected("not_an_image", "no known image format") from None
     except PIL.DecompressionBombError as e:
         raise Rejected("too_large", f"{_number(e)} pixels are more than {how.max_pixels}") from None
     except MemoryError:
         raise Rejected("too_large", "not enough memory to decode it") from None
     except BROKEN as e:
-        raise Rejected(_reason(e), _words(e)) from None
+        raise Rejected(_reason(e, data), _words(e)) from None
 
 
 def _decode(data: bytes, how: Preprocess) -> tuple[np.ndarray, int, int]:
@@ -105,19 +136,17 @@ def _decode(data: bytes, how: Preprocess) -> tuple[np.ndarray, int, int]:
         if width * height > how.max_pixels:
             raise Rejected("too_large", f"{width}x{height} is more than {how.max_pixels} pixels")
         _check_cost(opened, data, how.max_pixels)
+        _check_tiff(opened)
+        alpha = _keyed_out(opened, data)
         opened.load()
-        image = _upright(opened)
+        if alpha is not None:
+            opened.putalpha(alpha)
+        image = _upright(_tiff_gray(opened))
         width, height = image.size
         image = _rgb(image, how.background)
         if how.channels == 1:
             image = image.convert("L")
-        side = min(width, height)
-        left, top = (width - side) // 2, (height - side) // 2
-        # Cropped first: a resize of a part would look past its edge.
-        image = image.crop((left, top, left + side, top + side))
-        if side != how.size:
-            image = image.resize((how.size, how.size), PIL.Resampling.LANCZOS)
-        return np.asarray(image).reshape(how.size, how.size, how.channels), width, height
+        return np.asarray(_fitted(image, how)).reshape(how.size, how.size, how.channels), width, height
 
 
 def _open(data: bytes) -> ImageFile:
@@ -178,6 +207,54 @@ def _tiff_tags(data: bytes) -> list[int]:
     return [struct.unpack_from(order + "H", entries, i)[0] for i in range(0, len(entries) - 1, size)]
 
 
+def _check_tiff(image: PIL.Image) -> None:
+    """Raises Rejected for layouts that Pillow takes for another, and sets right those that it can read if told."""
+    if not isinstance(image, TiffImageFile) or not image.tile:
+        return
+    tags, stored_plainly = image.tag_v2, image.tile[0].codec_name == "raw"
+    bits = tags.get(BITS, (1,))
+    if stored_plainly and tags.get(PHOTOMETRIC) == 6 and tags.get(SUBSAMPLING, (1, 1)) != (1, 1):
+        raise Rejected("corrupt", "YCbCr of fewer colours than pixels without compression is not supported")
+    if tags.get(PHOTOMETRIC) == 8 and tags.get(PLANAR) == 2:
+        raise Rejected("corrupt", "LAB with its values in planes is not supported")
+    if bits == (8,) and tags.get(SAMPLES) == (2,):  # of 16 and 32 bits _rgb looks at the values
+        raise Rejected("corrupt", "signed 8-bit values have no stated range to show as 8-bit")
+    if stored_plainly and tags.get(PLANAR) == 2 and bits[0] == 16:  # Pillow would take each byte for a value
+        order = "L" if tags.prefix == b"II" else "B"
+        image.tile = [t._replace(args=(f"{t.args[0]};16{order}", *t.args[1:])) for t in image.tile]  # type: ignore[index]
+
+
+def _tiff_gray(image: PIL.Image) -> PIL.Image:
+    """A loaded image as it is; of a TIFF's gray 12 bits brought to 16, and 16 that count from white turned round."""
+    if not isinstance(image, TiffImageFile) or not image.mode.startswith("I;16"):
+        return image
+    values = np.asarray(image).astype(np.uint16)
+    if image.tag_v2.get(BITS) == (12,):
+        return PIL.fromarray(values << 4)
+    return PIL.fromarray(65535 - values) if image.tag_v2.get(PHOTOMETRIC) == 0 else image
+
+
+def _keyed_out(image: ImageFile, data: bytes) -> PIL.Image | None:
+    """The alpha of a 16-bit RGB PNG with a transparent colour, else None.
+
+    Pillow compares that colour, which has the file's depth, with 8-bit values: for gray of 2 or 4 bits it is brought
+    to 8 here, and for RGB of 16 bits the file is read a second time, the low bytes in place of the high ones."""
+    key = image.info.get("transparency")
+    layout = image.tile[0].args if image.format == "PNG" and image.tile else None
+    if key is None or layout not in (*GRAY_KEYS, "RGB;16B"):
+        return None
+    if layout in GRAY_KEYS:
+        largest, scale = GRAY_KEYS[layout]
+        image.info["transparency"] = (key & largest) * scale
+        return None
+    del image.info["transparency"]
+    with _open(data) as second:
+        second.tile = [tile._replace(args="RGB;16L") for tile in second.tile]
+        low = np.asarray(second)
+    values = np.asarray(image).astype(np.uint16) << 8 | low
+    return PIL.fromarray(np.where((values == key).all(-1), 0, 255).astype(np.uint8))
+
+
 def _upright(image: PIL.Image) -> PIL.Image:
     """EXIF orientation applied; EXIF that can't be read turns nothing (ImageOps.exif_transpose would raise)."""
     try:
@@ -194,14 +271,59 @@ def _rgb(image: PIL.Image, background: tuple[int, int, int]) -> PIL.Image:
         values = np.asarray(image)
         if image.mode == "F" or not (values.min() >= 0 and values.max() <= 65535):
             raise Rejected("corrupt", f"mode {image.mode} has no stated range to show as 8-bit")
-        return PIL.fromarray((values.astype(np.uint16) >> 8).astype(np.uint8)).convert("RGB")
+        pixels = np.repeat((values.astype(np.uint16) >> 8).astype(np.uint8)[..., None], 3, axis=2)
+        pixels[values == image.info.get("transparency", -1)] = background
+        return PIL.fromarray(pixels)
+    if image.mode == "La":  # premultiplied, which Pillow converts to nothing else
+        image = image.convert("LA")
     if image.has_transparency_data:
         over = PIL.new("RGBA", image.size, (*background, 255))
         return PIL.alpha_composite(over, image.convert("RGBA")).convert("RGB")
     return image.convert("RGB")
 
 
-def _reason(e: Exception) -> str:
+def _fitted(image: PIL.Image, how: Preprocess) -> PIL.Image:
+    """RGB or L of any size -> size x size."""
+    if how.fit == "crop":
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        # Cropped first: a resize of a part would look past its edge.
+        return _resized(image.crop((left, top, left + side, top + side)), (how.size, how.size), how.resample)
+    longer = max(image.size)
+    width, height = (max(1, (2 * side * how.size + longer) // (2 * longer)) for side in image.size)
+    whole = PIL.new("RGB", (how.size, how.size), how.background).convert(image.mode)
+    # Resized first, or the background would bleed into the picture.
+    whole.paste(_resized(image, (width, height), how.resample), ((how.size - width) // 2, (how.size - height) // 2))
+    return whole
+
+
+def _resized(image: PIL.Image, size: tuple[int, int], resample: str) -> PIL.Image:
+    if image.size == size:
+        return image
+    if resample != "area":
+        return image.resize(size, FILTERS[resample])
+    (width, height), covered = size, image.width * image.height
+    sums = _area_sums(_area_sums(np.asarray(image), height).swapaxes(0, 1), width).swapaxes(0, 1)
+    return PIL.fromarray(((sums + covered // 2) // covered).astype(np.uint8))
+
+
+def _area_sums(pixels: np.ndarray, size: int) -> np.ndarray:
+    """[N, ...] -> int64 [size, ...]: N times the mean over what each of `size` equal parts of axis 0 covers.
+
+    In whole numbers, so that it is the same on every machine: a row counts `size`, and a part covers N of that."""
+    n = len(pixels)
+    sums = np.empty((size, *pixels.shape[1:]), np.int64)
+    for i in range(size):
+        (first, before), (last, after) = divmod(i * n, size), divmod((i + 1) * n, size)
+        sums[i] = size * pixels[first:last].sum(axis=0, dtype=np.int64) - before * pixels[first].astype(np.int64)
+        if after:
+            sums[i] += after * pixels[last].astype(np.int64)
+    return sums
+
+
+def _reason(e: Exception, data: bytes) -> str:
+    if data[:4] == b"RIFF" and len(data) < 8 + int.from_bytes(data[4:8], "little"):  # libwebp says only that it failed
+        return "truncated"
     words = str(e).lower()
     ends = r"truncated|unexpected end|\beof\b|requires a buffer|not enough"
     broken_off = isinstance(e, EOFError) or re.search(ends, words)

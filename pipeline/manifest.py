@@ -13,11 +13,19 @@ COMPLETE = "plan/complete.json"  # put when a plan is whole: one without it was 
 LIBRARIES = ("palindrome", "torch", "ray", "pyarrow", "pillow", "numpy")
 
 
-def claim(run: Folder, job: str, config: Mapping[str, Any], free: Collection[str], facts: Mapping[str, Any]) -> bool:
+def claim(
+    run: Folder,
+    job: str,
+    config: Mapping[str, Any],
+    free: Collection[str],
+    facts: Mapping[str, Any],
+    defaults: Mapping[str, Any] | None = None,
+) -> bool:
     """Writes `run.json`, or checks the one that is there; True if the run goes on from an earlier one.
 
     `config` are the command's settings, which must be the same again but for those named in `free`; `facts` what was
-    found (the model's digest), likewise. Raises ManifestError naming what differs.
+    found (the model's digest), likewise. A setting that the run of an earlier version does not have had the value that
+    `defaults` names, if any. Raises ManifestError naming what differs.
     """
     wanted = json.loads(json.dumps({"job": job, "config": dict(config), **facts}))
     found = read_manifest(run)
@@ -37,6 +45,8 @@ def claim(run: Folder, job: str, config: Mapping[str, Any], free: Collection[str
     for key in ("config", *facts):
         before, now = found.get(key), wanted[key]
         if isinstance(now, dict) and isinstance(before, dict):
+            if key == "config":
+                before = {**json.loads(json.dumps(dict(defaults or {}))), **before}
             for name in sorted((now.keys() | before.keys()) - set(free)):
                 if now.get(name) != before.get(name):
                     what = f"--{name.replace('_', '-')}" if key == "config" else f"{key} {name}"

@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image, ImageCms, PngImagePlugin, features
 
@@ -276,6 +277,63 @@ def tiff_of(*tags: tuple[int, int, int, int], after: int = 0, tail: bytes = b"")
     """A little-endian TIFF of one directory: (tag, type, count, value or offset) each; `after` is the next one's."""
     packed = b"".join(struct.pack("<HHII", *tag) for tag in tags)
     return b"II*\0" + struct.pack("<IH", 8, len(tags)) + packed + struct.pack("<I", after) + tail
+
+
+def packed(values: np.ndarray, bits: int, order: str = ">") -> list[bytes]:
+    """Whole numbers [H, ...] as H rows of so many bits each."""
+    if bits % 8 == 0:
+        return [row.astype(f"{order}u{bits // 8}").tobytes() for row in values]
+    each = values.reshape(len(values), -1, 1) >> np.arange(bits)[::-1] & 1
+    return [np.packbits(row.astype(np.uint8)).tobytes() for row in each]
+
+
+def png_from(values: np.ndarray, bits: int, color: int, *chunks: tuple[bytes, bytes]) -> bytes:
+    """A PNG of the very values [H, W, C], without an encoder that may change them. `color`: 0 gray, 2 RGB, 3 palette,
+    4 gray and alpha, 6 RGBA."""
+    header = struct.pack(">IIBBBBB", values.shape[1], len(values), bits, color, 0, 0, 0)
+    rows = b"".join(b"\0" + row for row in packed(values, bits))
+    return png_of((b"IHDR", header), *chunks, (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+
+
+def tiff_from(
+    values: np.ndarray,
+    bits: int,
+    photometric: int,
+    tags: dict[int, list[int]] | None = None,
+    *,
+    order: str = "<",
+    planes: bool = False,
+    deflate: bool = False,
+) -> bytes:
+    """Likewise a TIFF. `photometric`: 0 gray from white, 1 gray, 2 RGB, 3 palette, 5 CMYK, 6 YCbCr, 8 LAB."""
+    height, width, channels = values.shape
+    parts = [values[..., i : i + 1] for i in range(channels)] if planes else [values]
+    strips = [b"".join(packed(part, bits, order)) for part in parts]
+    strips = [zlib.compress(strip) for strip in strips] if deflate else strips
+    wanted: dict[int, tuple[str, list[int]]] = {
+        256: ("I", [width]),
+        257: ("I", [height]),
+        258: ("H", [bits] * channels),
+        259: ("H", [8 if deflate else 1]),
+        262: ("H", [photometric]),
+        273: ("I", [0] * len(strips)),
+        277: ("H", [channels]),
+        279: ("I", [len(strip) for strip in strips]),
+        284: ("H", [2 if planes else 1]),
+        **{tag: ("H", of_tag) for tag, of_tag in (tags or {}).items()},
+    }
+    first = 8 + 2 + 12 * len(wanted) + 4  # what does not fit into its entry lies behind the directory
+    inside = {tag: struct.calcsize(f"={len(found)}{kind}") for tag, (kind, found) in wanted.items()}
+    data = first + sum(size for size in inside.values() if size > 4)
+    wanted[273][1][:] = [data + sum(map(len, strips[:i])) for i in range(len(strips))]
+    entries = behind = b""
+    for tag, (kind, found) in sorted(wanted.items()):
+        content = struct.pack(f"{order}{len(found)}{kind}", *found)
+        if len(content) > 4:
+            content, behind = struct.pack(order + "I", first + len(behind)), behind + content
+        entries += struct.pack(order + "HHI", tag, {"H": 3, "I": 4}[kind], len(found)) + content.ljust(4, b"\0")
+    head = {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(order + "IH", 8, len(wanted))
+    return head + entries + bytes(4) + behind + b"".join(strips)
 
 
 def gif_of(screen: tuple[int, int], frame: tuple[int, int], disposal: int, body: bytes = b"\2\2\x44\1\0") -> bytes:

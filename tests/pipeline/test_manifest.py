@@ -91,6 +91,19 @@ def test_other_flag_is_refused_by_name_with_both_values(run, change, words):
     assert words in refused(run, **change)
 
 
+def test_a_flag_that_is_new_was_its_default(run):
+    begin(run)
+    defaults = {"background": (255, 255, 255), "limit": 7}
+    again = {**CONFIG, "background": (255, 255, 255)}
+    before = run.read("run.json")
+    assert claim(run, "encode", again, FREE, FACTS, defaults) is True
+    assert run.read("run.json") == before
+    with pytest.raises(ManifestError, match=r"--background was \[255, 255, 255\], now \[0, 0, 0\]"):
+        claim(run, "encode", {**again, "background": (0, 0, 0)}, FREE, FACTS, defaults)
+    with pytest.raises(ManifestError, match="--limit was None, now 7"):  # what is there counts
+        claim(run, "encode", {**again, "limit": 7}, FREE, FACTS, defaults)
+
+
 def test_missing_flag_is_refused(run):
     begin(run, extra=3)
     assert "--extra was 3, now None" in refused(run)
