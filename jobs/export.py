@@ -1,0 +1,154 @@
+"""palindrome export: the images of a run as files for others."""
+
+import json
+import sys
+import threading
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+from jobs.config import ConfigError, Options, Range, blame
+from pipeline import interrupt
+from pipeline.errors import ManifestError, RunError
+from pipeline.export import (
+    DATA,
+    HOLDS,
+    IMAGES,
+    PICTURES,
+    Broken,
+    Export,
+    Holds,
+    clear_unfinished,
+    exported,
+    put_index,
+)
+from pipeline.latents import committed
+from pipeline.manifest import claim
+from pipeline.plan import Totals
+from pipeline.progress import Progress
+from pipeline.state import open_run, printable, words
+from pipeline.storage import Folder, absolute
+from pipeline.threads import in_threads
+
+AT_ONCE = 4  # shards; of each, so many pictures as pipeline.export says
+SAMPLE = 32  # shards whose images are counted for the estimate of the time left
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig(Options):
+    """Write the images of a run as picture files, WebDataset tars or Hugging Face Parquet. The files have the names of
+    the images' ids, where file systems can take them."""
+
+    POSITIONAL: ClassVar[frozenset[str]] = frozenset({"run"})
+
+    run: str
+    """The run folder of reconstruct, a path or an fsspec URI."""
+    out: str
+    """The folder to write to, a path or an fsspec URI. The same command again resumes."""
+    format: Literal["png", "webp", "jpeg", "webdataset", "parquet"]
+    """Pictures below OUT/images: png is what the run holds, byte by byte, webp lossless without --quality, jpeg lossy.
+    Or one file a shard below OUT/data: webdataset, tars of NAME.png and NAME.json, or parquet, which Hugging Face's
+    datasets shows as pictures. Both hold the PNGs."""
+    quality: Annotated[int, Range(1, 100)] | None = None
+    """Of webp, which is lossy then, or of jpeg (default: 95)."""
+    steps: Annotated[int, Range(1)] | None = None
+    """Of a run with several --steps, only the images of this number (default: all, in a folder each)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.quality is not None and self.format not in ("webp", "jpeg"):
+            raise ConfigError(f"--quality: {self.format} is lossless")
+
+
+def run(config: ExportConfig) -> int:
+    """Exports what is not exported yet, and returns the exit code."""
+    out = Folder(absolute(config.out))
+    with blame("RUN"):
+        source, manifest = open_run(config.run, *HOLDS)
+        holds = HOLDS[manifest["job"]]
+        shards = committed(source, holds.below)
+        if not shards:
+            raise ManifestError(f"{config.run} holds no images yet")
+    variants = [len(levels) - 1 for levels in manifest.get("ladders", [])] if holds.variant else []
+    if config.steps is not None and config.steps not in variants:
+        raise ConfigError(f"--steps: {config.run} holds images of {' and '.join(map(str, variants)) or 'no'} steps")
+    with blame("--out"):
+        settings = {k: v for k, v in asdict(config).items() if k != "out"}
+        facts = {k: v for k, v in manifest.items() if k not in ("config", "versions", "fields")}
+        of = {"source": facts, "source_config": manifest["config"]}
+        resumed = claim(out, "export", {**settings, "run": source.uri}, (), of)
+        done = exported(out, config.format) & shards
+    left = sorted(shards - done)
+    print(f"{len(shards)} shards of images, {len(left)} to export", flush=True)
+    if not _complete(source, len(shards)):
+        print(f"{config.run} is not complete; the same command exports what comes", file=sys.stderr)
+    if resumed and left:
+        clear_unfinished(out)
+    several = config.steps is None and len(variants) > 1
+    failed = 0
+    if left:
+        per_shard = 1 if config.steps is None else len(variants)  # images of an id, of which one is taken
+        totals = Totals(len(shards), _images(source, holds, left) // per_shard * len(shards) // len(left))
+        work = Export(source, holds, out, config.format, config.quality, several, config.steps, threading.Event())
+        failed = _follow(Progress("export", totals, len(done)), work, left)
+    if config.format in PICTURES:
+        images, index = IMAGES, f"{IMAGES}/metadata.parquet"  # a name by which Hugging Face's datasets finds it
+    else:
+        images, index = DATA, "index.parquet"
+    if config.format != "parquet" and (failed < len(left) or not out.exists(index)):
+        put_index(out, index)
+    known = "" if config.format == "parquet" else f"; {index} says what each is"
+    print(f"the images are in {config.out}/{images}{known}")
+    if failed:
+        print(f"{failed} shards failed; the same command tries them again", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _follow(progress: Progress, work: Export, shards: list[str]) -> int:
+    """Exports the shards, and says how it goes and at once what fails; returns how many shards did."""
+
+    def attempt(shard: str) -> tuple[str, int | str]:
+        try:
+            return shard, work.process(shard)
+        except RunError:
+            raise
+        except Broken as e:
+            return shard, printable(str(e))
+        except Exception as e:
+            return shard, words(e)
+
+    try:
+        for shard, outcome in in_threads(attempt, shards, AT_ONCE):
+            interrupt.check()
+            if isinstance(outcome, int):
+                progress.add(outcome, 0)
+            else:
+                progress.failed += 1
+                print(f"shard {shard} failed: {outcome}", file=sys.stderr, flush=True)
+    finally:
+        work.stop.set()
+    progress.show(last=True)
+    return progress.failed
+
+
+def _images(source: Folder, holds: Holds, shards: list[str]) -> int:
+    """How many rows there are, by a sample: shards are named by hashes."""
+    sample = shards[:SAMPLE]
+
+    def rows(shard: str) -> int:
+        try:
+            with source.parquet_file(f"{holds.below}/{shard}.parquet") as file:
+                return int(file.metadata.num_rows)
+        except (OSError, ValueError):  # of which the export itself will tell
+            return 0
+
+    return sum(in_threads(rows, sample)) * len(shards) // len(sample)
+
+
+def _complete(source: Folder, shards: int) -> bool:
+    """Whether the run has come to its end with every shard, as its summary says."""
+    try:
+        summary: Any = json.loads(source.read("summary.json"))
+        return summary["shards"] == shards and not summary["failed_shards"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return False
