@@ -2,26 +2,34 @@
 
 import argparse
 import importlib
+import os
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import NoReturn
 
-from jobs.config import ConfigError, add_arguments, from_arguments
+from jobs.config import ConfigError, StorageOptions, add_arguments, from_arguments
 from pipeline import interrupt
-from pipeline.errors import RunError
+from pipeline.errors import RunError, StoreError
+from pipeline.storage import using
 
 JOBS = {
     "encode": "images -> latents, by DDIM inversion",
     "reconstruct": "latents -> images, compared with the originals",
+    "export": "the images of a run as files for others",
     "calibrate": "a ladder fitted to a model, for --ladder",
     "sweep": "the error against the network evaluations, over settings",
+    "generate": "new images, from noise",
     "train": "train a model on a collection",
     "status": "how far a run is",
     "verify": "whether a run holds what it should",
     "rejects": "the inputs that a run could not use",
 }
+
+
+OPTIONS = "storage_options"
 
 
 class Terminated(KeyboardInterrupt):
@@ -39,6 +47,8 @@ class Parser(argparse.ArgumentParser):
 def main(arguments: list[str] | None = None) -> int:
     """Runs one job. Exit codes: 0 done; 1 the run failed; 2 the command was wrong; 130 interrupted, 143 by SIGTERM."""
     argv = sys.argv[1:] if arguments is None else arguments
+    if arguments is None:
+        _hide_options(argv)
     parser = Parser(prog="palindrome", description="Image collections to diffusion latents and back, on Ray.")
     jobs = parser.add_subparsers(dest="job", metavar="JOB", required=True, parser_class=Parser)
     for name, summary in JOBS.items():
@@ -48,20 +58,40 @@ def main(arguments: list[str] | None = None) -> int:
             config = getattr(module, f"{name.capitalize()}Config")
             sub.description = config.__doc__
             add_arguments(sub, config)
+            add_arguments(sub, StorageOptions)
             sub.set_defaults(start=module.run, config=config)
-    parsed = parser.parse_args(argv)
+    parsed, unknown = parser.parse_known_args(argv)
+    if unknown:  # what a shell has made of JSON without quotes may hold a secret
+        parser.error("unrecognized arguments" + ("" if hasattr(parsed, OPTIONS) else f": {' '.join(unknown)}"))
     try:
-        with _signals_raise():
+        stores = from_arguments(StorageOptions, parsed).read()
+        with _signals_raise(), using(stores):
             return int(parsed.start(from_arguments(parsed.config, parsed)))
     except ConfigError as e:
         parser.exit(2, f"palindrome {parsed.job}: error: {e}\n")
-    except RunError as e:
+    except (RunError, StoreError) as e:
         print(f"palindrome {parsed.job}: {e}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as e:
         if hasattr(parsed, "out"):
             print(f"\ninterrupted; the same command resumes {parsed.out}", file=sys.stderr)
         return 143 if isinstance(e, Terminated) else 130
+
+
+def _hide_options(argv: list[str]) -> None:
+    """Starts again as the same process with JSON of --storage-options in a pipe: anyone on the machine can read a
+    command line, and Ray writes its own into its table of jobs."""
+    flag = f"--{OPTIONS.replace('_', '-')}"
+    joined = [argument.removeprefix(f"{flag}=") for argument in argv if argument.startswith(f"{flag}=")]
+    for value in [*joined, *(after for before, after in pairwise(argv) if before == flag)]:
+        content = value.encode()
+        if not value.lstrip().startswith("{") or len(content) > 2**14:  # more than that may not fit into a pipe
+            continue
+        reading, writing = os.pipe()
+        os.write(writing, content)
+        os.close(writing)
+        os.set_inheritable(reading, True)
+        os.execv(sys.executable, [argument.replace(value, f"/dev/fd/{reading}") for argument in sys.orig_argv])
 
 
 @contextmanager

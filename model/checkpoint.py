@@ -104,7 +104,7 @@ def load(uri: str, storage_options: Mapping[str, Any] | None = None) -> Checkpoi
         except FileNotFoundError:
             pass
         except OSError as e:
-            raise CheckpointError(f"{uri}/{name} can't be read: {e}") from e
+            raise CheckpointError(f"{uri}/{name} can't be read: {e.strerror or e}") from e
         pickled = name.replace("safetensors", "bin")
         if name == WEIGHTS and fs.exists(f"{root}/{pickled}"):
             raise CheckpointError(f"{uri} holds a pickle ({pickled}), which is not loaded; save it as safetensors")

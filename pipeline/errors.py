@@ -20,6 +20,18 @@ class RunError(RuntimeError):
     """The run can't go on. Exit code 1."""
 
 
+class StoreError(OSError):
+    """A store that refuses, fails or can't be reached, said of the URI in `filename`. An `outage` says nothing of the
+    object that was asked for: the same will be said of others."""
+
+    def __init__(self, number: int, words: str, uri: str, outage: bool = False) -> None:
+        super().__init__(number, words, uri)
+        self.outage = outage
+
+    def __str__(self) -> str:
+        return f"{self.filename}: {self.strerror}"
+
+
 @contextmanager
 def writing(what: str) -> Iterator[None]:
     """A disk that is full, or may not be written to, is the run's end, and not the fault of what was being read."""

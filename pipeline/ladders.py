@@ -6,6 +6,7 @@ from typing import Any
 import fsspec
 
 from model.schedule import CLEAN, LADDERS, Ladder, NoiseSchedule, check_ladder, ladder, logsnr_ladder
+from pipeline.storage import options_for
 
 KINDS = (*LADDERS, "logsnr")
 DEFAULT_STEPS = 20
@@ -40,7 +41,7 @@ def resolve(named: str, steps: int | None, schedule: NoiseSchedule) -> Ladder:
 
 
 def _read(uri: str) -> list[int]:
-    with fsspec.open(uri, "rb") as file:
+    with fsspec.open(uri, "rb", **options_for(uri)) as file:
         try:
             content: Any = json.load(file)
             levels = content["levels"]

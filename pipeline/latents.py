@@ -49,13 +49,22 @@ def latent_rows(
 
 class ShardWriter:
     """A shard under way, written as its batches come: `<below>/<name>.parquet`, whose commit is the shard's, and its
-    rejects, which are written before that. `metadata` is what another program needs to understand the rows."""
+    rejects, which are written before that. `metadata` is what another program needs to understand the rows. A shard
+    that is written `once` stays as it is where another try has committed it meanwhile."""
 
     def __init__(
-        self, run: Folder, below: str, name: str, schema: pa.Schema, metadata: Mapping[str, Any], **parquet: Any
+        self,
+        run: Folder,
+        below: str,
+        name: str,
+        schema: pa.Schema,
+        metadata: Mapping[str, Any],
+        once: bool = False,
+        **parquet: Any,
     ) -> None:
         self.run, self.name, self.rows, self.refused = run, name, 0, 0
-        self.table = TableWriter(run, f"{below}/{name}.parquet", with_metadata(schema, metadata), **parquet)
+        self.path, self.once = f"{below}/{name}.parquet", once
+        self.table = TableWriter(run, self.path, with_metadata(schema, metadata), once, **parquet)
         self.rejects: TableWriter | None = None
 
     def __enter__(self) -> Self:
@@ -77,6 +86,8 @@ class ShardWriter:
 
     def commit(self, timings: Mapping[str, float], counts: Mapping[str, int] | None = None) -> int:
         """Returns the bytes of the rows' file. `counts`, where rows are no latents, stand in for those of latents."""
+        if self.once and self.run.exists(self.path):
+            return int(self.run.fs.size(self.run.path(self.path)))
         if self.rejects is not None:
             self.rejects.commit({})
         else:
@@ -86,12 +97,14 @@ class ShardWriter:
         return self.table.commit({SHARD_KEY: json.dumps({"counts": counts, "timings": dict(timings)})})
 
 
-def latent_writer(run: Folder, shard: str, schema: pa.Schema, metadata: Mapping[str, Any]) -> ShardWriter:
+def latent_writer(
+    run: Folder, shard: str, schema: pa.Schema, metadata: Mapping[str, Any], once: bool = False
+) -> ShardWriter:
     """For rows of records.latent_schema."""
     # Bytes split by significance compress better, but DuckDB (2.0) can't read that encoding of float16.
     split = ["latent.list.element"] if schema.field("latent").type.value_type == pa.float32() else False
     texts = [f.name for f in schema if f.name != "latent"]
-    return ShardWriter(run, LATENTS, shard, schema, metadata, use_dictionary=texts, use_byte_stream_split=split)
+    return ShardWriter(run, LATENTS, shard, schema, metadata, once, use_dictionary=texts, use_byte_stream_split=split)
 
 
 def committed(run: Folder, below: str = LATENTS) -> set[str]:

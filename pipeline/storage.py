@@ -1,9 +1,10 @@
 """A folder on any store that fsspec knows, by URI: list, read, and put a whole object atomically."""
 
 import os
+import re
 import uuid
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,8 +15,72 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
+from pipeline.errors import StoreError
+
+AWS_FILES = ("~/.aws/credentials", "~/.aws/config")
 TEMPORARY = ".tmp-"  # how the name of a file begins that is not yet whole; readers never see one
 GROUP_ROWS, GROUP_BYTES = 1024, 32 << 20  # a row group of a table that is written bit by bit
+
+Options = Mapping[str, Mapping[str, Any]]  # of stores, by protocol: {"s3": {"endpoint_url": ...}}, as fsspec takes them
+ALIASES = {"s3a": "s3", "gcs": "gs", "https": "http", "local": "file"}  # protocols that share another's options
+CLIENTS = {"aiohttp", "aiobotocore", "botocore", "requests", "httpx", "httpcore", "urllib3"}  # of HTTP
+OBJECTS = {"s3", "gs"}  # whose puts can be made to depend on nothing being there
+
+for _protocol in ("s3", "s3a"):
+    fsspec.register_implementation(_protocol, "pipeline.s3.S3", clobber=True)  # imported where it is first used
+
+_current: Options | None = None
+
+
+@contextmanager
+def using(options: Options) -> Iterator[None]:
+    """Within it, a Folder or Collection that is made opens its stores with these options, also where it is sent."""
+    global _current
+    before, _current = _current, _resolved(options)
+    try:
+        yield
+    finally:
+        _current = before
+
+
+def current_options() -> Options:
+    """Those of `using`, and what this process's environment adds to them for processes that don't share it."""
+    return _resolved({}) if _current is None else _current
+
+
+def _resolved(options: Options) -> Options:
+    found: dict[str, Mapping[str, Any]] = {}
+    for source in (fsspec.config.conf, options):  # of fsspec's own files and FSSPEC_* variables; the options win
+        for name, given in source.items():
+            if isinstance(given, Mapping):
+                protocol = ALIASES.get(name, name)
+                found[protocol] = {**found.get(protocol, {}), **given}
+    if any(name.startswith("AWS_") for name in os.environ) or any(
+        map(os.path.exists, map(os.path.expanduser, AWS_FILES))
+    ):
+        from pipeline.s3 import for_other_nodes  # brings botocore and aiohttp
+
+        found["s3"] = for_other_nodes(found.get("s3", {}))
+    return found
+
+
+def options_for(uri: str, options: Options | None = None) -> dict[str, dict[str, Any]]:
+    """Of the options (default: the current ones) those of the protocols in a URI, as fsspec takes them with it."""
+    options = current_options() if options is None else options
+    protocols = re.findall(r"(?:^|::)([a-z0-9+.-]+)(?=://|::)", uri) or ["file"]
+    given = {name: dict(options.get(ALIASES.get(name, name), {})) for name in protocols}
+    return {name: of_it for name, of_it in given.items() if of_it}
+
+
+def open_fs(uri: str, options: Options) -> tuple[Any, str]:
+    """The store of a URI, as fsspec opens it with the options of its protocols, and the path on it."""
+    fs, path = fsspec.url_to_fs(uri, **options_for(uri, options))
+    return fs, str(path)
+
+
+def open_ranges(fs: Any, path: str) -> Any:
+    """A file of which a reader knows the ranges that it needs: a cache would bring megabytes of what follows each."""
+    return fs.open(path, "rb") if isinstance(fs, LocalFileSystem) else fs.open(path, "rb", cache_type="none")
 
 
 def absolute(uri: str) -> str:
@@ -27,16 +92,17 @@ def absolute(uri: str) -> str:
 class Folder:
     """A folder named by URI (`runs/a`, `s3://bucket/runs/a`). Names below it are relative, with `/`.
 
-    `storage_options` go to fsspec and are never written anywhere. A missing object raises FileNotFoundError.
+    `storage_options`, by protocol, go to fsspec and are never written anywhere; they are the current ones where none
+    are given. A missing object raises FileNotFoundError, a store that refuses or fails another OSError.
     """
 
     uri: str
-    storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    storage_options: Options = field(default_factory=current_options, repr=False)
 
     @cached_property
     def _location(self) -> tuple[Any, str]:
-        fs, path = fsspec.url_to_fs(self.uri, **self.storage_options)
-        return fs, str(path).rstrip("/")
+        fs, path = open_fs(self.uri, self.storage_options)
+        return fs, path.rstrip("/")
 
     @property
     def fs(self) -> Any:
@@ -64,7 +130,7 @@ class Folder:
 
     def parquet_file(self, name: str) -> pq.ParquetFile:
         """Opened for range reads: the footer, or a part of the rows."""
-        return pq.ParquetFile(self.fs.open(self.path(name), "rb"), pre_buffer=True)
+        return pq.ParquetFile(open_ranges(self.fs, self.path(name)), pre_buffer=True)
 
     def files(self, below: str) -> dict[str, int]:
         """Names of the whole files right below a folder, without it, and their sizes in bytes; {} if it is missing."""
@@ -74,7 +140,8 @@ class Folder:
         except FileNotFoundError:
             return {}
         named = {info["name"].rsplit("/", 1)[1]: info for info in infos if info["type"] == "file"}
-        return {name: info["size"] for name, info in sorted(named.items()) if not name.startswith(TEMPORARY)}
+        whole = ((name, info) for name, info in sorted(named.items()) if name and not name.startswith(TEMPORARY))
+        return {name: info["size"] for name, info in whole}  # some stores keep an object without a name for the folder
 
     def put(self, name: str, content: bytes | pa.Buffer) -> None:
         """Writes one object whole or not at all, over what was there."""
@@ -86,9 +153,10 @@ class Folder:
             self.fs.makedirs(self.path(name).rsplit("/", 1)[0], exist_ok=True)
             self.fs.pipe_file(self.path(name), bytes(content))
 
-    def create(self, name: str) -> "NewObject":
-        """An object to be written bit by bit, which is there once it is committed, over what was there."""
-        return NewLocalFile(self.path(name)) if self.is_local else NewUpload(self.fs, self.path(name))
+    def create(self, name: str, once: bool = False) -> "NewObject":
+        """An object to be written bit by bit, which is there once it is committed, over what was there; or, where it is
+        written `once` and the store can tell, not over it: who commits it second changes nothing."""
+        return NewLocalFile(self.path(name)) if self.is_local else NewUpload(self.fs, self.path(name), once)
 
     def put_parquet(self, name: str, table: pa.Table, **writer: Any) -> int:
         """Writes a table as one Parquet object; returns its size in bytes."""
@@ -104,11 +172,13 @@ class Folder:
             self.fs.rm_file(self.path(name))
 
     def clear_unfinished(self) -> None:
-        """Removes what writers that were killed have left, in the folder and the ones right below. On an object store
-        a listing shows nothing of the kind."""
+        """Removes what writers that were killed have left, in the folder and the ones right below."""
         if self.is_local:
             for half in [*Path(self.path()).glob(f"{TEMPORARY}*"), *Path(self.path()).glob(f"*/{TEMPORARY}*")]:
                 half.unlink(missing_ok=True)
+        elif hasattr(self.fs, "abort_uploads"):
+            with suppress(OSError):  # it may not be allowed to, and no reader ever sees them
+                self.fs.abort_uploads(self.path())
 
 
 class NewObject(Protocol):
@@ -154,28 +224,33 @@ class NewLocalFile:
 class NewUpload:
     """An upload in parts, which an object store shows once it is complete."""
 
-    def __init__(self, fs: Any, path: str) -> None:
+    def __init__(self, fs: Any, path: str, once: bool = False) -> None:
         fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
-        self.file, self.committed = fs.open(path, "wb"), False
+        once = once and bool(OBJECTS.intersection([fs.protocol] if isinstance(fs.protocol, str) else fs.protocol))
+        self.file, self.committed = fs.open(path, "xb" if once else "wb"), False
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
         if not self.committed:
-            self.file.discard()
+            with suppress(OSError):  # an upload that can't be dropped now is never seen either
+                self.file.discard()
             self.file.closed = True  # else its destructor completes the upload
 
     def commit(self) -> None:
-        self.file.close()
+        try:
+            self.file.close()
+        except FileExistsError:  # of another try, with the same content
+            return
         self.committed = True
 
 
 class TableWriter:
     """A Parquet object written batch by batch, of which a row group is held in memory; there once it is committed."""
 
-    def __init__(self, folder: Folder, name: str, schema: pa.Schema, **writer: Any) -> None:
-        self.new = folder.create(name)
+    def __init__(self, folder: Folder, name: str, schema: pa.Schema, once: bool = False, **writer: Any) -> None:
+        self.new = folder.create(name, once)
         # Latents hardly compress, so that nothing but a checksum would notice a bit that has flipped.
         options = {"compression": "zstd", "write_page_checksum": True, **writer}
         self.parquet = pq.ParquetWriter(self.new.file, schema, **options)
@@ -209,3 +284,21 @@ class TableWriter:
             group = pa.concat_tables(self.waiting)
             self.parquet.write_table(group, row_group_size=GROUP_ROWS)
             self.waiting = []
+
+
+def is_outage(error: BaseException | None, fs: Any) -> bool:
+    """Whether an error is of a remote store and says nothing of the object that was asked for: the store throttles,
+    fails, can't be reached, takes no such credentials. False for what is missing, archived, or not for this user."""
+    while error is not None and not isinstance(fs, LocalFileSystem):
+        if isinstance(error, StoreError):
+            return error.outage
+        if isinstance(error, FileNotFoundError | PermissionError | FileExistsError):
+            return False
+        code = getattr(error, "status", None) or getattr(error, "code", None)  # of aiohttp, of gcsfs
+        code = code or getattr(getattr(error, "response", None), "status_code", None)  # of requests and httpx
+        if str(code).isdigit() and int(str(code)) >= 400:
+            return int(str(code)) in (401, 408, 425, 429) or int(str(code)) >= 500
+        if isinstance(error, ConnectionError | TimeoutError) or type(error).__module__.split(".")[0] in CLIENTS:
+            return True
+        error = error.__cause__
+    return False

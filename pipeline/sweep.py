@@ -90,7 +90,7 @@ class Sweep:
         setting = self.settings[shard.name.partition("-")[2]]
         about = {**self.metadata, "setting": asdict(setting)}
         round_trip = 0.0
-        with ShardWriter(self.run, SWEPT, shard.name, SWEEP_SCHEMA, about) as out:
+        with ShardWriter(self.run, SWEPT, shard.name, SWEEP_SCHEMA, about, once=True) as out:
             for batch in self.reader.batches(shard):
                 rows = None
                 if batch.images:

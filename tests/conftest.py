@@ -30,6 +30,30 @@ def pngs(corpus):
 
 
 @pytest.fixture(scope="session")
+def stores():
+    """tests/stores.py: S3 servers, and a proxy that injects faults."""
+    return SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("stores.py"))))
+
+
+@pytest.fixture(scope="session")
+def moto(stores):
+    with stores.moto() as store:
+        yield store
+
+
+@pytest.fixture(scope="session")
+def rclone(stores, tmp_path_factory):
+    with stores.rclone(tmp_path_factory.mktemp("rclone")) as store:
+        yield store
+
+
+@pytest.fixture(scope="session", params=["moto", "rclone"])
+def store(request):
+    """An S3 server of each kind."""
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="session")
 def ray_here():
     """One Ray on this machine for all tests, without GPUs; a job called in this process runs on it."""
     import ray

@@ -1,4 +1,4 @@
-"""Objects put whole or not at all, on a disk and in memory, also when the writer is killed."""
+"""Objects put whole or not at all, on a disk, in memory and on S3, also when the writer is killed."""
 
 import os
 import pickle
@@ -12,27 +12,31 @@ import uuid
 from pathlib import Path
 
 import duckdb
-import fsspec
 import polars
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
-from pipeline.storage import TEMPORARY, Folder, absolute
+from pipeline.storage import TEMPORARY, Folder, absolute, open_fs, using
 
 ROOT = Path(__file__).parents[2]
 TABLE = pa.table({"id": ["a", "b", "c"], "n": [1, 2, 3], "bytes": [b"x", None, b""]})
 
 
-@pytest.fixture(params=["disk", "memory"])
+@pytest.fixture(params=["disk", "memory", "moto", "rclone"])
 def folder(request, tmp_path):
-    return Folder(str(tmp_path / "run") if request.param == "disk" else f"memory://{uuid.uuid4().hex}/run")
+    if request.param in ("moto", "rclone"):
+        store = request.getfixturevalue(request.param)
+        with using(store.options):
+            yield Folder(f"{store.bucket()}/run")
+    else:
+        yield Folder(str(tmp_path / "run") if request.param == "disk" else f"memory://{uuid.uuid4().hex}/run")
 
 
 def test_put_is_read_back_by_fsspec_alone(folder):
     folder.put("plan/deep/a.bin", b"\0\1\2")
-    fs, root = fsspec.url_to_fs(folder.uri)
+    fs, root = open_fs(folder.uri, folder.storage_options)
     assert fs.cat_file(f"{root}/plan/deep/a.bin") == b"\0\1\2"
     assert folder.read("plan/deep/a.bin") == b"\0\1\2"
     assert folder.exists("plan/deep/a.bin")
@@ -237,7 +241,7 @@ def test_trailing_slash_names_the_same_folder(folder):
 
 
 def test_folder_goes_to_another_process_and_hides_its_options(tmp_path):
-    folder = Folder(str(tmp_path), {"auto_mkdir": True})
+    folder = Folder(str(tmp_path), {"file": {"auto_mkdir": True}})
     folder.put("a", b"1")
     copy = pickle.loads(pickle.dumps(folder))
     assert copy == folder
