@@ -4,10 +4,9 @@ import ctypes
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from model.checkpoint import Checkpoint
-from model.ddim import sample
+from model.ddim import Network, noise_stream, sample
 from model.fit import epsilon_products
 from model.inversion import invert_exactly
 from model.schedule import Ladder
@@ -31,7 +30,7 @@ from pipeline.sources import Collection
 from pipeline.storage import Folder
 
 RECONSTRUCTIONS = "reconstructions"
-Walk = Callable[..., tuple[Tensor, ...]]  # along a ladder, of a batch: (network, x, levels, schedule) -> results
+Walk = Callable[[Network, Tensor], tuple[Tensor, ...]]  # along a ladder, of a batch: each result is [B, ...]
 STRICTER = (1e-4, 1e-6)  # tolerances of the further tries of an image that is to come back to the bit
 MOST_CORRECTIONS = 50  # a step, in those
 READ_AHEAD = 2  # batches that a reader may be ahead of the device
@@ -107,33 +106,58 @@ class Model:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Images in [-1, 1] -> x at the ladder's top, the residuals [B] and the network evaluations [B], as
         model.inversion says; the paper's inversion is `corrections` = 0."""
-        return self._on_device(partial(invert_exactly, corrections=corrections, tolerance=tolerance), x, levels)
+        along = self._along(levels)
+        return self._on_device(
+            lambda net, x: invert_exactly(net, x, corrections=corrections, tolerance=tolerance, **along), x
+        )
 
     def epsilon_products(self, x: Tensor, levels: Ladder) -> Tensor:
         """As model.fit says, of images in [-1, 1]."""
-        return self._on_device(lambda *args, **kwargs: (epsilon_products(*args, **kwargs),), x, levels)[0]
+        along = self._along(levels)
+        return self._on_device(lambda net, x: (epsilon_products(net, x, **along),), x)[0]
 
     def decode(self, x: Tensor, levels: Ladder) -> Tensor:
         """x at the ladder's top -> images about [-1, 1], by DDIM with eta = 0."""
-        return self._on_device(lambda *args, **kwargs: (sample(*args, **kwargs),), x, levels)[0]
+        along = self._along(levels)
+        return self._on_device(lambda net, x: (sample(net, x, **along),), x)[0]
 
-    def _on_device(self, walk: Walk, x: Tensor, levels: Ladder) -> Any:
+    def generate(self, seed: int, indices: Sequence[int], levels: Ladder, **how: Any) -> tuple[Tensor, Tensor]:
+        """x_T of the samples of that seed with those indices, and their images about [-1, 1]; `how` goes to
+        model.ddim.sample (eta, use_sigma_hat, clip). The noise of a sample depends on seed and index alone."""
+        along, c = self._along(levels), self.checkpoint.config
+        shape = (c.in_channels, c.sample_size, c.sample_size)
+
+        def walk(net: Network, indices: Tensor) -> tuple[Tensor, Tensor]:
+            noise = noise_stream(seed, indices.tolist(), shape)
+            x = next(noise).to(self.device)
+            return x, sample(net, x, noise=noise, **along, **how)
+
+        return self._on_device(walk, torch.tensor(indices))
+
+    def _along(self, levels: Ladder) -> dict[str, Any]:
+        """What the functions of `model` are told of a ladder and this checkpoint."""
+        return {
+            "levels": levels,
+            "schedule": self.checkpoint.schedule,
+            "prediction_type": self.checkpoint.prediction_type,
+        }
+
+    def _on_device(self, walk: Walk, batch: Tensor) -> Any:
         flight = self._flight()
         flight.queued = True
         with self.lock:
             flight.queued = False
             started = time.monotonic()
             try:
-                return self._in_parts(walk, x, levels)
+                return self._in_parts(walk, batch)
             finally:
                 self.clock.seconds += time.monotonic() - started
 
-    def _in_parts(self, walk: Walk, x: Tensor, levels: Ladder) -> tuple[Tensor, ...]:
+    def _in_parts(self, walk: Walk, batch: Tensor) -> tuple[Tensor, ...]:
         """The whole batch at once, or halves where the device has not enough memory for it."""
-        if len(x) > self.largest:
-            parts = [self._in_parts(walk, part, levels) for part in x.split(self.largest)]
+        if len(batch) > self.largest:
+            parts = [self._in_parts(walk, part) for part in batch.split(self.largest)]
             return tuple(torch.cat(results) for results in zip(*parts, strict=True))
-        schedule, kind = self.checkpoint.schedule, self.checkpoint.prediction_type
         flight = self._flight()
 
         def network(x: Tensor, timestep: int) -> Tensor:
@@ -141,14 +165,13 @@ class Model:
             return self.network(x, timestep)
 
         try:
-            results = walk(network, x.to(self.device), levels, schedule, prediction_type=kind)
-            return tuple(result.cpu() for result in results)
+            return tuple(result.cpu() for result in walk(network, batch.to(self.device)))
         except torch.OutOfMemoryError:
-            if len(x) == 1:
+            if len(batch) == 1:
                 raise
         torch.cuda.empty_cache()
-        self.largest = len(x) // 2
-        return self._in_parts(walk, x, levels)
+        self.largest = len(batch) // 2
+        return self._in_parts(walk, batch)
 
 
 def stopwatch(model: Model) -> Callable[[], dict[str, float]]:
@@ -214,7 +237,8 @@ class Reader:
 
 @dataclass(frozen=True)
 class Encode:
-    """Images -> `latents/<shard>.parquet`. `exact` tries again what does not come back to the bit."""
+    """Images -> `latents/<shard>.parquet`. `exact` tries again what does not come back to the bit; shards that are
+    there are written over only where they are to be encoded `again`."""
 
     run: Folder
     reader: Reader
@@ -225,12 +249,13 @@ class Encode:
     dtype: str
     measure: bool
     metadata: Mapping[str, Any]
+    again: bool = False
 
     def process(self, model: Model, shard: Shard) -> Receipt:
         spent = stopwatch(model)
         size, channels = self.reader.how.size, self.reader.how.channels
         schema = latent_schema((channels, size, size), self.dtype, self.reader.collection.kept)
-        with latent_writer(self.run, shard.name, schema, self.metadata) as out:
+        with latent_writer(self.run, shard.name, schema, self.metadata, once=not self.again) as out:
             for batch in self.reader.batches(shard):
                 rows = None
                 if batch.images:
@@ -290,7 +315,7 @@ class Reconstruct:
         if digest != model.checkpoint.digest:
             raise ValueError(f"the latents of shard {shard.name} were made by model {digest}")
         originals = _Originals(self.reader.batches(shard))
-        with ShardWriter(self.run, RECONSTRUCTIONS, shard.name, ERROR_SCHEMA, self.metadata) as out:
+        with ShardWriter(self.run, RECONSTRUCTIONS, shard.name, ERROR_SCHEMA, self.metadata, once=True) as out:
             images = missing = 0
             for stored, latents in read_latents(self.latents, shard.name, self.reader.batch_size):
                 found = [originals.find(row["image_id"], row["content_hash"]) for row in stored]

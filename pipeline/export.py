@@ -39,7 +39,10 @@ class Holds(NamedTuple):
     variant: str | None
 
 
-HOLDS = {"reconstruct": Holds(FOLDERS["reconstruct"], "steps")}  # by job
+HOLDS = {  # by job
+    "reconstruct": Holds(FOLDERS["reconstruct"], "steps"),
+    "generate": Holds(FOLDERS["generate"], None),
+}
 PICTURES = {"png": ".png", "webp": ".webp", "jpeg": ".jpg"}  # formats that are a file an image, and how it ends
 IMAGES, DATA, INDEX = "images", "data", "index"  # folders: of pictures; of tars or tables; of what each picture is
 JPEG_QUALITY = 95

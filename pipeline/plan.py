@@ -69,7 +69,7 @@ class Changes:
 
 def write_plan(run: Folder, collection: Collection, shard_size: int, limit: int | None = None) -> Totals:
     """Lists the collection and writes `plan/*.parquet`. Raises SourceError when there is no image in it."""
-    totals = _add_generation(run, collection.kind, list_pieces(collection, shard_size), shard_size, limit)
+    totals = add_pieces(run, collection.kind, list_pieces(collection, shard_size), shard_size, limit)
     if not totals.shards:
         raise SourceError(f"{collection.uri} holds no images")
     return totals
@@ -79,7 +79,7 @@ def extend_plan(run: Folder, collection: Collection, shard_size: int) -> tuple[T
     """Lists the collection again and adds what is new. What changed or is gone stays in the plan: it is counted."""
     changes = Changes()
     pieces = _new_pieces(list_pieces(collection, shard_size), _planned(run), changes)
-    return _add_generation(run, collection.kind, pieces, shard_size), changes
+    return add_pieces(run, collection.kind, pieces, shard_size), changes
 
 
 def _new_pieces(listed: Iterable[Piece], planned: Iterable[Piece], changes: Changes) -> Iterator[Piece]:
@@ -114,9 +114,7 @@ def _planned(run: Folder) -> Iterator[Piece]:
     return heapq.merge(*map(pieces, [0, *ends], ends), key=lambda piece: (piece.name, piece.start))
 
 
-def _add_generation(
-    run: Folder, kind: str, pieces: Iterable[Piece], shard_size: int, limit: int | None = None
-) -> Totals:
+def add_pieces(run: Folder, kind: str, pieces: Iterable[Piece], shard_size: int, limit: int | None = None) -> Totals:
     """Writes the pieces as shards behind those of the plan, whose totals it returns."""
     before = _complete(run)
     first = files = before["files"]

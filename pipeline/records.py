@@ -26,10 +26,11 @@ REASONS = {
 
 @dataclass(frozen=True)
 class Piece:
-    """Images that stand together: one file (`rows` is None), or rows `start` .. `stop` - 1 of a Parquet file.
+    """Images that stand together: one file, or rows `start` .. `stop` - 1 of a Parquet file or samples of a tar.
 
-    `name` is the path below the collection's root: image ids are made from it. `size` (bytes) and `version` (mtime or
-    ETag) tell whether the object is still the one that was listed.
+    `name` is the path below the collection's root, or the URI as a list has it: image ids are made from it. `size`
+    (bytes) and `version` (mtime or ETag) tell whether the object is still the one that was listed. Of a tar, `length`
+    bytes from `offset` hold the samples; 0 is all. `kept` is the columns of a list of URIs, as JSON.
     """
 
     uri: str
@@ -38,6 +39,9 @@ class Piece:
     version: str
     start: int = 0
     stop: int = 1
+    offset: int = 0
+    length: int = 0
+    kept: str = ""
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ class Shard:
 
     @classmethod
     def of(cls, kind: str, pieces: Sequence[Piece]) -> "Shard":
-        described = [(p.name, p.size, p.version, p.start, p.stop) for p in pieces]
+        described = [(p.name, p.size, p.version, p.start, p.stop, *filter(None, [p.kept])) for p in pieces]
         digest = hashlib.sha256(json.dumps([kind, described]).encode()).hexdigest()[:24]
         return cls(digest, kind, sum(p.stop - p.start for p in pieces), tuple(pieces))
 
@@ -96,6 +100,9 @@ SHARD_SCHEMA = pa.schema(
                         ("version", pa.string()),
                         ("start", pa.int64()),
                         ("stop", pa.int64()),
+                        ("offset", pa.int64()),
+                        ("length", pa.int64()),
+                        ("kept", pa.string()),
                     ]
                 )
             ),
@@ -120,7 +127,8 @@ ERROR_SCHEMA = pa.schema(
 
 
 def shards_table(shards: Iterable[Shard]) -> pa.Table:
-    return pa.Table.from_pylist([asdict(shard) for shard in shards], SHARD_SCHEMA)
+    rows = [{**vars(shard), "pieces": [vars(piece) for piece in shard.pieces]} for shard in shards]  # asdict is slow
+    return pa.Table.from_pylist(rows, SHARD_SCHEMA)
 
 
 def shard_of(row: dict[str, Any]) -> Shard:

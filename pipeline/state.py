@@ -12,11 +12,10 @@ import re
 import time
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
 
@@ -25,17 +24,20 @@ from pipeline.latents import LATENTS, REJECTS, shard_metadata
 from pipeline.manifest import NAME, read_manifest
 from pipeline.plan import Totals, plan_totals
 from pipeline.storage import TEMPORARY, Folder, absolute
+from pipeline.threads import in_threads
 
-FOLDERS = {"encode": LATENTS, "reconstruct": "reconstructions", "sweep": "sweep"}  # by job: where its shards are
+FOLDERS = {  # by job: where its shards are
+    "encode": LATENTS,
+    "reconstruct": "reconstructions",
+    "sweep": "sweep",
+    "generate": "images",
+}
 READ = 4096  # footers read, at most; of more shards these are a sample
 NEWEST = 32  # shards of which the pace is learnt
-THREADS = 16
 SLOWEST = 5
 PATIENCE = 3  # times the longest recent shard's time: a run so long silent stands still
 WINDOW = 10  # times that: the pace is of the last so long
 AT_LEAST = 60.0  # seconds, both
-T = TypeVar("T")
-R = TypeVar("R")
 
 
 class Entry(NamedTuple):
@@ -209,6 +211,8 @@ class StateReader:
 
     def _plan(self) -> tuple[Totals | None, str]:
         """What there is to do, None where that is not known (yet), and of what."""
+        if self.job == "generate":
+            return plan_totals(self.run), str(self.manifest["config"].get("model"))
         if self.job != "reconstruct":
             return plan_totals(self.run), str(self.manifest.get("collection", {}).get("uri"))
         uri = str(self.manifest["config"].get("latents"))
@@ -264,22 +268,6 @@ def _footer(run: Folder, below: str, shard: str, refused: bool) -> Footer:
         return Footer(counts, seconds, dict(reasons))
     except Exception:  # damage shows as errors of many kinds; verify says what it is
         return Footer(None, 0.0, {})
-
-
-def in_threads(function: Callable[[T], R], items: Iterable[T], threads: int = THREADS) -> Iterator[R]:
-    """The results in order, few of them waiting: `items` is read as they are taken."""
-    waiting: list[Any] = []
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            for item in items:
-                waiting.append(pool.submit(function, item))
-                if len(waiting) >= 2 * threads:
-                    yield waiting.pop(0).result()
-            while waiting:
-                yield waiting.pop(0).result()
-        finally:
-            for future in waiting:
-                future.cancel()
 
 
 def pace(times: Sequence[float], now: float, longest: float) -> tuple[float | None, bool]:

@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 
 from pipeline.actors import RECONSTRUCTIONS
 from pipeline.errors import writing
+from pipeline.generate import IMAGES
 from pipeline.latents import LATENTS, committed, read_rejects, shard_metadata
 from pipeline.metrics import statistics
 from pipeline.records import ERROR_SCHEMA
@@ -56,6 +57,11 @@ def reconstructions_summary(run: Folder, rows: pa.Table, steps: Sequence[int]) -
         found = {**error_statistics(compared), "identical": identical, "uncompared": uncompared}
         summary["by_steps"].append({"steps": count, **found})
     return summary
+
+
+def generated_summary(run: Folder) -> dict[str, Any]:
+    """Counts and seconds."""
+    return {"images": 0, **_account(run, sorted(committed(run, IMAGES)), IMAGES)}
 
 
 def read_errors(run: Folder) -> pa.Table:

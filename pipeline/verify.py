@@ -22,9 +22,10 @@ from pipeline.errors import RunError
 from pipeline.latents import LATENTS, REJECTS
 from pipeline.plan import plan_totals, read_plan
 from pipeline.records import REASONS, REJECT_SCHEMA, SHARD_KEY, Shard, latent_schema, metadata_of
-from pipeline.sources import FILES
-from pipeline.state import FOLDERS, Entry, entries, in_threads, open_checked, words
+from pipeline.sources import ONE_EACH
+from pipeline.state import FOLDERS, Entry, entries, open_checked, words
 from pipeline.storage import Folder
+from pipeline.threads import in_threads
 
 THREADS = 4  # shards read at a time
 BATCH_BYTES = 16 << 20  # of latents
@@ -160,7 +161,7 @@ def _plan(run: Folder, damaged: list[Finding]) -> Iterator[Shard]:
 def ids_of(shard: Shard) -> Iterator[str]:
     """The image ids that pipeline.sources makes of a shard."""
     for piece in shard.pieces:
-        if shard.kind == FILES:
+        if shard.kind in ONE_EACH:
             yield piece.name
         else:
             yield from (f"{piece.name}#{row}" for row in range(piece.start, piece.stop))

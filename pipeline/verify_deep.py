@@ -16,9 +16,9 @@ from pipeline.metrics import round_trip_error, to_model
 from pipeline.plan import read_plan
 from pipeline.read import read_image
 from pipeline.records import Reject, Shard
-from pipeline.sources import FILES, Collection, read_raw
+from pipeline.sources import ONE_EACH, PARQUET, Collection, read_raw
 from pipeline.state import open_checked, words
-from pipeline.storage import Folder
+from pipeline.storage import Folder, options_for
 from pipeline.verify import Account, Finding
 
 # Of the stored error; another device or batch size rounds otherwise, which is all there is where the error is nothing.
@@ -30,7 +30,7 @@ def verify_decoding(run: Folder, manifest: Mapping[str, Any], count: int, accoun
     their errors are added to it."""
     uri = str(manifest["config"].get("model"))
     try:
-        loaded = checkpoint.load(uri)
+        loaded = checkpoint.load(uri, options_for(uri))
     except Exception as e:  # of whichever store
         yield Finding("--deep", f"the model {uri} can't be loaded: {words(e)}")
         return
@@ -43,7 +43,8 @@ def verify_decoding(run: Folder, manifest: Mapping[str, Any], count: int, accoun
         file = f"{LATENTS}/{shard.name}.parquet"
         for row in _rows(run, file, places):
             image_id = row["image_id"]
-            image = read_image(next(read_raw(collection, _only(shard, image_id))), how)
+            found = read_raw(collection, _only(shard, image_id))
+            image = read_image(next(raw for raw in found if raw.image_id == image_id), how)
             if isinstance(image, Reject):
                 yield Finding(file, f"{image_id}: its original can't be read again: {image.reason}: {image.detail}")
                 continue
@@ -95,10 +96,10 @@ def _rows(run: Folder, file: str, places: list[int]) -> Iterator[dict[str, Any]]
 
 
 def _only(shard: Shard, image_id: str) -> Shard:
-    """The shard of that one image of its."""
-    if shard.kind == FILES:
+    """The shard of the piece that holds that image, and of a Parquet file's of its row alone."""
+    if shard.kind in ONE_EACH:
         return Shard.of(shard.kind, [piece for piece in shard.pieces if piece.name == image_id])
     name, _, number = image_id.rpartition("#")
     row = int(number)
     [piece] = [p for p in shard.pieces if p.name == name and p.start <= row < p.stop]
-    return Shard.of(shard.kind, [replace(piece, start=row, stop=row + 1)])
+    return Shard.of(shard.kind, [replace(piece, start=row, stop=row + 1) if shard.kind == PARQUET else piece])

@@ -1,151 +1,49 @@
-"""Image folders, globs and Parquet files -> references to images, listed without reading a picture; and their bytes."""
+"""Parquet with a column of images: bytes, or a struct with `bytes`, as the Hugging Face hub has it."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import islice
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
-from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.errors import SourceError
-from pipeline.records import LATENT_COLUMNS, Piece, Shard
-
-FILES, PARQUET = "files", "parquet"
-TABLES = (".parquet", ".pq")
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".jp2", ".avif", ".ppm", ".pgm")
-
-
-@dataclass(frozen=True)
-class Collection:
-    """Where the images are and what is read of them. Made by `open_collection`."""
-
-    uri: str
-    kind: str
-    image_column: str | None = None
-    kept: tuple[pa.Field, ...] = ()
-    storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
+from pipeline.records import Piece
+from pipeline.sources.base import Collection, RawImage
+from pipeline.sources.listing import Listed, path_of
+from pipeline.storage import is_outage, open_ranges
+from pipeline.threads import in_threads
 
 
-@dataclass(frozen=True)
-class RawImage:
-    """One input before decoding: its bytes, or None with the reason why there are none."""
-
-    image_id: str
-    source: str
-    data: bytes | None
-    kept: dict[str, Any]
-    reason: str = ""
-    detail: str = ""
+def columns(fs: Any, first: str, uri: str, asked: str | None, keep: Sequence[str]) -> tuple[str, tuple[pa.Field, ...]]:
+    """The column of images and the fields of the columns to keep, by the first file of the collection."""
+    schema = open_parquet(fs, first).schema_arrow
+    return _image_column(schema, asked, uri), kept_fields(schema, keep, uri)
 
 
-def open_collection(
-    uri: str,
-    *,
-    image_column: str | None = None,
-    keep: Sequence[str] = (),
-    storage_options: Mapping[str, Any] | None = None,
-) -> Collection:
-    """Recognises what `uri` is: Parquet, where there are Parquet files and no pictures among the first names (a
-    README beside them is passed over), else image files in a folder tree or glob, every one of which is an input.
-
-    For Parquet the image column (bytes, or struct with `bytes`, as the Hugging Face hub has it) is found by its type,
-    or named by `image_column`; `keep` names further columns. Raises SourceError.
-    """
-    options = dict(storage_options or {})
-    fs, _ = _filesystem(uri, options)
-    heads = list(islice(_list(uri, options), 1000))
-    if not heads:
-        raise SourceError(f"{uri} holds no files")
-    tables = [file for file, name, *_ in heads if name.lower().endswith(TABLES)]
-    if not tables or any(name.lower().endswith(PICTURES) for _, name, *_ in heads):
-        if keep or image_column:
-            column, setting = (keep[0], "keep") if keep else (image_column, "image_column")
-            raise SourceError(f"column {column!r} is asked for, and {uri} holds files, without columns", setting)
-        return Collection(uri, FILES, storage_options=options)
-    schema = _open_parquet(fs, tables[0]).schema_arrow
-    column = _image_column(schema, image_column, uri)
+def kept_fields(schema: pa.Schema, keep: Sequence[str], uri: str) -> tuple[pa.Field, ...]:
     for name in keep:
         if name not in schema.names:
             raise SourceError(f"column {name!r} is not in {uri}; it has {', '.join(schema.names)}", "keep")
-        if name in LATENT_COLUMNS:
-            raise SourceError(f"column {name!r} has the name of a column that every latent row has", "keep")
-    kept = tuple(schema.field(name).remove_metadata().with_nullable(True) for name in keep)
-    return Collection(uri, PARQUET, column, kept, options)
+    return tuple(schema.field(name).remove_metadata().with_nullable(True) for name in keep)
 
 
-def list_pieces(collection: Collection, shard_size: int) -> Iterator[Piece]:
-    """The collection as pieces of at most `shard_size` images, in the order of their names."""
-    fs, _ = _filesystem(collection.uri, collection.storage_options)
-    for uri, name, size, version in _list(collection.uri, collection.storage_options):
-        if collection.kind == FILES:
-            yield Piece(uri, name, size, version)
-            continue
-        if not name.lower().endswith(TABLES):
-            continue
-        file = _open_parquet(fs, uri)
-        _check_columns(collection, file.schema_arrow, uri)
-        for start, stop in _row_ranges(file.metadata, shard_size):
-            yield Piece(uri, name, size, version, start, stop)
+def pieces(fs: Any, collection: Collection, listed: Iterable[Listed], shard_size: int) -> Iterator[Piece]:
+    """Row ranges of at most `shard_size` rows; only the footers are read, 16 at once."""
+
+    def footer(file: Listed) -> tuple[Listed, pq.FileMetaData]:
+        with open_parquet(fs, file.uri) as opened:
+            _check_columns(collection, opened.schema_arrow, file.uri)
+            return file, opened.metadata
+
+    for file, metadata in in_threads(footer, listed):
+        for start, stop in _row_ranges(metadata, shard_size):
+            yield Piece(file.uri, file.name, file.size, file.version, start, stop)
 
 
-def read_raw(collection: Collection, shard: Shard) -> Iterator[RawImage]:
-    """The shard's inputs, one for each that the plan lists, in its order."""
-    fs, _ = _filesystem(collection.uri, collection.storage_options)
-    for piece in shard.pieces:
-        if shard.kind == FILES:
-            yield _read_file(fs, piece)
-        else:
-            yield from _read_rows(fs, piece, collection)
-
-
-def _filesystem(uri: str, options: Mapping[str, Any]) -> tuple[Any, str]:
-    """The store and the path on it. Pieces are opened on the collection's own: `::` in a file's name is no chain."""
+def open_parquet(fs: Any, uri: str) -> pq.ParquetFile:
     try:
-        fs, path = fsspec.url_to_fs(uri, **options)
-    except (ValueError, ImportError) as e:
-        raise SourceError(f"{uri} can't be opened: {e}") from e
-    return fs, str(path).rstrip("/")
-
-
-def _as_text(name: str) -> str:
-    """A file's name as Arrow can hold it: bytes that are no UTF-8 are written `\\udcXX`, `_path` reads them back."""
-    return name.encode("utf-8", "backslashreplace").decode()
-
-
-def _path(fs: Any, uri: str) -> str:
-    return re.sub(r"\\udc([89a-f][0-9a-f])", lambda m: chr(0xDC00 + int(m[1], 16)), fs._strip_protocol(uri))
-
-
-def _list(uri: str, options: Mapping[str, Any]) -> Iterator[tuple[str, str, int, str]]:
-    """(uri, name below the root, size, version) of every file, by name; hidden files and folders are left out."""
-    fs, path = _filesystem(uri, options)
-    if fsspec.core.has_magic(path) and not fs.exists(path):
-        root = re.split(r"[*?\[{]", path)[0].rpartition("/")[0]
-        infos = fs.glob(path, detail=True)
-    else:
-        try:
-            info = fs.info(path)
-        except (FileNotFoundError, NotADirectoryError):
-            raise SourceError(f"{uri} does not exist") from None
-        if info["type"] == "directory":
-            root, infos = path, fs.find(path, detail=True)
-        else:
-            root, infos = path.rpartition("/")[0], {path: info}
-    named = ((_as_text(file[len(root) :].lstrip("/")), file, info) for file, info in infos.items())
-    for name, file, info in sorted(named, key=lambda item: item[0]):  # as they come back from a plan
-        if info["type"] == "directory" or any(part.startswith(".") for part in name.split("/")):
-            continue
-        version = str(info.get("ETag") or info.get("etag") or info.get("mtime") or "")
-        yield _as_text(fs.unstrip_protocol(file)), name, info.get("size") or 0, version
-
-
-def _open_parquet(fs: Any, uri: str) -> pq.ParquetFile:
-    try:
-        file = fs.open(_path(fs, uri), "rb")
+        file = open_ranges(fs, path_of(fs, uri))
     except OSError as e:
         raise SourceError(f"{uri} can't be opened: {e.strerror or e}") from e
     try:
@@ -161,14 +59,14 @@ def _one_line(e: Exception) -> str:
 
 def _check_columns(collection: Collection, schema: pa.Schema, uri: str) -> None:
     """Each file has the columns that the first one has, of the same types."""
-    if collection.image_column not in _byte_columns(schema):
+    if collection.image_column not in byte_columns(schema):
         raise SourceError(f"{uri} has no column {collection.image_column!r} of bytes, which the first file has")
     for kept in collection.kept:
         if kept.name not in schema.names or schema.field(kept.name).type != kept.type:
             raise SourceError(f"{uri} has no column {kept.name!r} of type {kept.type}, which the first file has")
 
 
-def _byte_columns(schema: pa.Schema) -> list[str]:
+def byte_columns(schema: pa.Schema) -> list[str]:
     def holds_images(t: pa.DataType) -> bool:
         if pa.types.is_struct(t):
             return any(f.name == "bytes" and holds_images(f.type) for f in t)
@@ -178,7 +76,7 @@ def _byte_columns(schema: pa.Schema) -> list[str]:
 
 
 def _image_column(schema: pa.Schema, asked: str | None, uri: str) -> str:
-    found = _byte_columns(schema)
+    found = byte_columns(schema)
     if asked is not None:
         if asked in found:
             return asked
@@ -203,25 +101,13 @@ def _row_ranges(metadata: pq.FileMetaData, shard_size: int) -> Iterator[tuple[in
         row += rows
 
 
-def _read_file(fs: Any, piece: Piece) -> RawImage:
-    path = _path(fs, piece.uri)
-    try:
-        if isinstance(fs, LocalFileSystem) and fs.info(path)["type"] == "other":
-            return RawImage(piece.name, piece.uri, None, {}, "unreadable", "not a regular file")  # a pipe never ends
-        return RawImage(piece.name, piece.uri, fs.cat_file(path), {})
-    except FileNotFoundError:
-        return RawImage(piece.name, piece.uri, None, {}, "missing", "no such file")
-    except OSError as e:
-        return RawImage(piece.name, piece.uri, None, {}, "unreadable", e.strerror or type(e).__name__)
-
-
-def _read_rows(fs: Any, piece: Piece, collection: Collection) -> Iterator[RawImage]:
+def read(fs: Any, piece: Piece, collection: Collection) -> Iterator[RawImage]:
     column = collection.image_column
     kept = [f.name for f in collection.kept]
     done = piece.start
     reason, detail = "missing", "the file has fewer rows than when it was listed"
     try:
-        file = _open_parquet(fs, piece.uri)
+        file = open_parquet(fs, piece.uri)
         _check_columns(collection, file.schema_arrow, piece.uri)
         in_struct = pa.types.is_struct(file.schema_arrow.field(column).type) and column not in kept
         columns = [f"{column}.bytes" if in_struct else column, *kept]
@@ -234,7 +120,10 @@ def _read_rows(fs: Any, piece: Piece, collection: Collection) -> Iterator[RawIma
                     done = row + 1
                 row += 1
     except (OSError, ValueError, pa.ArrowException) as e:  # ValueError: a kept text that is no UTF-8, say
-        if isinstance(e.__cause__, FileNotFoundError):
+        cause = e.__cause__ if isinstance(e, SourceError) and e.__cause__ else e
+        if is_outage(cause, fs):
+            raise cause from None
+        if isinstance(cause, FileNotFoundError):
             detail = "no such file"
         else:
             reason, detail = "unreadable", f"{type(e).__name__}: {_one_line(e)}"

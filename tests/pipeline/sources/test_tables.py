@@ -1,13 +1,7 @@
-"""Collections as people have them -> references, and the bytes behind each of them exactly once."""
+"""Parquet -> references, and the bytes behind each of them exactly once."""
 
 import io
-import os
-import subprocess
-import sys
-import threading
 import uuid
-import zipfile
-from pathlib import Path
 
 import duckdb
 import fsspec
@@ -18,239 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import SourceError
-from pipeline.plan import pack
-from pipeline.records import REASONS, Shard
-from pipeline.sources import FILES, PARQUET, list_pieces, open_collection, read_raw
-
-ROOT = Path(__file__).parents[2]
-
-
-def shards(collection, size=10):
-    return [Shard.of(collection.kind, pieces) for pieces in pack(list_pieces(collection, size), size)]
-
-
-def rows(uri, size=10, **options):
-    """Every input of a collection, planned and read; each exactly once."""
-    collection = open_collection(str(uri), **options)
-    return accounted(collection, shards(collection, size))
-
-
-def accounted(collection, planned):
-    found = [raw for shard in planned for raw in read_raw(collection, shard)]
-    assert len(found) == sum(shard.images for shard in planned)
-    assert len({raw.image_id for raw in found}) == len(found)
-    for raw in found:
-        assert (raw.data is None) == (raw.reason in REASONS) == bool(raw.detail)
-    return found
-
-
-def names(uri, **options):
-    return [raw.image_id for raw in rows(uri, **options)]
-
-
-def fill(folder, contents):
-    for name, content in contents.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(content)
-
-
-def refused(uri, **options):
-    with pytest.raises(SourceError) as info:
-        rows(uri, **options)
-    return str(info.value)
-
-
-# Files
-
-
-def test_folder_tree_gives_relative_paths_in_order(tmp_path, pngs):
-    contents = {"b/y.png": pngs[1], "a.png": pngs[0], "b/c/z.png": pngs[2], "b.png": pngs[3]}
-    fill(tmp_path, contents)
-    found = rows(tmp_path)
-    assert [raw.image_id for raw in found] == ["a.png", "b.png", "b/c/z.png", "b/y.png"]
-    assert {raw.image_id: raw.data for raw in found} == contents
-    assert open_collection(str(tmp_path)).kind == FILES
-
-
-def test_source_is_a_uri_that_fsspec_opens(tmp_path, pngs):
-    fill(tmp_path, {"a b.png": pngs[0], "c/d%20#e.png": pngs[1]})
-    for raw in rows(tmp_path):
-        with fsspec.open(raw.source, "rb") as f:
-            assert f.read() == raw.data
-
-
-def test_hidden_files_and_folders_are_left_out(tmp_path, pngs):
-    fill(tmp_path, dict.fromkeys([".DS_Store", ".git/a.png", "b/.hidden/c.png", "b/.d.png", "b/e.png"], pngs[0]))
-    assert names(tmp_path) == ["b/e.png"]
-
-
-def test_folder_below_a_hidden_one_can_be_named(tmp_path, pngs):
-    fill(tmp_path, {".cache/a.png": pngs[0]})
-    assert names(tmp_path / ".cache") == ["a.png"]
-
-
-def test_glob_of_one_level_and_of_all(tmp_path, pngs):
-    fill(tmp_path, dict.fromkeys(["a.png", "b.jpg", "c/d.png", "c/e/f.png"], pngs[0]))
-    assert names(f"{tmp_path}/*.png") == ["a.png"]
-    assert names(f"{tmp_path}/**/*.png") == ["a.png", "c/d.png", "c/e/f.png"]
-    assert names(f"{tmp_path}/c/*") == ["d.png"]
-
-
-def test_single_file(tmp_path, pngs):
-    fill(tmp_path, {"a/b.png": pngs[0], "a/c.png": pngs[1]})
-    (found,) = rows(tmp_path / "a/b.png")
-    assert (found.image_id, found.data) == ("b.png", pngs[0])
-
-
-def test_ids_do_not_depend_on_where_the_folder_lies(tmp_path, pngs):
-    for place in ("here", "there/deeper"):
-        fill(tmp_path / place, {"a.png": pngs[0], "b/c.png": pngs[1]})
-    assert names(tmp_path / "here") == names(f"{tmp_path}/there/deeper/") == ["a.png", "b/c.png"]
-
-
-def test_relative_and_file_uris(tmp_path, pngs, monkeypatch):
-    fill(tmp_path, {"in/a.png": pngs[0]})
-    monkeypatch.chdir(tmp_path)
-    assert names("in") == names(f"file://{tmp_path}/in") == ["a.png"]
-
-
-def test_memory_filesystem(pngs):
-    root = f"memory://{uuid.uuid4().hex}"
-    fs = fsspec.filesystem("memory")
-    for name, content in {"a.png": pngs[0], "b/c.png": pngs[1], "b/.d.png": pngs[2]}.items():
-        fs.pipe_file(f"{root.removeprefix('memory:/')}/{name}", content)
-    assert [(raw.image_id, raw.data) for raw in rows(root)] == [("a.png", pngs[0]), ("b/c.png", pngs[1])]
-    assert names(f"{root}/*.png") == ["a.png"]
-
-
-def test_files_inside_a_zip(tmp_path, pngs):
-    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
-        archive.writestr("in/a.png", pngs[0])
-        archive.writestr("in/b.png", pngs[1])
-    found = rows(f"zip://in::{tmp_path}/x.zip")
-    assert [(raw.image_id, raw.data) for raw in found] == [("a.png", pngs[0]), ("b.png", pngs[1])]
-
-
-def test_odd_names_are_read(tmp_path, pngs):
-    odd = ["a::b.png", "c#d?e.png", "f%20g.png", "[h].png", "i\nj.png", "k*.png", "ü 漢字.png", "'\"\\.png", "~.png"]
-    fill(tmp_path, {name: pngs[i] for i, name in enumerate(odd)})
-    assert {raw.image_id: raw.data for raw in rows(tmp_path)} == {name: pngs[i] for i, name in enumerate(odd)}
-
-
-def test_existing_folder_with_brackets_is_no_glob(tmp_path, pngs):
-    fill(tmp_path, {"set [2020]/a*.png": pngs[0], "set [2020]/ab.png": pngs[1]})
-    assert names(tmp_path / "set [2020]") == ["a*.png", "ab.png"]
-    assert names(tmp_path / "set [2020]" / "a*.png") == ["a*.png"]
-
-
-def test_name_that_is_no_utf_8_is_read_and_fits_arrow(tmp_path, pngs):
-    folder = os.fsencode(tmp_path)
-    for name, content in {b"\xe9t\xe9.png": pngs[0], b"ok.png": pngs[1]}.items():
-        with open(folder + b"/" + name, "wb") as f:
-            f.write(content)
-    found = rows(tmp_path)
-    assert {raw.image_id: raw.data for raw in found} == {"\\udce9t\\udce9.png": pngs[0], "ok.png": pngs[1]}
-    assert pa.array([raw.source for raw in found], pa.string()).to_pylist() == [raw.source for raw in found]
-
-
-def test_symlinks_to_files_are_read_and_dangling_ones_are_missing(tmp_path, pngs):
-    fill(tmp_path, {"in/a.png": pngs[0], "elsewhere/b.png": pngs[1]})
-    (tmp_path / "in" / "b.png").symlink_to("../elsewhere/b.png")
-    (tmp_path / "in" / "c.png").symlink_to("nowhere.png")
-    found = {raw.image_id: (raw.data, raw.reason) for raw in rows(tmp_path / "in")}
-    assert found == {"a.png": (pngs[0], ""), "b.png": (pngs[1], ""), "c.png": (None, "missing")}
-
-
-def test_symlink_loops_end(tmp_path, pngs):
-    fill(tmp_path, {"a.png": pngs[0], "s/b.png": pngs[1]})
-    (tmp_path / "s" / "up").symlink_to("..")
-    (tmp_path / "here").symlink_to(".")
-    (tmp_path / "self").symlink_to("self")
-    found = {raw.image_id: raw for raw in rows(tmp_path)}
-    assert {name for name, raw in found.items() if raw.data} == {"a.png", "s/b.png"}
-    assert {raw.reason for raw in found.values() if raw.data is None} == {"unreadable"}
-
-
-def test_pipe_is_unreadable_and_hangs_nobody(tmp_path, pngs):
-    fill(tmp_path, {"a.png": pngs[0]})
-    os.mkfifo(tmp_path / "pipe.png")
-    (tmp_path / "to-pipe.png").symlink_to("pipe.png")
-    found = []
-    reader = threading.Thread(target=lambda: found.extend(rows(tmp_path)), daemon=True)
-    reader.start()
-    reader.join(20)
-    assert [(raw.image_id, raw.reason) for raw in found] == [
-        ("a.png", ""),
-        ("pipe.png", "unreadable"),
-        ("to-pipe.png", "unreadable"),
-    ]
-
-
-def test_listing_reads_no_picture(tmp_path):
-    """2 GB of sparse files are listed with their sizes."""
-    for i in range(4):
-        with open(tmp_path / f"{i}.png", "wb") as f:
-            f.truncate(500_000_000)
-    script = """
-import resource, sys
-from pipeline.sources import list_pieces, open_collection
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(*(piece.size for piece in list_pieces(open_collection(sys.argv[1]), 10)))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    sizes, kilobytes = done.stdout.splitlines()
-    assert sizes.split() == ["500000000"] * 4
-    assert int(kilobytes) < 100_000
-
-
-def test_file_removed_since_the_plan_is_missing(tmp_path, pngs):
-    fill(tmp_path, {"a.png": pngs[0], "b.png": pngs[1], "c/d.png": pngs[2]})
-    collection = open_collection(str(tmp_path))
-    planned = shards(collection)
-    (tmp_path / "b.png").unlink()
-    (tmp_path / "c" / "d.png").unlink()
-    (tmp_path / "c").rmdir()
-    found = accounted(collection, planned)
-    assert [(raw.image_id, raw.reason) for raw in found] == [
-        ("a.png", ""),
-        ("b.png", "missing"),
-        ("c/d.png", "missing"),
-    ]
-
-
-def test_file_that_became_a_folder_is_unreadable(tmp_path, pngs):
-    fill(tmp_path, {"a.png": pngs[0]})
-    collection = open_collection(str(tmp_path))
-    planned = shards(collection)
-    (tmp_path / "a.png").unlink()
-    (tmp_path / "a.png").mkdir()
-    (found,) = accounted(collection, planned)
-    assert (found.reason, found.detail) == ("unreadable", "Is a directory")
-
-
-@pytest.mark.parametrize("uri", ["{}/none", "{}/none/*.png", "{}/file.txt/below", "{}/empty", "{}/empty/*"])
-def test_nothing_there_is_refused_by_name(uri, tmp_path):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "file.txt").write_text("no folder")
-    uri = uri.format(tmp_path)
-    assert uri in refused(uri)
-
-
-@pytest.mark.parametrize("uri", ["nosuch://bucket/a", "memory://nothing-here", "nosuch://a::memory://b"])
-def test_wrong_uri_is_refused_by_name(uri):
-    assert uri in refused(uri)
-
-
-def test_files_have_no_columns(tmp_path, pngs):
-    fill(tmp_path, {"a.png": pngs[0]})
-    assert "'label'" in refused(tmp_path, keep=["label"])
-    assert "'img'" in refused(tmp_path, image_column="img")
-
-
-# Parquet
+from pipeline.sources import PARQUET, list_pieces, open_collection, read_raw
 
 
 def table(pngs, n, plain=False):
@@ -260,7 +22,7 @@ def table(pngs, n, plain=False):
     return pa.table({"img": images, "label": [i % 10 for i in range(n)]})
 
 
-def test_sample_is_read_row_by_row(sample):
+def test_sample_is_read_row_by_row(sample, rows):
     found = rows(sample, 64, keep=["label"])
     expected = duckdb.sql(f"select img.bytes, label from '{sample}'").fetchall()
     assert [(raw.data, raw.kept["label"]) for raw in found] == expected
@@ -269,14 +31,14 @@ def test_sample_is_read_row_by_row(sample):
 
 
 @pytest.mark.parametrize("column_type", [pa.binary(), pa.large_binary(), pa.binary_view()])
-def test_plain_binary_column(column_type, tmp_path, pngs):
+def test_plain_binary_column(column_type, tmp_path, pngs, rows):
     column = pa.array(pngs[:5]).cast(column_type)
     pq.write_table(pa.table({"name": list("abcde"), "data": column}), tmp_path / "a.parquet")
     assert open_collection(str(tmp_path)).image_column == "data"
     assert [raw.data for raw in rows(tmp_path)] == pngs[:5]
 
 
-def test_several_files_in_folders_and_by_glob(tmp_path, pngs):
+def test_several_files_in_folders_and_by_glob(tmp_path, pngs, rows, names):
     for i, name in enumerate(["train/0.parquet", "train/1.parquet", "test/0.PARQUET"]):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         pq.write_table(table(pngs[3 * i :], 3), tmp_path / name)
@@ -304,14 +66,14 @@ def test_a_table_beside_pictures_is_one_input_more(tmp_path, pngs, sample):
     assert [p.name for p in list_pieces(collection, 512)] == ["metadata.parquet", "one.png"]
 
 
-def test_parquet_in_memory_filesystem(pngs):
+def test_parquet_in_memory_filesystem(pngs, rows):
     root, sink = f"memory://{uuid.uuid4().hex}", io.BytesIO()
     pq.write_table(table(pngs, 7), sink, row_group_size=3)
     fsspec.filesystem("memory").pipe_file(f"{root.removeprefix('memory:/')}/a.parquet", sink.getvalue())
     assert [raw.data for raw in rows(root, 2)] == pngs[:7]
 
 
-def test_kept_columns_come_along_in_order_with_their_types(tmp_path, pngs):
+def test_kept_columns_come_along_in_order_with_their_types(tmp_path, pngs, rows):
     extra = {"caption": ["a", None, "ç"], "score": pa.array([1.5, 2.5, None], pa.float32()), "tags": [["x"], [], None]}
     base = table(pngs, 3)
     for name, values in extra.items():
@@ -325,7 +87,7 @@ def test_kept_columns_come_along_in_order_with_their_types(tmp_path, pngs):
     assert list(found[0].kept) == keep
 
 
-def test_text_that_is_no_utf_8_harms_only_who_keeps_it(tmp_path, pngs):
+def test_text_that_is_no_utf_8_harms_only_who_keeps_it(tmp_path, pngs, rows):
     """Arrow lets such text through, until it is looked at."""
     bad = pa.array([b"ok", b"\xff\xfe"]).cast(pa.binary()).view(pa.string())
     images = pa.StructArray.from_arrays([pa.array(pngs[:2]), bad], ["bytes", "path"])
@@ -334,7 +96,7 @@ def test_text_that_is_no_utf_8_harms_only_who_keeps_it(tmp_path, pngs):
     assert {raw.reason for raw in rows(tmp_path, keep=["caption"])} == {"unreadable"}
 
 
-def test_image_column_can_be_kept(tmp_path, pngs):
+def test_image_column_can_be_kept(tmp_path, pngs, rows):
     pq.write_table(table(pngs, 3), tmp_path / "a.parquet")
     for raw, png in zip(rows(tmp_path, keep=["img", "label"]), pngs[:3], strict=True):
         assert raw.data == raw.kept["img"]["bytes"] == png
@@ -345,7 +107,7 @@ def test_image_column_can_be_kept(tmp_path, pngs):
     files=st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=6), min_size=1, max_size=3),
     shard_size=st.integers(1, 12),
 )
-def test_row_ranges_cover_each_row_once_and_fit(files, shard_size, tmp_path_factory):
+def test_row_ranges_cover_each_row_once_and_fit(files, shard_size, tmp_path_factory, shards, accounted):
     """Any sizes of row groups, empty ones too, and any size of shards."""
     folder, expected = tmp_path_factory.mktemp("ranges"), []
     schema = pa.schema([("n", pa.int64()), ("img", pa.binary())])
@@ -363,7 +125,7 @@ def test_row_ranges_cover_each_row_once_and_fit(files, shard_size, tmp_path_fact
     assert [raw.data for raw in found] == [b"%d" % n for n in expected]
 
 
-def test_part_of_a_row_group_is_read_alone(sample):
+def test_part_of_a_row_group_is_read_alone(sample, shards, accounted):
     """The ids and bytes of a range are the same whether read alone or with its neighbours."""
     collection = open_collection(str(sample))
     whole = accounted(collection, shards(collection, 256))
@@ -372,7 +134,7 @@ def test_part_of_a_row_group_is_read_alone(sample):
         assert list(read_raw(collection, shard)) == whole[piece.start : piece.stop]
 
 
-def test_null_rows_are_rejects_and_empty_bytes_are_not(tmp_path, pngs):
+def test_null_rows_are_rejects_and_empty_bytes_are_not(tmp_path, pngs, rows):
     images = [{"bytes": pngs[0], "path": "a"}, None, {"bytes": None, "path": "b"}, {"bytes": b"", "path": "c"}]
     pq.write_table(pa.table({"img": images, "label": [1, 2, None, 4]}), tmp_path / "a.parquet")
     found = rows(tmp_path, keep=["label"])
@@ -380,14 +142,14 @@ def test_null_rows_are_rejects_and_empty_bytes_are_not(tmp_path, pngs):
     assert [raw.kept["label"] for raw in found] == [1, 2, None, 4]
 
 
-def test_unknown_column_is_refused_by_name(sample):
+def test_unknown_column_is_refused_by_name(sample, refused):
     for option in ({"keep": ["colour"]}, {"keep": ["label", "colour"]}, {"image_column": "colour"}):
         message = refused(sample, **option)
         assert "'colour'" in message
         assert "img, label" in message  # what there is
 
 
-def test_refusal_knows_the_setting_at_fault(tmp_path, sample, pngs):
+def test_refusal_knows_the_setting_at_fault(tmp_path, sample, pngs, fill):
     fill(tmp_path, {"a.png": pngs[0]})
     for uri, options, setting in [
         (tmp_path / "none", {}, "images"),
@@ -401,17 +163,17 @@ def test_refusal_knows_the_setting_at_fault(tmp_path, sample, pngs):
         assert info.value.field == setting
 
 
-def test_column_without_bytes_is_refused(sample):
+def test_column_without_bytes_is_refused(sample, refused):
     assert "'label' has no bytes" in refused(sample, image_column="label")
 
 
 @pytest.mark.parametrize("name", ["latent", "image_id", "mse"])
-def test_kept_column_may_not_shadow_a_latents_own(name, tmp_path, pngs):
+def test_kept_column_may_not_shadow_a_latents_own(name, tmp_path, pngs, refused):
     pq.write_table(table(pngs, 2).append_column(name, pa.array([1, 2])), tmp_path / "a.parquet")
     assert repr(name) in refused(tmp_path, keep=[name])
 
 
-def test_ambiguous_image_column_must_be_named(tmp_path, pngs):
+def test_ambiguous_image_column_must_be_named(tmp_path, pngs, rows, refused):
     both = table(pngs, 4).append_column("mask", pa.array(pngs[4:8], pa.binary()))
     pq.write_table(both, tmp_path / "a.parquet")
     assert "img, mask" in refused(tmp_path)
@@ -419,7 +181,7 @@ def test_ambiguous_image_column_must_be_named(tmp_path, pngs):
     assert [raw.data for raw in rows(tmp_path, image_column="img")] == pngs[:4]
 
 
-def test_parquet_without_bytes_is_refused(tmp_path):
+def test_parquet_without_bytes_is_refused(tmp_path, refused):
     pq.write_table(pa.table({"text": ["a"], "s": [{"path": "x"}]}), tmp_path / "a.parquet")
     assert "text, s" in refused(tmp_path)
 
@@ -440,7 +202,7 @@ def corrupt(content, how):
 
 @pytest.mark.parametrize("how", ["empty", "text", "cut", "thrift", "length", "column name"])
 @pytest.mark.parametrize("name", ["0.parquet", "2.parquet"])
-def test_corrupt_parquet_file_is_refused_by_name(name, how, tmp_path, pngs):
+def test_corrupt_parquet_file_is_refused_by_name(name, how, tmp_path, pngs, refused):
     pq.write_table(table(pngs, 5), tmp_path / "1.parquet")
     (tmp_path / name).write_bytes(corrupt((tmp_path / "1.parquet").read_bytes(), how))
     message = refused(tmp_path)
@@ -448,12 +210,12 @@ def test_corrupt_parquet_file_is_refused_by_name(name, how, tmp_path, pngs):
     assert "\n" not in message
 
 
-def test_dangling_parquet_file_is_refused_by_name(tmp_path):
+def test_dangling_parquet_file_is_refused_by_name(tmp_path, refused):
     (tmp_path / "a.parquet").symlink_to("nowhere")
     assert "a.parquet can't be opened: No such file or directory" in refused(tmp_path)
 
 
-def test_later_file_must_have_the_columns_of_the_first(tmp_path, pngs):
+def test_later_file_must_have_the_columns_of_the_first(tmp_path, pngs, refused):
     pq.write_table(table(pngs, 3), tmp_path / "0.parquet")
     for other, column in [
         (pa.table({"label": [1]}), "img"),
@@ -468,7 +230,7 @@ def test_later_file_must_have_the_columns_of_the_first(tmp_path, pngs):
 
 
 @pytest.fixture
-def planned(tmp_path, pngs):
+def planned(tmp_path, pngs, shards):
     """20 rows in one file in groups of 7, planned in shards of 5 at most; and where the file is."""
     path = tmp_path / "a.parquet"
     pq.write_table(table(pngs, 20), path, row_group_size=7)
@@ -476,7 +238,7 @@ def planned(tmp_path, pngs):
     return collection, shards(collection, 5), path
 
 
-def test_shrunk_parquet_file_accounts_for_each_listed_row(planned, pngs):
+def test_shrunk_parquet_file_accounts_for_each_listed_row(planned, pngs, accounted):
     collection, plan, path = planned
     pq.write_table(table(pngs, 9), path, row_group_size=2)
     found = accounted(collection, plan)
@@ -486,20 +248,20 @@ def test_shrunk_parquet_file_accounts_for_each_listed_row(planned, pngs):
     assert found[-1].kept == {"label": None}
 
 
-def test_grown_parquet_file_gives_the_listed_rows(planned, pngs):
+def test_grown_parquet_file_gives_the_listed_rows(planned, pngs, accounted):
     collection, plan, path = planned
     pq.write_table(table(pngs, 40), path, row_group_size=11)
     assert [raw.data for raw in accounted(collection, plan)] == pngs[:20]
 
 
-def test_removed_parquet_file_is_missing(planned):
+def test_removed_parquet_file_is_missing(planned, accounted):
     collection, plan, path = planned
     path.unlink()
     assert {(raw.reason, raw.detail) for raw in accounted(collection, plan)} == {("missing", "no such file")}
 
 
 @pytest.mark.parametrize("what", ["text", "no image column", "other label"])
-def test_replaced_parquet_file_is_unreadable(what, planned, pngs):
+def test_replaced_parquet_file_is_unreadable(what, planned, pngs, accounted):
     collection, plan, path = planned
     if what == "text":
         path.write_text("something else\n" * 50)
@@ -514,7 +276,7 @@ def test_replaced_parquet_file_is_unreadable(what, planned, pngs):
 
 @settings(max_examples=80)
 @given(edits=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.binary(min_size=1, max_size=30)), min_size=1))
-def test_damaged_pages_account_for_each_row(edits, sample, tmp_path_factory):
+def test_damaged_pages_account_for_each_row(edits, sample, tmp_path_factory, shards, accounted):
     """Bytes written over between plan and read: each listed row comes once, with bytes or a reason, twice the same."""
     path = tmp_path_factory.mktemp("damaged") / "a.parquet"
     pq.write_table(pq.read_table(sample).slice(0, 24), path, row_group_size=5)
