@@ -142,5 +142,16 @@ def as_state(x: Tensor) -> Tensor:
 def sample_noise(seed: int, index: int, shape: Sequence[int], count: int = 1) -> Tensor:
     """`count` standard normal draws [count, *shape], float32, that depend on (seed, index) alone: not on the batch,
     the shard or the worker. Draw 0 is x_T; a longer count continues the same stream (Philox, counter-based)."""
-    generator = np.random.Generator(np.random.Philox(key=np.array([seed % 2**64, index], np.uint64)))
-    return torch.from_numpy(generator.standard_normal((count, *shape), dtype=np.float32))
+    return torch.from_numpy(_stream(seed, index).standard_normal((count, *shape), dtype=np.float32))
+
+
+def noise_stream(seed: int, indices: Sequence[int], shape: Sequence[int]) -> Iterator[Tensor]:
+    """One draw after another [len(indices), *shape], float32, of the samples with those indices: of each what
+    `sample_noise` gives, without end, a draw at a time in memory."""
+    streams = [_stream(seed, index) for index in indices]
+    while True:
+        yield torch.from_numpy(np.stack([stream.standard_normal(shape, dtype=np.float32) for stream in streams]))
+
+
+def _stream(seed: int, index: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(key=np.array([seed % 2**64, index], np.uint64)))

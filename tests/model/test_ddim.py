@@ -10,7 +10,7 @@ from diffusers import DDIMInverseScheduler, DDIMScheduler, DDPMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.ddim import PREDICTION_TYPES, invert, move, sample, sample_noise, sigma_eta, sigma_hat
+from model.ddim import PREDICTION_TYPES, invert, move, noise_stream, sample, sample_noise, sigma_eta, sigma_hat
 from model.schedule import CLEAN, NoiseSchedule, ladder
 from model.unet import UNet, UNetConfig
 
@@ -418,6 +418,12 @@ def test_longer_noise_continues_the_same_stream():
     for n in (1, 2, 5):
         assert torch.equal(sample_noise(7, 3, (3, 5, 5), count=n), long[:n])
     assert torch.equal(sample_noise(7, 3, (75,)), long[:1].reshape(1, 75))
+
+
+def test_streams_of_a_batch_are_those_of_its_samples():
+    draws = noise_stream(7, [3, 0, 11], (3, 5, 5))
+    together = torch.stack([next(draws) for _ in range(4)], 1)
+    assert torch.equal(together, torch.stack([sample_noise(7, i, (3, 5, 5), count=4) for i in (3, 0, 11)]))
 
 
 SEEDS = st.integers(-(2**63), 2**64 - 1) | st.integers(-3, 3)

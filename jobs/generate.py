@@ -1,0 +1,104 @@
+"""palindrome generate: new samples from noise."""
+
+import sys
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from infra.cluster import ClusterError, connect
+from jobs.config import ConfigError, Range, ShardedConfig, blame
+from model import checkpoint
+from pipeline.generate import IMAGES, KIND, Generate, ranges
+from pipeline.ladders import KINDS, resolve
+from pipeline.latents import committed
+from pipeline.manifest import claim
+from pipeline.pictures import grid, pixels_of, png
+from pipeline.plan import add_pieces, plan_totals, read_plan
+from pipeline.progress import Progress, follow
+from pipeline.run import Failure, fit, run_shards
+from pipeline.storage import Folder, absolute, options_for
+from pipeline.summary import generated_summary, put_summary
+
+SHOWN, COLUMNS = 64, 8  # samples in samples.png
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig(ShardedConfig):
+    """Generate samples from x_T ~ N(0, I): one Parquet file a shard in OUT/images. Sample i depends on the seed, i and
+    the model alone, not on batches, shards or workers."""
+
+    model: str
+    """The checkpoint folder, in diffusers' layout; a path or an fsspec URI."""
+    count: Annotated[int, Range(1)]
+    """How many samples."""
+    seed: Annotated[int, Range(0)] = 0
+    """Of the noise."""
+    steps: Annotated[int, Range(1)] | None = None
+    """Steps from noise to image (default: 100, or those of the ladder's file or list)."""
+    ladder: str = "linear"
+    """How the steps are spread over the timesteps: linear, quadratic, logsnr, timesteps such as 0,3,11,999, or a file
+    that calibrate wrote."""
+    eta: Annotated[float, Range(0, 1)] = 0.0
+    """Noise added in each step: 0 is DDIM, and 1 with --steps of all timesteps is DDPM's ancestral sampling."""
+    sigma_hat: bool = False
+    """Add noise of the larger deviation sigma-hat of the DDIM paper's section 5."""
+    clip: bool = False
+    """Keep the predicted image within [-1, 1] in each step, as DDPM does; for stochastic sampling alone."""
+    latents: Literal["none", "float16", "float32"] = "none"
+    """Store x_T with each image, in this dtype."""
+    shard_size: Annotated[int, Range(1)] = 1024
+    """Samples a shard, at most: what is lost when a worker dies, and one file."""
+
+
+def run(config: GenerateConfig) -> int:
+    """Generates what is not there yet and returns the exit code."""
+    if config.clip and not (config.eta or config.sigma_hat):
+        raise ConfigError("--clip: it goes with --eta above 0 or --sigma-hat: DDIM's own samples are not clipped")
+    if config.eta and config.sigma_hat:
+        raise ConfigError("--sigma-hat: it stands for itself, without --eta")
+    with blame("--model"):
+        model = checkpoint.load(absolute(config.model), options_for(absolute(config.model)))
+    with blame("--steps" if config.ladder in KINDS else "--ladder"):
+        steps = config.steps or (min(100, model.schedule.num_train_timesteps) if config.ladder in KINDS else None)
+        levels = resolve(config.ladder, steps, model.schedule)
+    out = Folder(absolute(config.out))
+    with blame("--out"):
+        facts = {"model_digest": model.digest, "levels": list(levels), **model.describe()}
+        settings = config.settings(model=absolute(config.model), steps=len(levels) - 1)
+        claim(out, "generate", settings, config.FREE, facts, config.defaults())
+        pieces = ranges(config.count, config.seed, config.shard_size)
+        totals = plan_totals(out) or add_pieces(out, KIND, pieces, config.shard_size)
+    done = committed(out, IMAGES)
+    left = sum(shard.name not in done for shard in read_plan(out))
+    print(f"{totals.images} samples in {totals.shards} shards, {left} to generate", flush=True)
+
+    failures: list[Failure] = []
+    if left:
+        todo = (shard for shard in read_plan(out) if shard.name not in done)
+        with blame("--address", ClusterError), connect(config.address):
+            resources = fit(config.workers, "actor")
+            how = {"eta": config.eta, "use_sigma_hat": config.sigma_hat, "clip": config.clip}
+            dtype = None if config.latents == "none" else config.latents
+            facts |= {"seed": config.seed, **how}
+            work = Generate(out, config.seed, levels, how, dtype, config.batch_size, facts)
+            progress = Progress("generate", totals, totals.shards - left)
+            failures = follow(progress, run_shards(work, model, todo, resources))
+            out.clear_unfinished()
+    with blame("--out"):
+        summary = generated_summary(out)
+        put_summary(out, summary, failures)
+        _put_samples(out)
+    print(f"{summary['images']} samples in {config.out}, the first in {config.out}/samples.png")
+    if failures:
+        print(f"{len(failures)} shards failed; the same command tries them again", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _put_samples(out: Folder) -> None:
+    """The first samples that are there, in one picture."""
+    done = committed(out, IMAGES)
+    first = next((shard.name for shard in read_plan(out) if shard.name in done), None)
+    if first is not None:
+        with out.parquet_file(f"{IMAGES}/{first}.parquet") as file:
+            images = next(file.iter_batches(SHOWN, columns=["image"])).column("image").to_pylist()
+        out.put("samples.png", png(grid([pixels_of(image["bytes"]) for image in images], COLUMNS)))

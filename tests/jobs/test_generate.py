@@ -1,0 +1,152 @@
+"""Samples depend on the seed, their index and the model: not on workers, shards, batches or what was killed."""
+
+import io
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from diffusers import DDIMPipeline, DDIMScheduler
+from PIL import Image
+
+from model.ddim import sample, sample_noise
+from model.schedule import ladder
+from pipeline.metrics import to_pixels
+
+COUNT = 60
+
+
+def read(run):
+    """(ids, images uint8 [N, H, W, 3], x_T [N, C, H, W] or None), by index."""
+    table = pa.concat_tables([pq.read_table(f) for f in sorted(Path(run, "images").glob("*.parquet"))])
+    table = table.sort_by("index")
+    images = [np.asarray(Image.open(io.BytesIO(image["bytes"]))) for image in table["image"].to_pylist()]
+    noise = table["latent"].combine_chunks().to_numpy_ndarray() if "latent" in table.column_names else None
+    return table["image_id"].to_pylist(), np.stack(images), noise
+
+
+def command(model, out, *flags):
+    return ["generate", "--model", model, "--count", COUNT, "--steps", 4, "--out", out, *flags]
+
+
+@pytest.fixture(scope="module")
+def one(palindrome, model, tmp_path_factory):
+    out = tmp_path_factory.mktemp("generate") / "one"
+    said = palindrome(*command(model, out, "--latents", "float32", "--workers", 1, "--shard-size", 16))
+    assert said.code == 0, said.err
+    return read(out)
+
+
+def test_samples_are_what_the_model_makes_of_their_noise(one, tiny):
+    ids, images, noise = one
+    assert ids == [f"{i:09d}" for i in range(COUNT)]
+    expected = torch.cat([sample_noise(0, i, (3, 16, 16)) for i in range(COUNT)])
+    assert np.array_equal(noise, expected.numpy())
+    decoded = to_pixels(sample(tiny.network(), expected, ladder("linear", 4), tiny.schedule))
+    assert np.abs(images.astype(int) - decoded).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--workers", 2, "--shard-size", 7),
+        ("--workers", 3, "--shard-size", 16, "--batch-size", 5),
+        ("--workers", 2, "--shard-size", 100, "--batch-size", 1),
+    ],
+    ids=["two workers", "three workers", "one by one"],
+)
+def test_workers_shards_and_batches_change_nothing_but_rounding(one, flags, palindrome, model, tmp_path):
+    assert palindrome(*command(model, tmp_path / "run", "--latents", "float32", *flags)).code == 0
+    ids, images, noise = read(tmp_path / "run")
+    assert ids == one[0]
+    assert np.array_equal(noise, one[2])
+    assert np.abs(images.astype(int) - one[1]).max() <= 1  # kernels differ between batch sizes: a value may round up
+
+
+def test_a_killed_worker_changes_nothing(one, start, model, tmp_path):
+    out = tmp_path / "run"
+    flags = ("--latents", "float32", "--shard-size", 4, "--batch-size", 2, "--steps", 40)
+    process = start(*command(model, out, *flags))
+    while not list(out.glob("images/*.parquet")):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    for entry in Path("/proc").iterdir():
+        ours = entry.name.isdigit() and descends(int(entry.name), process.pid)
+        if ours and (entry / "cmdline").read_bytes().startswith(b"ray::ShardActor"):
+            os.kill(int(entry.name), signal.SIGKILL)
+    out_text, err = process.communicate()
+    assert process.returncode == 0, out_text + err
+    ids, _, noise = read(out)
+    assert ids == one[0] and np.array_equal(noise, one[2])
+
+
+def descends(pid, ancestor):
+    while pid > 1:
+        if pid == ancestor:
+            return True
+        try:
+            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            return False
+    return False
+
+
+@pytest.mark.parametrize("flags", [("--eta", 1, "--clip"), ("--sigma-hat",)], ids=str)
+def test_stochastic_samples_do_not_depend_on_batches_either(one, flags, palindrome, model, tmp_path):
+    for name, batch in (("a", 64), ("b", 7)):
+        assert palindrome(*command(model, tmp_path / name, "--batch-size", batch, *flags)).code == 0
+    (_, a, _), (_, b, _) = read(tmp_path / "a"), read(tmp_path / "b")
+    assert np.abs(a.astype(int) - b).max() <= 1
+    assert np.abs(a.astype(int) - one[1]).max() > 1
+
+
+def test_the_same_command_goes_on_and_another_is_refused(palindrome, model, tmp_path, times):
+    assert palindrome(*command(model, tmp_path, "--shard-size", 20)).code == 0
+    removed = sorted((tmp_path / "images").iterdir())[0]
+    content, before = removed.read_bytes(), times(tmp_path)
+    removed.unlink()
+    said = palindrome(*command(model, tmp_path, "--shard-size", 20))
+    assert said.code == 0 and "60 samples in 3 shards, 1 to generate" in said.out
+    again = pq.read_table(pa.BufferReader(removed.read_bytes()))
+    assert again.equals(pq.read_table(pa.BufferReader(content)))
+    changed = {name for name, when in times(tmp_path).items() if before.get(name) != when}
+    assert changed == {f"images/{removed.name}", "samples.png"}
+    said = palindrome(*command(model, tmp_path, "--shard-size", 20, "--seed", 1))
+    assert said.code == 2 and "--seed was 0, now 1" in said.err
+    assert json.loads((tmp_path / "summary.json").read_text())["images"] == COUNT
+    assert "60 images" in palindrome("status", tmp_path).out
+
+
+def test_a_run_is_read_by_duckdb_and_says_how_it_was_made(palindrome, model, tmp_path):
+    assert palindrome(*command(model, tmp_path, "--eta", 0.3, "--seed", 5)).code == 0
+    rows = duckdb.sql(f"select image_id, index, image.path from '{tmp_path}/images/*.parquet' order by 1").fetchall()
+    assert rows[:2] == [("000000000", 0, "000000000.png"), ("000000001", 1, "000000001.png")]
+    [file] = (tmp_path / "images").iterdir()
+    facts = json.loads(pq.read_schema(file).metadata[b"palindrome"])
+    assert (facts["eta"], facts["seed"], facts["levels"]) == (0.3, 5, list(ladder("linear", 4)))
+    assert Image.open(tmp_path / "samples.png").size == (8 * 18 - 2, 8 * 18 - 2)
+    pictures = tmp_path / "pictures"
+    assert palindrome("export", tmp_path, "--out", pictures, "--format", "png").code == 0
+    stored = pq.read_table(file, columns=["image_id", "image"]).to_pylist()
+    assert {p.name: p.read_bytes() for p in (pictures / "images").glob("*.png")} == {
+        f"{row['image_id']}.png": row["image"]["bytes"] for row in stored
+    }
+
+
+def test_samples_are_those_of_diffusers(one, tiny, model):
+    """The pipeline that diffusers' users have, from the same noise."""
+    pipeline = DDIMPipeline.from_pretrained(str(model))
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+    pipeline.scheduler.set_timesteps(4)
+    x = torch.from_numpy(one[2].copy())
+    with torch.no_grad():
+        for t in pipeline.scheduler.timesteps:
+            x = pipeline.scheduler.step(pipeline.unet(x, t).sample, t, x).prev_sample
+    assert np.abs(one[1].astype(int) - to_pixels(x)).max() <= 1
