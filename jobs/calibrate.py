@@ -1,7 +1,7 @@
 """palindrome calibrate: a ladder fitted to a model, written as a file that --ladder takes."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import numpy as np
@@ -9,31 +9,28 @@ import ray
 import torch
 
 from infra.cluster import ClusterError, connect
-from jobs.config import Config, ConfigError, Range, blame
+from jobs.config import CollectionOptions, Config, ConfigError, PictureOptions, Range, blame
 from model import checkpoint
 from model.fit import candidates, fit_ladder
 from model.inversion import evaluations
 from model.schedule import Ladder
 from pipeline.actors import Model
-from pipeline.decode import Preprocess
 from pipeline.ladders import KINDS, ladder_of_kind
 from pipeline.metrics import round_trip_error, statistics, to_model
 from pipeline.read import first_images
 from pipeline.run import fit
 from pipeline.sources import open_collection
-from pipeline.storage import Folder, absolute
+from pipeline.storage import Folder, absolute, options_for
 
 BATCH = 64  # images on the device at once
 
 
 @dataclass(frozen=True, kw_only=True)
-class CalibrateConfig(Config):
+class CalibrateConfig(CollectionOptions, PictureOptions, Config):
     """Find the levels that minimise the round-trip error at a number of steps, on some images of a collection."""
 
     out: str
     """The ladder file to write, JSON; a path or an fsspec URI that ends in .json."""
-    images: str
-    """The images: a folder, a glob, or Parquet files with an image column; a path or an fsspec URI."""
     model: str
     """The checkpoint folder, in diffusers' layout; a path or an fsspec URI."""
     steps: Annotated[int, Range(1)]
@@ -44,8 +41,6 @@ class CalibrateConfig(Config):
     """The highest timestep (default: 0.8 of all). Lower ones leave more of the image in the latent."""
     limit: Annotated[int, Range(1)] = 32
     """Images to calibrate on: the first so many that can be decoded."""
-    image_column: str | None = None
-    """The Parquet column that holds the images (default: the one that holds bytes)."""
 
 
 def run(config: CalibrateConfig) -> int:
@@ -53,15 +48,15 @@ def run(config: CalibrateConfig) -> int:
     if not config.out.endswith(".json"):
         raise ConfigError(f"--out: {config.out} does not end in .json, by which --ladder knows a ladder file")
     with blame("--model"):
-        model = checkpoint.load(absolute(config.model))
-        how = Preprocess(model.config.sample_size, model.config.in_channels)
+        model = checkpoint.load(absolute(config.model), options_for(config.model))
+        how = config.preprocess(model.config.sample_size, model.config.in_channels)
     schedule = model.schedule
     top = max(schedule.num_train_timesteps * 4 // 5, config.steps - 1) if config.top is None else config.top
     with blame("--steps" if config.top is None else "--top"):
         fine = candidates(schedule, config.steps, top)
         ladders = {kind: ladder_of_kind(kind, config.steps, schedule, top) for kind in KINDS}
     with blame("--images"):
-        collection = open_collection(absolute(config.images), image_column=config.image_column)
+        collection = open_collection(absolute(config.images), **config.reading())
         pixels = first_images(collection, how, config.limit)
     with blame("--address", ClusterError), connect(config.address):
         resources = fit([1], "actor")
@@ -78,7 +73,7 @@ def run(config: CalibrateConfig) -> int:
         "nfe": [evaluations(config.steps, config.corrections), config.steps],
         "images": len(pixels),
         "round_trip": errors,
-        "preprocess": asdict(how),
+        "preprocess": how.record(),
     }
     folder, _, name = absolute(config.out).rpartition("/")
     with blame("--out"):

@@ -4,14 +4,32 @@ import argparse
 import ast
 import dataclasses
 import inspect
+import json
 import textwrap
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from pathlib import Path
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
+
+import fsspec
 
 from pipeline.errors import SourceError
+
+if TYPE_CHECKING:
+    from pipeline.decode import Preprocess
 
 STORES = frozenset({"botocore", "aiobotocore", "aiohttp", "google", "gcsfs"})  # whose errors have no common base
 C = TypeVar("C", bound="Options")
@@ -43,6 +61,38 @@ class Options:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StorageOptions(Options):
+    """The flag of every command that opens URIs. No job's config holds it: it is written nowhere and may differ at each
+    start."""
+
+    storage_options: str | None = dataclasses.field(default=None, repr=False)
+    """How stores are opened: JSON by protocol, as in {"s3": {"endpoint_url": "https://...", "key": "...", "secret":
+    "..."}}, each as fsspec takes it for that protocol; or the name of a file that holds it. The AWS environment and
+    profiles stand in for what it does not name."""
+
+    def read(self) -> dict[str, dict[str, Any]]:
+        """By protocol. Raises ConfigError, whose words say nothing of what is in it."""
+        text, flag = self.storage_options, flag_of("storage_options")
+        if text is None:
+            return {}
+        if not text.lstrip().startswith("{"):
+            try:
+                text = Path(text).expanduser().read_text()
+            except (OSError, ValueError) as e:
+                why = e.strerror if isinstance(e, OSError) else "no text"
+                raise ConfigError(f"{flag}: no JSON object, and no file that can be read: {why}") from None
+        try:
+            options = json.loads(text)
+        except ValueError as e:
+            where = f", line {e.lineno} column {e.colno}" if isinstance(e, json.JSONDecodeError) else ""
+            raise ConfigError(f"{flag}: it is no JSON{where}") from None
+        by_protocol = isinstance(options, dict) and all(isinstance(given, dict) for given in options.values())
+        if not by_protocol or not options.keys() <= set(fsspec.available_protocols()):
+            raise ConfigError(f'{flag}: it takes an object by protocol, as {{"s3": {{"endpoint_url": "https://..."}}}}')
+        return dict(options)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config(Options):
     """Fields that every job has which writes a folder."""
 
@@ -59,25 +109,86 @@ class Config(Options):
         found = {k: v for k, v in dataclasses.asdict(self).items() if k not in ("out", "address")}
         return {**found, **resolved}
 
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """What the settings are that a command does not name. A setting that is new has as its default what was done
+        before there was a choice, so that runs of earlier versions go on."""
+        fields = (f for f in dataclasses.fields(cls) if f.name not in ("out", "address"))
+        return {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
+
 
 @dataclass(frozen=True, kw_only=True)
 class ShardedConfig(Config):
     """Fields of the jobs that map shards of images over processes which hold a model."""
 
-    FREE: ClassVar[frozenset[str]] = frozenset({"workers", "batch_size", "decode", "model"})
+    FREE: ClassVar[frozenset[str]] = frozenset({"workers", "batch_size", "model"})
 
     batch_size: Annotated[int, Range(1)] = 64
     """Images on the device at once; halved where they do not fit."""
     workers: tuple[Annotated[int, Range(1)], ...] = ()
     """Processes that hold the model, at most (default: one a GPU; without GPUs, one a node). Of two numbers the first
     is the fewest to go on with: where the cluster has no room for so many for half an hour, the run ends."""
-    decode: Literal["auto", "tasks", "actor"] = "auto"
-    """Where images are read and decoded: in Ray tasks on free CPUs, or in the model's process."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if len(self.workers) > 2 or list(self.workers) != sorted(self.workers):
             raise ConfigError(f"--workers: {' '.join(map(str, self.workers))} is no number, and no MIN MAX")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadingConfig(ShardedConfig):
+    """Fields of those among them that read images."""
+
+    FREE: ClassVar[frozenset[str]] = ShardedConfig.FREE | {"decode"}
+
+    decode: Literal["auto", "tasks", "actor"] = "auto"
+    """Where images are read and decoded: in Ray tasks on free CPUs, or in the model's process."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CollectionOptions(Options):
+    """Fields of the jobs that read images: where they are, and as what."""
+
+    images: str
+    """The images: a folder, a glob, Parquet files with a column of images, WebDataset tars (`{00000..00099}.tar`), or
+    one text, CSV or Parquet file that lists URIs; a path or an fsspec URI."""
+    format: Literal["auto", "files", "parquet", "webdataset", "list"] = "auto"
+    """What --images is, where it is not recognised as what it is meant to be."""
+    extensions: tuple[str, ...] = ()
+    """Only files that end in one of these, such as jpg png."""
+    image_column: str | None = None
+    """The column that holds the images or URIs, or the extension of the images in tars (default: it is found)."""
+
+    def reading(self) -> dict[str, Any]:
+        """What `open_collection` is told."""
+        kind = None if self.format == "auto" else self.format
+        return {"kind": kind, "image_column": self.image_column, "extensions": self.extensions}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureOptions(Options):
+    """Fields of the jobs that read images: how each becomes the model's input."""
+
+    fit: Literal["crop", "pad"] = "crop"
+    """What is taken of an image that is not square: its largest centred square, or all of it, on the background."""
+    resample: Literal["lanczos", "bicubic", "box", "area"] = "lanczos"
+    """The filter that brings images to the model's size."""
+    background: tuple[Annotated[int, Range(0, 255)], ...] = (255, 255, 255)
+    """Red, green and blue, 0 to 255 each, of what lies behind transparent pixels and around padded images."""
+    max_pixels: Annotated[int, Range(1)] = 100_000_000
+    """Larger images are rejected."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.background) != 3:
+            raise ConfigError(f"--background: {' '.join(map(str, self.background))} is not red, green and blue")
+
+    def preprocess(self, size: int, channels: int) -> "Preprocess":
+        """For a model of images of so many pixels a side and so many channels."""
+        from pipeline.decode import Preprocess  # every command imports this module, and few need Pillow
+
+        red, green, blue = self.background
+        return Preprocess(size, channels, self.max_pixels, (red, green, blue), self.resample, self.fit)
 
 
 def flag_of(name: str) -> str:
@@ -110,7 +221,8 @@ def add_arguments(parser: argparse.ArgumentParser, config: type[Options]) -> Non
         kind, choices, many = _shape(hints[f.name])
         text = docs[f.name].replace("%", "%%")
         if not must and f.default not in (None, (), False):
-            text += f" (default: {f.default})"
+            shown = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
+            text += f" (default: {shown})"
         if f.name in config.POSITIONAL:
             parser.add_argument(f.name, help=text, metavar=f.name.upper())
             continue

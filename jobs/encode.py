@@ -2,15 +2,14 @@
 
 import math
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 from infra.cluster import ClusterError, connect
-from jobs.config import ConfigError, Range, ShardedConfig, blame
+from jobs.config import CollectionOptions, ConfigError, PictureOptions, Range, ReadingConfig, blame
 from model import checkpoint
 from model.inversion import evaluations
 from pipeline.actors import Encode, Reader
-from pipeline.decode import Preprocess
 from pipeline.ladders import KINDS, resolve
 from pipeline.latents import REJECTS, committed
 from pipeline.manifest import claim
@@ -19,20 +18,18 @@ from pipeline.progress import Budget, Progress, follow
 from pipeline.records import REASONS
 from pipeline.run import Failure, fit, run_shards
 from pipeline.sources import Collection, open_collection
-from pipeline.storage import Folder, absolute
+from pipeline.storage import Folder, absolute, options_for
 from pipeline.summary import latents_summary, put_summary
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncodeConfig(ShardedConfig):
+class EncodeConfig(CollectionOptions, PictureOptions, ReadingConfig):
     """Encode an image collection to latents by DDIM inversion: one Parquet file a shard in OUT/latents."""
 
-    FREE: ClassVar[frozenset[str]] = ShardedConfig.FREE | {
+    FREE: ClassVar[frozenset[str]] = ReadingConfig.FREE | {
         *("relist", "retry_rejects", "max_failed_shards", "max_reject_fraction", "stall"),
     }
 
-    images: str
-    """The images: a folder, a glob, or Parquet files with an image column; a path or an fsspec URI."""
     model: str
     """The checkpoint folder, in diffusers' layout; a path or an fsspec URI."""
     steps: Annotated[int, Range(1)] | None = None
@@ -54,11 +51,7 @@ class EncodeConfig(ShardedConfig):
     """Where a run goes on: list the images again, encode those that are new, and say which changed or are gone. A run
     with --limit keeps to its first listing."""
     keep: tuple[str, ...] = ()
-    """Columns of a Parquet collection to keep beside the latents."""
-    image_column: str | None = None
-    """The Parquet column that holds the images (default: the one that holds bytes)."""
-    max_pixels: Annotated[int, Range(1)] = 100_000_000
-    """Larger images are rejected."""
+    """Columns of Parquet or of a list, or extensions of the members of tars, to keep beside the latents."""
     retry_rejects: bool = False
     """Encode again the shards in which an input was rejected: it may be there, or whole, by now."""
     max_failed_shards: Annotated[int, Range(0)] | None = None
@@ -77,10 +70,10 @@ def run(config: EncodeConfig) -> int:
     """Encodes what is not encoded yet and returns the exit code."""
     with blame("--images"):
         uri = absolute(config.images)
-        collection = open_collection(uri, image_column=config.image_column, keep=config.keep)
+        collection = open_collection(uri, keep=config.keep, **config.reading())
     with blame("--model"):
-        model = checkpoint.load(absolute(config.model))
-        how = Preprocess(model.config.sample_size, model.config.in_channels, config.max_pixels)
+        model = checkpoint.load(absolute(config.model), options_for(config.model))
+        how = config.preprocess(model.config.sample_size, model.config.in_channels)
     with blame("--steps" if config.ladder in KINDS else "--ladder"):
         levels = resolve(config.ladder, config.steps, model.schedule)
     tolerance, exact = _tolerance(config)
@@ -97,10 +90,10 @@ def run(config: EncodeConfig) -> int:
                 "tolerance": "exact" if exact else tolerance or None,
                 "nfe": evaluations(len(levels) - 1, config.corrections),
             },
-            "preprocess": asdict(how),
+            "preprocess": how.record(),
         }
         settings = config.settings(images=uri, model=absolute(config.model), steps=len(levels) - 1)
-        claim(out, "encode", settings, config.FREE, {**facts, "collection": source})
+        claim(out, "encode", settings, config.FREE, {**facts, "collection": source}, config.defaults())
     with blame("--images"):
         totals = _plan(config, out, collection)
     done = committed(out) - (committed(out, REJECTS) if config.retry_rejects else set())
@@ -116,7 +109,7 @@ def run(config: EncodeConfig) -> int:
             resources = fit(config.workers, config.decode)
             reader = Reader(collection, how, config.batch_size, resources.read_by_tasks)
             corrected = (levels, config.corrections, tolerance, exact)
-            work = Encode(out, reader, *corrected, config.dtype, config.measure, facts)
+            work = Encode(out, reader, *corrected, config.dtype, config.measure, facts, config.retry_rejects)
             progress = Progress("encode", totals, totals.shards - left)
             failures = follow(progress, run_shards(work, model, todo, resources, config.stall), budget)
             out.clear_unfinished()

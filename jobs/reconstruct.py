@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from infra.cluster import ClusterError, connect
-from jobs.config import ConfigError, Range, ShardedConfig, blame
+from jobs.config import ConfigError, Range, ReadingConfig, blame
 from model import checkpoint
 from model.schedule import Ladder, NoiseSchedule, check_ladder
 from pipeline.actors import RECONSTRUCTIONS, Reader, Reconstruct
@@ -19,12 +19,12 @@ from pipeline.progress import Progress, follow
 from pipeline.report import reconstruction_report
 from pipeline.run import Failure, fit, run_shards
 from pipeline.sources import Collection
-from pipeline.storage import Folder, absolute
+from pipeline.storage import Folder, absolute, options_for
 from pipeline.summary import mean_nfe, put_summary, read_errors, reconstructions_summary
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReconstructConfig(ShardedConfig):
+class ReconstructConfig(ReadingConfig):
     """Decode an encode run's latents, compare with the originals, and report the error in numbers and pictures."""
 
     latents: str
@@ -46,7 +46,8 @@ def run(config: ReconstructConfig) -> int:
         if plan is None or not done_latents:
             raise ManifestError(f"{config.latents} holds no latents yet")
     with blame("--model"):
-        model = checkpoint.load(absolute(config.model or encoded["config"]["model"]))
+        where = absolute(config.model or encoded["config"]["model"])
+        model = checkpoint.load(where, options_for(where))
         if model.digest != encoded["model_digest"]:
             raise ConfigError(
                 f"--model: the latents were made by another model: digest {encoded['model_digest'][:12]}…,"

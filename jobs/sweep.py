@@ -1,17 +1,16 @@
 """palindrome sweep: the round trip's error against the network evaluations, over settings and a collection."""
 
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import product
 from pathlib import PurePosixPath
 from typing import Annotated, Any, ClassVar, Literal
 
 from infra.cluster import ClusterError, connect
-from jobs.config import ConfigError, Range, ShardedConfig, blame
+from jobs.config import CollectionOptions, ConfigError, PictureOptions, Range, ReadingConfig, blame
 from model import checkpoint
 from model.schedule import NoiseSchedule
 from pipeline.actors import Reader
-from pipeline.decode import Preprocess
 from pipeline.ladders import KINDS, resolve
 from pipeline.latents import committed
 from pipeline.manifest import claim
@@ -19,23 +18,21 @@ from pipeline.plan import Totals, plan_totals, read_plan, write_plan
 from pipeline.progress import Progress, follow
 from pipeline.run import Failure, fit, run_shards
 from pipeline.sources import open_collection
-from pipeline.storage import Folder, absolute
+from pipeline.storage import Folder, absolute, options_for
 from pipeline.summary import put_summary, rejects_by_reason
 from pipeline.sweep import SWEPT, Setting, Sweep, read_sweep, units
 from pipeline.sweep_report import as_csv, error_plot, sweep_report
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepConfig(ShardedConfig):
+class SweepConfig(CollectionOptions, PictureOptions, ReadingConfig):
     """Take a collection there and back under every combination of the settings: a table, a CSV file and a plot of error
     against network evaluations. Other settings into the same folder are added to what is there."""
 
-    FREE: ClassVar[frozenset[str]] = ShardedConfig.FREE | {
+    FREE: ClassVar[frozenset[str]] = ReadingConfig.FREE | {
         *("steps", "corrections", "ladder", "tolerance", "dtype", "max_nfe"),
     }
 
-    images: str
-    """The images: a folder, a glob, or Parquet files with an image column; a path or an fsspec URI."""
     model: str
     """The checkpoint folder, in diffusers' layout; a path or an fsspec URI."""
     steps: tuple[Annotated[int, Range(1)], ...] = (10, 20, 50, 100)
@@ -58,24 +55,23 @@ class SweepConfig(ShardedConfig):
     """Images a shard, at most; a shard under one setting is a unit of work."""
     limit: Annotated[int, Range(1)] | None = None
     """Only the first so many images."""
-    image_column: str | None = None
-    """The Parquet column that holds the images (default: the one that holds bytes)."""
 
 
 def run(config: SweepConfig) -> int:
     """Measures what is not measured yet, writes table and plot, and returns the exit code."""
     with blame("--images"):
         uri = absolute(config.images)
-        collection = open_collection(uri, image_column=config.image_column)
+        collection = open_collection(uri, **config.reading())
     with blame("--model"):
-        model = checkpoint.load(absolute(config.model))
-        how = Preprocess(model.config.sample_size, model.config.in_channels)
+        model = checkpoint.load(absolute(config.model), options_for(config.model))
+        how = config.preprocess(model.config.sample_size, model.config.in_channels)
     settings = _settings(config, model.schedule)
     out = Folder(absolute(config.out))
     source = {"uri": uri, "kind": collection.kind, "image_column": collection.image_column}
     with blame("--out"):
-        facts = {"model_digest": model.digest, "preprocess": asdict(how), "collection": source}
-        claim(out, "sweep", config.settings(images=uri, model=absolute(config.model)), config.FREE, facts)
+        facts = {"model_digest": model.digest, "preprocess": how.record(), "collection": source}
+        named = config.settings(images=uri, model=absolute(config.model))
+        claim(out, "sweep", named, config.FREE, facts, config.defaults())
     with blame("--images"):
         plan = plan_totals(out) or write_plan(out, collection, config.shard_size, config.limit)
     done = committed(out, SWEPT)

@@ -17,10 +17,11 @@ import numpy as np
 import ray.train
 import ray.train.torch
 import torch
+from pyarrow.fs import FSSpecHandler, PyFileSystem
 from torch import Tensor
 
 from infra.cluster import ClusterError, connect
-from jobs.config import Config, ConfigError, Range, blame
+from jobs.config import CollectionOptions, Config, ConfigError, PictureOptions, Range, blame
 from model import checkpoint
 from model.checkpoint import Checkpoint
 from model.ddim import sample, sample_noise
@@ -28,7 +29,6 @@ from model.ema import EMA
 from model.loss import DiffusionLoss
 from model.schedule import NoiseSchedule, ladder
 from model.unet import UNet, UNetConfig
-from pipeline.decode import Preprocess
 from pipeline.errors import RunError
 from pipeline.manifest import claim
 from pipeline.metrics import to_pixels
@@ -36,7 +36,7 @@ from pipeline.pictures import grid, png
 from pipeline.plan import plan_totals, read_plan, write_plan
 from pipeline.read import read_batches
 from pipeline.sources import Collection, open_collection
-from pipeline.storage import Folder, absolute
+from pipeline.storage import Folder, absolute, options_for
 
 
 def _unet(size: int, channels: tuple[int, ...], attention: int, **settings: Any) -> UNetConfig:
@@ -68,15 +68,13 @@ FAILURES = 3  # deaths of workers after which a training goes on from its last s
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(Config):
+class TrainConfig(CollectionOptions, PictureOptions, Config):
     """Train a diffusion model on an image collection; --out becomes a checkpoint folder that diffusers opens too."""
 
     FREE: ClassVar[frozenset[str]] = frozenset(
         {"train_steps", "workers", "sample_every", "save_every", "precision", "save_dtype"}
     )
 
-    images: str
-    """The images: a folder, a glob, or Parquet files with an image column; a path or an fsspec URI."""
     preset: Literal["cifar10-128", "cifar10-64", "cifar10-32", "celebahq-256", "celebahq-128", "tiny"]
     """The architecture: data set and base channels."""
     train_steps: Annotated[int, Range(1)] = 800_000
@@ -105,12 +103,8 @@ class TrainConfig(Config):
     """The network's arithmetic; auto is bfloat16 where the hardware has it. Weights stay float32."""
     save_dtype: Literal["float32", "float16"] = "float32"
     """The dtype of the weights in the checkpoint folder."""
-    image_column: str | None = None
-    """The Parquet column that holds the images (default: the one that holds bytes)."""
     limit: Annotated[int, Range(1)] | None = None
     """Use only the first so many images."""
-    max_pixels: Annotated[int, Range(1)] = 100_000_000
-    """Larger images are left out."""
     workers: Annotated[int, Range(1)] = 1
     """Training processes, one a GPU where the cluster has GPUs."""
     sample_every: Annotated[int, Range(1)] = 5000
@@ -124,13 +118,13 @@ class TrainConfig(Config):
 def run(config: TrainConfig) -> int:
     """Trains to `train_steps`, resuming from the last saved state, and returns the exit code."""
     with blame("--images"):
-        collection = open_collection(absolute(config.images), image_column=config.image_column)
+        collection = open_collection(absolute(config.images), **config.reading())
     with blame("--batch-size"):
         if config.batch_size % config.workers:
             raise ConfigError(f"--batch-size: {config.batch_size} is not divisible by --workers {config.workers}")
     out = Folder(absolute(config.out))
     with blame("--out"):
-        claim(out, "train", config.settings(images=absolute(config.images)), config.FREE, {})
+        claim(out, "train", config.settings(images=absolute(config.images)), config.FREE, {}, config.defaults())
         trained = json.loads(out.read(RECORD))["steps"] if out.exists(RECORD) else 0
         if trained >= config.train_steps:
             print(f"{config.out} is trained already: {trained} steps")
@@ -152,7 +146,8 @@ def run(config: TrainConfig) -> int:
             ),
             run_config=ray.train.RunConfig(
                 name="train",
-                storage_path=out.uri,
+                storage_path=out.uri if out.is_local else out.path(),
+                storage_filesystem=None if out.is_local else PyFileSystem(FSSpecHandler(out.fs)),
                 checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
                 failure_config=ray.train.FailureConfig(max_failures=FAILURES),
             ),
@@ -268,7 +263,8 @@ def _train(job: dict[str, Any]) -> None:
         record |= {"device": device.type, "precision": "bfloat16" if bfloat16 else "float32"}
         dtype = getattr(torch, config.save_dtype)
         weights = {k: v.to(dtype) for k, v in average.shadow.items()}
-        checkpoint.save(Checkpoint(network.config, weights, schedule, config.prediction), out.uri)
+        trained_model = Checkpoint(network.config, weights, schedule, config.prediction)
+        checkpoint.save(trained_model, out.uri, options_for(out.uri, out.storage_options))
         out.put(RECORD, (json.dumps(record, indent=2) + "\n").encode())  # last: it says that the rest is there
 
 
@@ -276,7 +272,7 @@ def _batches(config: TrainConfig, collection: Collection, out: Folder, rank: int
     """This rank's images for ever, uint8 [B, H, W, C]: its part of the shards in a new random order each epoch,
     through a shuffle buffer. Rejects are left out."""
     unet = PRESETS[config.preset]
-    how = Preprocess(unet.sample_size, unet.in_channels, config.max_pixels)
+    how = config.preprocess(unet.sample_size, unet.in_channels)
     size = config.batch_size // config.workers
     buffer: list[np.ndarray] = []
     room = max(size, min(8192, BUFFER_BYTES // (unet.in_channels * unet.sample_size**2)))

@@ -114,6 +114,18 @@ WRONG = {
     "a sample of none": ("verify IN/pictures --deep 0", "--deep: 0 is out of range"),
     "an unknown reason": ("rejects IN/pictures --reason ennui", "--reason: 'ennui' is none of empty, null"),
     "an unknown format": ("rejects IN/pictures --format xml", "--format: invalid choice: 'xml'"),
+    "no number of samples": ("generate --model MODEL --count 0 --out OUT", "--count: 0 is out of range"),
+    "an eta above 1": ("generate --model MODEL --count 1 --eta 1.5 --out OUT", "--eta: 1.5 is out of range"),
+    "clipped DDIM": ("generate --model MODEL --count 1 --clip --out OUT", "--clip: it goes with --eta"),
+    "two kinds of noise": ("generate --model MODEL --count 1 --eta 1 --sigma-hat --out OUT", "--sigma-hat: it stands"),
+    "more steps to generate than timesteps": ("generate --model MODEL --count 1 --steps 1001 --out OUT", "--steps: "),
+    "an export of no format": ("export IN/pictures --out OUT", "required: --format"),
+    "an export of an unknown format": ("export IN/pictures --out OUT --format gif", "--format: invalid choice: 'gif'"),
+    "an export of no quality": ("export IN/pictures --out OUT --format jpeg --quality 0",
+                               "--quality: 0 is out of range"),
+    "the quality of what is lossless": ("export IN/pictures --out OUT --format png --quality 90",
+                                        "--quality: png is lossless"),
+    "an export of an unknown scheme": ("export nosuch://x --out OUT --format png", "RUN: Protocol not known: nosuch"),
     "no decoding steps": ("reconstruct --latents IN/none --out OUT --steps 5 0", "--steps: 0 is out of range"),
 }  # fmt: skip
 
@@ -222,7 +234,7 @@ def test_help_names_every_flag_with_words_and_default(palindrome, job):
     assert said.code == 0
     flags = re.findall(r"^  (--[a-z-]+)", said.out, re.MULTILINE)
     text = " ".join(said.out.split())
-    if job in ("status", "verify", "rejects"):  # which read a run folder
+    if job in ("status", "verify", "rejects", "export"):  # which read a run folder
         assert "RUN The run folder" in text and flags
         return
     assert "--out" in flags and "--address" in flags

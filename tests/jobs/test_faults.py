@@ -3,9 +3,11 @@
 A Ray of three nodes on this machine; SIGKILL to drivers, actors, workers that read, and whole nodes.
 """
 
+import ctypes
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -229,6 +231,33 @@ def test_a_disk_that_may_not_be_written_to_is_named(palindrome, pictures, model,
     assert "--out: " in said.err and "Read-only file system" in said.err
     subprocess.run(["mount", "-o", "remount,rw,size=4m", disk], check=True)
     assert palindrome(*command).code == 0
+
+
+def no_more_than_others():
+    """Before a command starts: root is no more permitted than other users are (PR_CAPBSET_DROP, CAP_DAC_*)."""
+    for capability in (1, 2) if os.getuid() == 0 else ():
+        assert ctypes.CDLL(None).prctl(24, capability, 0, 0, 0) == 0
+
+
+def test_permission_denied_is_a_reject_of_an_image_and_an_error_of_the_output(pictures, model, tmp_path):
+    shutil.copytree(pictures, tmp_path / "images")
+    (tmp_path / "images" / "001.png").chmod(0)
+    (tmp_path / "closed").mkdir(mode=0o555)
+
+    def encode(out):
+        flags = {"images": tmp_path / "images", "model": model, "out": tmp_path / out, "steps": 2}
+        words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+        command = [sys.executable, "-m", "jobs", "encode", *words]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, preexec_fn=no_more_than_others)
+
+    said = encode("run")
+    assert said.returncode == 0, said.stderr
+    rejects = duckdb.sql(f"select image_id, reason, detail from '{tmp_path}/run/rejects/*.parquet'").fetchall()
+    assert rejects == [("001.png", "unreadable", "Permission denied")]
+    assert duckdb.sql(f"select count(*) from '{tmp_path}/run/latents/*.parquet'").fetchall() == [(23,)]
+    said = encode("closed/run")
+    assert said.returncode == 2
+    assert "--out: " in said.stderr and "Permission denied" in said.stderr
 
 
 def test_a_disk_too_full_for_a_plan_is_not_the_images_fault(palindrome, pictures, model, small_disk):
