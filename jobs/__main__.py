@@ -21,6 +21,7 @@ JOBS = {
     "export": "the images of a run as files for others",
     "calibrate": "a ladder fitted to a model, for --ladder",
     "sweep": "the error against the network evaluations, over settings",
+    "regenerate": "latents -> images, on ladders of any length, or varied",
     "generate": "new images, from noise",
     "train": "train a model on a collection",
     "status": "how far a run is",

@@ -41,7 +41,7 @@ class ExportConfig(Options):
     POSITIONAL: ClassVar[frozenset[str]] = frozenset({"run"})
 
     run: str
-    """The run folder of reconstruct or generate, a path or an fsspec URI."""
+    """The run folder of reconstruct, regenerate or generate, a path or an fsspec URI."""
     out: str
     """The folder to write to, a path or an fsspec URI. The same command again resumes."""
     format: Literal["png", "webp", "jpeg", "webdataset", "parquet"]
@@ -83,12 +83,13 @@ def run(config: ExportConfig) -> int:
         print(f"{config.run} is not complete; the same command exports what comes", file=sys.stderr)
     if resumed and left:
         clear_unfinished(out)
-    several = config.steps is None and len(variants) > 1
+    apart = ["steps"] if config.steps is None and len(variants) > 1 else []
+    apart += ["variation"] if manifest["config"].get("variations", 1) > 1 else []
     failed = 0
     if left:
         per_shard = 1 if config.steps is None else len(variants)  # images of an id, of which one is taken
         totals = Totals(len(shards), _images(source, holds, left) // per_shard * len(shards) // len(left))
-        work = Export(source, holds, out, config.format, config.quality, several, config.steps, threading.Event())
+        work = Export(source, holds, out, config.format, config.quality, tuple(apart), config.steps, threading.Event())
         failed = _follow(Progress("export", totals, len(done)), work, left)
     if config.format in PICTURES:
         images, index = IMAGES, f"{IMAGES}/metadata.parquet"  # a name by which Hugging Face's datasets finds it

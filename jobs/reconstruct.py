@@ -7,13 +7,12 @@ from typing import Annotated, Any
 from infra.cluster import ClusterError, connect
 from jobs.config import ConfigError, Range, ReadingConfig, blame
 from model import checkpoint
-from model.schedule import Ladder, NoiseSchedule, check_ladder
 from pipeline.actors import RECONSTRUCTIONS, Reader, Reconstruct
 from pipeline.comparison import choose_examples, series_at
 from pipeline.decode import Preprocess
-from pipeline.ladders import KINDS, ladder_of_kind
+from pipeline.encoded import encode_run, ladders_of
 from pipeline.latents import committed
-from pipeline.manifest import ManifestError, claim, read_manifest
+from pipeline.manifest import ManifestError, claim
 from pipeline.plan import Totals, plan_totals, read_plan
 from pipeline.progress import Progress, follow
 from pipeline.report import reconstruction_report
@@ -40,7 +39,7 @@ def run(config: ReconstructConfig) -> int:
     """Reconstructs what is not reconstructed yet, writes summary and report, and returns the exit code."""
     latents, out = Folder(absolute(config.latents)), Folder(absolute(config.out))
     with blame("--latents"):
-        encoded = _encode_run(latents)
+        encoded = encode_run(latents)
         plan = plan_totals(latents)
         done_latents = committed(latents)
         if plan is None or not done_latents:
@@ -54,7 +53,7 @@ def run(config: ReconstructConfig) -> int:
                 f" and this one's is {model.digest[:12]}…"
             )
     with blame("--steps"):
-        ladders = _ladders(config, encoded, model.schedule)
+        ladders = ladders_of(encoded, config.steps, model.schedule)
     with blame("--out"):
         facts = {"model_digest": model.digest, "ladders": [list(levels) for levels in ladders]}
         claim(out, "reconstruct", config.settings(latents=latents.uri), config.FREE, facts)
@@ -94,29 +93,6 @@ def run(config: ReconstructConfig) -> int:
     examples = choose_examples(out, latents, collection, how, rows, max(steps))
     out.put("report.html", reconstruction_report("Reconstruction", described, series, examples).encode())
     return _conclude(config, summary, failures)
-
-
-def _encode_run(latents: Folder) -> dict[str, Any]:
-    """The encode run's `run.json`."""
-    if not latents.exists():
-        raise ManifestError(f"{latents.uri} does not exist")
-    manifest = read_manifest(latents)
-    if manifest is None:
-        raise ManifestError(f"{latents.uri} is no run folder (it has no run.json)")
-    if manifest["job"] != "encode":
-        raise ManifestError(f"{latents.uri} is a run of {manifest['job']}, not of encode")
-    check_ladder(manifest["levels"], manifest["num_train_timesteps"])
-    return manifest
-
-
-def _ladders(config: ReconstructConfig, encoded: dict[str, Any], schedule: NoiseSchedule) -> tuple[Ladder, ...]:
-    own, kind = tuple(encoded["levels"]), encoded["config"]["ladder"]
-    kind = kind if kind in KINDS else "logsnr"  # a list says nothing of other numbers of steps
-    if len(set(config.steps)) != len(config.steps):
-        raise ConfigError("--steps: a number is named twice")
-    return tuple(
-        own if steps == len(own) - 1 else ladder_of_kind(kind, steps, schedule, own[-1]) for steps in config.steps
-    ) or (own,)
 
 
 def _conclude(config: ReconstructConfig, summary: dict[str, Any], failures: list[Failure]) -> int:

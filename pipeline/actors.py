@@ -134,6 +134,17 @@ class Model:
 
         return self._on_device(walk, torch.tensor(indices))
 
+    def vary(self, x: Tensor, levels: Ladder, seed: int, indices: Sequence[int], **how: Any) -> Tensor:
+        """x at the ladder's top -> images about [-1, 1], with the noise of the samples of that seed with those indices,
+        one for each x; `how` goes to model.ddim.sample."""
+        along = self._along(levels)
+
+        def walk(net: Network, rows: Tensor) -> tuple[Tensor]:
+            noise = noise_stream(seed, [indices[row] for row in rows.tolist()], x.shape[1:])
+            return (sample(net, x[rows.cpu()].to(self.device), noise=noise, **along, **how),)
+
+        return self._on_device(walk, torch.arange(len(x)))[0]
+
     def _along(self, levels: Ladder) -> dict[str, Any]:
         """What the functions of `model` are told of a ladder and this checkpoint."""
         return {

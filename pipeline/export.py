@@ -41,6 +41,7 @@ class Holds(NamedTuple):
 
 HOLDS = {  # by job
     "reconstruct": Holds(FOLDERS["reconstruct"], "steps"),
+    "regenerate": Holds(FOLDERS["regenerate"], "steps"),
     "generate": Holds(FOLDERS["generate"], None),
 }
 PICTURES = {"png": ".png", "webp": ".webp", "jpeg": ".jpg"}  # formats that are a file an image, and how it ends
@@ -152,15 +153,15 @@ def exported(out: Folder, form: str) -> set[str]:
 
 @dataclass(frozen=True)
 class Export:
-    """A run's shards -> files in `out`. Of several variants of an id's image there is a folder each; with `only`, that
-    one is exported."""
+    """A run's shards -> files in `out`, in a folder for each value of the columns `apart`, in which the images of an id
+    differ; with `only`, those of that variant."""
 
     run: Folder
     holds: Holds
     out: Folder
     form: str
     quality: int | None
-    several: bool
+    apart: tuple[str, ...]
     only: int | None
     stop: threading.Event  # once set, what is under way is dropped
 
@@ -174,7 +175,7 @@ class Export:
     def name(self, row: dict[str, Any]) -> str:
         """The path of a row's picture without its extension."""
         name = name_of(row["image_id"], dotless=self.form == "webdataset")
-        return f"{self.holds.variant}-{row[str(self.holds.variant)]}/{name}" if self.several else name
+        return "/".join([*(f"{column}-{row[column]}" for column in self.apart), name])
 
     def _pictures(self, shard: str) -> int:
         schema, batches = self._read(shard)

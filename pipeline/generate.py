@@ -51,7 +51,7 @@ class Generate:
         c = model.checkpoint.config
         schema = sample_schema((c.in_channels, c.sample_size, c.sample_size), self.dtype)
         [piece] = shard.pieces
-        with ShardWriter(self.run, IMAGES, shard.name, schema, self.metadata) as out:
+        with ShardWriter(self.run, IMAGES, shard.name, schema, self.metadata, once=True) as out:
             for first in range(piece.start, piece.stop, self.batch_size):
                 indices = range(first, min(first + self.batch_size, piece.stop))
                 noise, images = model.generate(self.seed, indices, self.levels, **self.how)

@@ -7,6 +7,8 @@ from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as dataset
 
 from pipeline.records import (
     MEASURED,
@@ -18,7 +20,8 @@ from pipeline.records import (
     rejects_table,
     with_metadata,
 )
-from pipeline.storage import Folder, TableWriter
+from pipeline.selection import Selection
+from pipeline.storage import Folder, TableWriter, open_ranges
 
 LATENTS, REJECTS = "latents", "rejects"
 
@@ -86,7 +89,7 @@ class ShardWriter:
 
     def commit(self, timings: Mapping[str, float], counts: Mapping[str, int] | None = None) -> int:
         """Returns the bytes of the rows' file. `counts`, where rows are no latents, stand in for those of latents."""
-        if self.once and self.run.exists(self.path):
+        if self.once and self.run.fs.isfile(self.run.path(self.path)):
             return int(self.run.fs.size(self.run.path(self.path)))
         if self.rejects is not None:
             self.rejects.commit({})
@@ -118,12 +121,30 @@ def shard_metadata(run: Folder, shard: str, below: str = LATENTS) -> dict[str, A
         return {**metadata_of(file.schema_arrow), **json.loads(file.metadata.metadata.get(SHARD_KEY, b"{}"))}
 
 
-def read_latents(run: Folder, shard: str, batch_size: int) -> Iterator[tuple[list[dict[str, Any]], np.ndarray]]:
-    """Batches of a shard's rows without their latents, and the latents, float32 [B, C, H, W]."""
+def read_latents(
+    run: Folder, shard: str, batch_size: int, which: Selection | None = None
+) -> Iterator[tuple[list[dict[str, Any]], np.ndarray]]:
+    """Batches of a shard's rows without their latents, and the latents, float32 [B, C, H, W]. Row groups without any
+    of the selection are not read."""
     with run.parquet_file(f"{LATENTS}/{shard}.parquet") as file:
-        for batch in file.iter_batches(batch_size):
+        wanted = None if which is None else which.expression(file.schema_arrow)
+        for batch in file.iter_batches(batch_size) if wanted is None else _selected(run, shard, batch_size, wanted):
             latents = batch.column("latent").to_numpy_ndarray().astype(np.float32)
             yield batch.drop_columns(["latent"]).to_pylist(), latents
+
+
+def _selected(run: Folder, shard: str, batch_size: int, wanted: pc.Expression) -> Iterator[pa.RecordBatch]:
+    """Full batches of the rows wanted, however few there are of them in each row group."""
+    with open_ranges(run.fs, run.path(f"{LATENTS}/{shard}.parquet")) as file:
+        fragment = dataset.ParquetFileFormat().make_fragment(file)
+        waiting: list[pa.RecordBatch] = []
+        for batch in fragment.to_batches(filter=wanted, batch_size=batch_size, use_threads=False):
+            waiting += [batch] if len(batch) else []
+            if sum(map(len, waiting)) >= batch_size:
+                *full, rest = pa.Table.from_batches(waiting).combine_chunks().to_batches(max_chunksize=batch_size)
+                yield from full if len(rest) < batch_size else [*full, rest]
+                waiting = [rest] if len(rest) < batch_size else []
+        yield from waiting and pa.Table.from_batches(waiting).combine_chunks().to_batches()
 
 
 def read_rejects(run: Folder, done: Collection[str]) -> Iterator[dict[str, Any]]:

@@ -31,6 +31,7 @@ FOLDERS = {  # by job: where its shards are
     "reconstruct": "reconstructions",
     "sweep": "sweep",
     "generate": "images",
+    "regenerate": "images",
 }
 READ = 4096  # footers read, at most; of more shards these are a sample
 NEWEST = 32  # shards of which the pace is learnt
@@ -213,7 +214,7 @@ class StateReader:
         """What there is to do, None where that is not known (yet), and of what."""
         if self.job == "generate":
             return plan_totals(self.run), str(self.manifest["config"].get("model"))
-        if self.job != "reconstruct":
+        if self.job not in ("reconstruct", "regenerate"):
             return plan_totals(self.run), str(self.manifest.get("collection", {}).get("uri"))
         uri = str(self.manifest["config"].get("latents"))
         latents = Folder(uri)

@@ -67,9 +67,8 @@ def list_pieces(collection: Collection, shard_size: int) -> Iterator[Piece]:
     """The collection as pieces of at most `shard_size` images, in the order of their names."""
     fs, _ = open_fs(collection.uri, collection.storage_options)
     if collection.kind == LIST:
-        listed = lists.listed(
-            fs, collection, _only(list_files(collection.uri, collection.storage_options), collection.uri)
-        )
+        file = _only(list_files(collection.uri, collection.storage_options), collection.uri)
+        listed = lists.listed(fs, collection, file)
     else:
         listed = list_files(collection.uri, collection.storage_options, collection.extensions)
     if collection.kind == PARQUET:
@@ -77,7 +76,7 @@ def list_pieces(collection: Collection, shard_size: int) -> Iterator[Piece]:
     elif collection.kind == WEBDATASET:
         yield from tars.pieces(fs, _with(in_order(listed), TARS), shard_size)
     elif collection.kind == LIST:
-        yield from lists.pieces(in_order(listed), collection.uri)
+        yield from lists.pieces(in_order(listed))
     else:
         yield from (Piece(file.uri, file.name, file.size, file.version) for file in in_order(listed))
 

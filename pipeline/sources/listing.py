@@ -109,7 +109,7 @@ def _files(fs: Any, path: str, uri: str) -> tuple[str, Iterator[_Found]]:
     magic = fsspec.core.has_magic(path)
     if (magic or BRACES.search(path)) and not fs.exists(path):
         root = re.split(r"[*?\[{]", path)[0].rpartition("/")[0]
-        if root and not fs.exists(root):
+        if root and not fs.exists(_as_folder(fs, root)):
             raise SourceError(f"{uri} does not exist: there is no {root}")
         paths = _expanded(path)
         if magic:
@@ -171,7 +171,12 @@ def _walk(fs: Any, root: str, depth: int | None = None) -> Iterator[_Found]:
     if "s3" in fs.protocol and depth is None:
         bucket, _, folder = root.partition("/")
         return _explore(_step(_split_bucket, fs, bucket, f"{folder}/" if folder else ""))
-    return _explore(_step(_list_folder, fs, root, depth))
+    return _explore(_step(_list_folder, fs, _as_folder(fs, root), depth))
+
+
+def _as_folder(fs: Any, path: str) -> str:
+    """Web servers know `a/`, and by `a` what they please."""
+    return f"{path}/" if "http" in fs.protocol else path
 
 
 def _explore(first: Step) -> Iterator[_Found]:
@@ -201,9 +206,11 @@ def _list_folder(fs: Any, folder: str, depth: int | None) -> tuple[Iterable[_Fou
     files = [_found(info, info["name"]) for info in infos if info["type"] != "directory"]
     if depth == 0:
         return files, []
-    names = {info["name"].rstrip("/") for info in infos if info["type"] == "directory"} - {folder}
+    names = {
+        info["name"] for info in infos if info["type"] == "directory" and info["name"].rstrip("/") != folder.rstrip("/")
+    }
     deeper = None if depth is None else depth - 1
-    return files, [_step(_list_folder, fs, name, deeper) for name in names if not _is_hidden(name)]
+    return files, [_step(_list_folder, fs, name, deeper) for name in names if not _is_hidden(name.rstrip("/"))]
 
 
 def _split_bucket(fs: Any, bucket: str, prefix: str) -> tuple[Iterable[_Found], list[Step]]:

@@ -61,7 +61,7 @@ def listed(fs: Any, collection: Collection, file: str) -> Iterator[Listed]:
                 yield Listed(name, name if whole else f"{folder}/{name}{outer}", kept=values)
 
 
-def pieces(listed: Iterator[Listed], uri: str) -> Iterator[Piece]:
+def pieces(listed: Iterator[Listed]) -> Iterator[Piece]:
     """One for each URI: a second line with the same one is the same image."""
     before = None
     for entry in listed:

@@ -1,0 +1,134 @@
+"""palindrome regenerate: stored latents -> images."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import fsspec
+
+from infra.cluster import ClusterError, connect
+from jobs.config import ConfigError, Range, ShardedConfig, blame
+from model import checkpoint
+from pipeline.encoded import encode_run, ladders_of
+from pipeline.generate import IMAGES
+from pipeline.latents import LATENTS, committed
+from pipeline.manifest import ManifestError, claim
+from pipeline.plan import Totals, plan_totals, read_plan
+from pipeline.progress import Progress, follow
+from pipeline.regenerate import Regenerate, consistency, put_report
+from pipeline.run import Failure, fit, run_shards
+from pipeline.selection import Selection, parse
+from pipeline.storage import Folder, absolute, options_for
+from pipeline.summary import generated_summary, put_summary
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegenerateConfig(ShardedConfig):
+    """Decode an encode run's latents to images: one Parquet file a shard in OUT/images, which export turns into picture
+    files. Several --steps show how alike the images of one latent are; --eta makes variations of an image."""
+
+    latents: str
+    """The run folder that encode wrote; a path or an fsspec URI."""
+    model: str | None = None
+    """The checkpoint folder (default: the one that encode used, where it used it)."""
+    steps: tuple[Annotated[int, Range(1)], ...] = ()
+    """Numbers of decoding steps, each on a ladder of the run's kind up to the run's top level (default: the
+    run's own ladder); equal steps of the log-SNR where that was a list."""
+    ids: str | None = None
+    """Only the images whose ids stand in this file, one a line; a path or an fsspec URI."""
+    where: str | None = None
+    """Only the latents for which this is true of their columns, such as 'label == 3 and mse < 1e-6'."""
+    eta: Annotated[float, Range(0, 1)] = 0.0
+    """Noise added in each step: 0 gives the very image, more gives others that are like it."""
+    sigma_hat: bool = False
+    """Add noise of the larger deviation sigma-hat of the DDIM paper's section 5."""
+    variations: Annotated[int, Range(1)] = 1
+    """Images of each latent, with noise of their own: for --eta above 0 or --sigma-hat."""
+    seed: Annotated[int, Range(0)] = 0
+    """Of that noise."""
+
+
+def run(config: RegenerateConfig) -> int:
+    """Regenerates what is not there yet, writes summary and report, and returns the exit code."""
+    if config.variations > 1 and not (config.eta or config.sigma_hat):
+        raise ConfigError("--variations: without --eta or --sigma-hat all of them are the same image")
+    if config.eta and config.sigma_hat:
+        raise ConfigError("--sigma-hat: it stands for itself, without --eta")
+    latents, out = Folder(absolute(config.latents)), Folder(absolute(config.out))
+    with blame("--latents"):
+        encoded = encode_run(latents)
+        plan, done_latents = plan_totals(latents), committed(latents)
+        if plan is None or not done_latents:
+            raise ManifestError(f"{config.latents} holds no latents yet")
+        with latents.parquet_file(f"{LATENTS}/{min(done_latents)}.parquet") as file:
+            schema = file.schema_arrow
+    with blame("--where"):
+        if config.where is not None:
+            parse(config.where, schema)
+    with blame("--ids"):
+        which = Selection(_ids(config.ids), config.where)
+    with blame("--model"):
+        where = absolute(config.model or encoded["config"]["model"])
+        model = checkpoint.load(where, options_for(where))
+        if model.digest != encoded["model_digest"]:
+            raise ConfigError(
+                f"--model: the latents were made by another model: digest {encoded['model_digest'][:12]}…,"
+                f" and this one's is {model.digest[:12]}…"
+            )
+    with blame("--steps"):
+        ladders = ladders_of(encoded, config.steps, model.schedule)
+    how = {"eta": config.eta, "use_sigma_hat": config.sigma_hat}
+    facts = {"model_digest": model.digest, "ladders": [list(levels) for levels in ladders]}
+    with blame("--out"):
+        ids = None if which.ids is None else len(which.ids)
+        claim(out, "regenerate", config.settings(latents=latents.uri), config.FREE, {**facts, "ids": ids})
+
+    done = committed(out, IMAGES)
+    left = done_latents - done
+    totals = Totals(len(done_latents), plan.images * len(done_latents) // plan.shards)
+    print(f"{totals.shards} shards of latents, {len(left)} to go through", flush=True)
+    if len(done_latents) < plan.shards:
+        print(f"the encode run is not complete: {len(done_latents)} of {plan.shards} shards", file=sys.stderr)
+    failures: list[Failure] = []
+    if left:
+        todo = (shard for shard in read_plan(latents) if shard.name in left)
+        with blame("--address", ClusterError), connect(config.address):
+            resources = fit(config.workers, "actor")
+            about = {**facts, **how, "seed": config.seed}
+            noise = (config.variations, config.seed, how)
+            work = Regenerate(out, latents, which, ladders, *noise, config.batch_size, about)
+            progress = Progress("regenerate", totals, len(done), alike=which == Selection())
+            failures = follow(progress, run_shards(work, model, todo, resources))
+            out.clear_unfinished()
+    by_steps = consistency(out)
+    summary = {**generated_summary(out), "by_steps": by_steps}
+    put_summary(out, summary, failures)
+    described = {"latents": config.latents, "model": where, "steps": ", ".join(str(row["steps"]) for row in by_steps)}
+    described |= {"eta": "sigma-hat" if config.sigma_hat else f"{config.eta:g}", "images": f"{summary['images']:,}"}
+    put_report(out, described, by_steps)
+    return _conclude(config, which, summary, failures)
+
+
+def _ids(uri: str | None) -> tuple[str, ...] | None:
+    if uri is None:
+        return None
+    with fsspec.open(uri, "rb", **options_for(uri)) as file:
+        found = tuple(dict.fromkeys(filter(None, file.read().decode("utf-8-sig").splitlines())))
+    if not found:
+        raise ConfigError(f"--ids: {Path(uri).name} names no id")
+    return found
+
+
+def _conclude(config: RegenerateConfig, which: Selection, summary: dict[str, object], failures: list[Failure]) -> int:
+    found = summary.get("latents", 0)
+    print(f"{summary['images']} images of {found} latents in {config.out}; report: {config.out}/report.html")
+    if which.ids is not None and found != len(which.ids):
+        print(f"of {len(which.ids)} ids {found} have a latent that was asked for", file=sys.stderr)
+    if failures:
+        print(f"{len(failures)} shards failed; the same command tries them again", file=sys.stderr)
+        return 1
+    if not summary["images"]:
+        print("no latent is as was asked for", file=sys.stderr)
+        return 1
+    return 0

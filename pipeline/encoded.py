@@ -1,0 +1,34 @@
+"""An encode run as the jobs find it that work from its latents."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from model.schedule import Ladder, NoiseSchedule, check_ladder
+from pipeline.errors import ManifestError
+from pipeline.ladders import KINDS, ladder_of_kind
+from pipeline.manifest import read_manifest
+from pipeline.storage import Folder
+
+
+def encode_run(latents: Folder) -> dict[str, Any]:
+    """The encode run's `run.json`. Raises ManifestError."""
+    if not latents.exists():
+        raise ManifestError(f"{latents.uri} does not exist")
+    manifest = read_manifest(latents)
+    if manifest is None:
+        raise ManifestError(f"{latents.uri} is no run folder (it has no run.json)")
+    if manifest["job"] != "encode":
+        raise ManifestError(f"{latents.uri} is a run of {manifest['job']}, not of encode")
+    check_ladder(manifest["levels"], manifest["num_train_timesteps"])
+    return manifest
+
+
+def ladders_of(encoded: dict[str, Any], steps: Sequence[int], schedule: NoiseSchedule) -> tuple[Ladder, ...]:
+    """A ladder for each number of steps, of the run's kind and up to its top level; the run's own where its number is
+    named, or none is. Raises ValueError."""
+    own, kind = tuple(encoded["levels"]), encoded["config"]["ladder"]
+    kind = kind if kind in KINDS else "logsnr"  # a list says nothing of other numbers of steps
+    if len(set(steps)) != len(steps):
+        raise ValueError("a number is named twice")
+    found = (own if count == len(own) - 1 else ladder_of_kind(kind, count, schedule, own[-1]) for count in steps)
+    return tuple(found) or (own,)
