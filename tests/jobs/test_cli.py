@@ -119,7 +119,7 @@ WRONG = {
     "clipped DDIM": ("generate --model MODEL --count 1 --clip --out OUT", "--clip: it goes with --eta"),
     "two kinds of noise": ("generate --model MODEL --count 1 --eta 1 --sigma-hat --out OUT", "--sigma-hat: it stands"),
     "more steps to generate than timesteps": ("generate --model MODEL --count 1 --steps 1001 --out OUT", "--steps: "),
-    "variations that would be alike": ("regenerate --latents IN/none --variations 2 --out OUT", "--variations: without"),
+    "variations that would be alike": ("regenerate --latents IN/none --variations 2 --out OUT", "--variations: "),
     "latents that are none": ("regenerate --latents IN/pictures --out OUT", "--latents: IN/pictures is no run folder"),
     "an export of no format": ("export IN/pictures --out OUT", "required: --format"),
     "an export of an unknown format": ("export IN/pictures --out OUT --format gif", "--format: invalid choice: 'gif'"),
