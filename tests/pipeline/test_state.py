@@ -16,6 +16,7 @@ import pytest
 from pipeline import state
 from pipeline.actors import RECONSTRUCTIONS
 from pipeline.errors import RunError
+from pipeline.generate import IMAGES
 from pipeline.latents import LATENTS, latent_rows, latent_writer
 from pipeline.records import Image, Reject, latent_schema
 from pipeline.state import StateReader, as_json, describe, duration, entries, open_run, pace, printable, rejects
@@ -66,7 +67,8 @@ def run(tmp_path):
 
 
 def test_the_folders_are_those_that_the_jobs_write():
-    assert state.FOLDERS == {"encode": LATENTS, "reconstruct": RECONSTRUCTIONS, "sweep": SWEPT}
+    images = {"generate": IMAGES, "regenerate": IMAGES}
+    assert {"encode": LATENTS, "reconstruct": RECONSTRUCTIONS, "sweep": SWEPT, **images} == state.FOLDERS
 
 
 def test_a_run_under_way(run):
