@@ -106,7 +106,8 @@ def run(config: RegenerateConfig) -> int:
     put_summary(out, summary, failures)
     described = {"latents": config.latents, "model": where, "steps": ", ".join(str(row["steps"]) for row in by_steps)}
     described |= {"eta": "sigma-hat" if config.sigma_hat else f"{config.eta:g}", "images": f"{summary['images']:,}"}
-    put_report(out, described, by_steps)
+    there = committed(out, IMAGES)
+    put_report(out, described, by_steps, (shard.name for shard in read_plan(latents) if shard.name in there))
     return _conclude(config, which, summary, failures)
 
 

@@ -3,7 +3,7 @@
 import base64
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
@@ -120,10 +120,13 @@ def consistency(run: Folder) -> list[dict[str, Any]]:
     return found
 
 
-def put_report(run: Folder, facts: Mapping[str, str], by_steps: Sequence[Mapping[str, Any]]) -> None:
-    """`images.png`, a row an image and a column for each number of steps or variation, and `report.html`."""
+def put_report(
+    run: Folder, facts: Mapping[str, str], by_steps: Sequence[Mapping[str, Any]], shards: Iterable[str]
+) -> None:
+    """`images.png`, a row an image and a column for each number of steps or variation, and `report.html`, of the first
+    images of those shards."""
     parts = []
-    if pictures := _first(run):
+    if pictures := _first(run, shards):
         sheet = png(grid([p for row in pictures.values() for p in row], len(next(iter(pictures.values())))))
         run.put("images.png", sheet)
         named = ", ".join(map(escape, pictures))
@@ -142,10 +145,10 @@ def put_report(run: Folder, facts: Mapping[str, str], by_steps: Sequence[Mapping
     run.put("report.html", page("Regenerated images", facts, parts).encode())
 
 
-def _first(run: Folder) -> dict[str, list[np.ndarray]]:
+def _first(run: Folder, shards: Iterable[str]) -> dict[str, list[np.ndarray]]:
     """The pictures of the first ids, uint8 [H, W, C], by variation and steps."""
     found: dict[str, dict[tuple[int, int], np.ndarray]] = defaultdict(dict)
-    for shard in sorted(committed(run, IMAGES)):
+    for shard in shards:
         with run.parquet_file(f"{IMAGES}/{shard}.parquet") as file:
             for batch in file.iter_batches(64):
                 for row in batch.to_pylist():
