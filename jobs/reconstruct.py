@@ -5,12 +5,11 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from infra.cluster import ClusterError, connect
-from jobs.config import ConfigError, Range, ReadingConfig, blame
-from model import checkpoint
+from jobs.config import Range, ReadingConfig, blame
 from pipeline.actors import RECONSTRUCTIONS, Reader, Reconstruct
 from pipeline.comparison import choose_examples, series_at
 from pipeline.decode import Preprocess
-from pipeline.encoded import encode_run, ladders_of
+from pipeline.encoded import encode_run, ladders_of, model_of
 from pipeline.latents import committed
 from pipeline.manifest import ManifestError, claim
 from pipeline.plan import Totals, plan_totals, read_plan
@@ -18,7 +17,7 @@ from pipeline.progress import Progress, follow
 from pipeline.report import reconstruction_report
 from pipeline.run import Failure, fit, run_shards
 from pipeline.sources import Collection
-from pipeline.storage import Folder, absolute, options_for
+from pipeline.storage import Folder, absolute
 from pipeline.summary import mean_nfe, put_summary, read_errors, reconstructions_summary
 
 
@@ -45,13 +44,7 @@ def run(config: ReconstructConfig) -> int:
         if plan is None or not done_latents:
             raise ManifestError(f"{config.latents} holds no latents yet")
     with blame("--model"):
-        where = absolute(config.model or encoded["config"]["model"])
-        model = checkpoint.load(where, options_for(where))
-        if model.digest != encoded["model_digest"]:
-            raise ConfigError(
-                f"--model: the latents were made by another model: digest {encoded['model_digest'][:12]}…,"
-                f" and this one's is {model.digest[:12]}…"
-            )
+        _, model = model_of(encoded, config.model)
     with blame("--steps"):
         ladders = ladders_of(encoded, config.steps, model.schedule)
     with blame("--out"):

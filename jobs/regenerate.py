@@ -9,8 +9,7 @@ import fsspec
 
 from infra.cluster import ClusterError, connect
 from jobs.config import ConfigError, Range, ShardedConfig, blame
-from model import checkpoint
-from pipeline.encoded import encode_run, ladders_of
+from pipeline.encoded import encode_run, ladders_of, model_of
 from pipeline.generate import IMAGES
 from pipeline.latents import LATENTS, committed
 from pipeline.manifest import ManifestError, claim
@@ -69,13 +68,7 @@ def run(config: RegenerateConfig) -> int:
     with blame("--ids"):
         which = Selection(_ids(config.ids), config.where)
     with blame("--model"):
-        where = absolute(config.model or encoded["config"]["model"])
-        model = checkpoint.load(where, options_for(where))
-        if model.digest != encoded["model_digest"]:
-            raise ConfigError(
-                f"--model: the latents were made by another model: digest {encoded['model_digest'][:12]}…,"
-                f" and this one's is {model.digest[:12]}…"
-            )
+        where, model = model_of(encoded, config.model)
     with blame("--steps"):
         ladders = ladders_of(encoded, config.steps, model.schedule)
     how = {"eta": config.eta, "use_sigma_hat": config.sigma_hat}

@@ -21,7 +21,7 @@ from model.fit import epsilon_products
 from model.inversion import invert_exactly
 from model.schedule import Ladder
 from pipeline.decode import Preprocess
-from pipeline.latents import ShardWriter, latent_rows, latent_writer, read_latents, shard_metadata
+from pipeline.latents import ShardWriter, check_model, latent_rows, latent_writer, read_latents
 from pipeline.metrics import psnr, round_trip_error, to_model, to_pixels
 from pipeline.pictures import png
 from pipeline.read import Batch, read_batches
@@ -322,9 +322,7 @@ class Reconstruct:
 
     def process(self, model: Model, shard: Shard) -> Receipt:
         spent = stopwatch(model)
-        digest = shard_metadata(self.latents, shard.name)["model_digest"]
-        if digest != model.checkpoint.digest:
-            raise ValueError(f"the latents of shard {shard.name} were made by model {digest}")
+        check_model(self.latents, shard.name, model.checkpoint.digest)
         originals = _Originals(self.reader.batches(shard))
         with ShardWriter(self.run, RECONSTRUCTIONS, shard.name, ERROR_SCHEMA, self.metadata, once=True) as out:
             images = missing = 0

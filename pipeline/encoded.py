@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from typing import Any
 
+from model import checkpoint
 from model.schedule import Ladder, NoiseSchedule, check_ladder
 from pipeline.errors import ManifestError
 from pipeline.ladders import KINDS, ladder_of_kind
 from pipeline.manifest import read_manifest
-from pipeline.storage import Folder
+from pipeline.storage import Folder, absolute, options_for
 
 
 def encode_run(latents: Folder) -> dict[str, Any]:
@@ -21,6 +22,19 @@ def encode_run(latents: Folder) -> dict[str, Any]:
         raise ManifestError(f"{latents.uri} is a run of {manifest['job']}, not of encode")
     check_ladder(manifest["levels"], manifest["num_train_timesteps"])
     return manifest
+
+
+def model_of(encoded: dict[str, Any], asked: str | None) -> tuple[str, checkpoint.Checkpoint]:
+    """Where the model is and the model: the one that made the latents, at the place asked for or where encode found it.
+    Raises ValueError where it is another."""
+    where = absolute(asked or encoded["config"]["model"])
+    model = checkpoint.load(where, options_for(where))
+    if model.digest != encoded["model_digest"]:
+        raise ValueError(
+            f"the latents were made by another model: digest {encoded['model_digest'][:12]}…,"
+            f" and this one's is {model.digest[:12]}…"
+        )
+    return where, model
 
 
 def ladders_of(encoded: dict[str, Any], steps: Sequence[int], schedule: NoiseSchedule) -> tuple[Ladder, ...]:

@@ -121,6 +121,13 @@ def shard_metadata(run: Folder, shard: str, below: str = LATENTS) -> dict[str, A
         return {**metadata_of(file.schema_arrow), **json.loads(file.metadata.metadata.get(SHARD_KEY, b"{}"))}
 
 
+def check_model(run: Folder, shard: str, digest: str) -> None:
+    """Raises ValueError where a shard's latents were made by another model: they decode to noise."""
+    made_by = shard_metadata(run, shard)["model_digest"]
+    if made_by != digest:
+        raise ValueError(f"the latents of shard {shard} were made by model {made_by}")
+
+
 def read_latents(
     run: Folder, shard: str, batch_size: int, which: Selection | None = None
 ) -> Iterator[tuple[list[dict[str, Any]], np.ndarray]]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from model.schedule import Ladder
 from pipeline.actors import Model, Receipt, stopwatch
 from pipeline.generate import IMAGES
-from pipeline.latents import ShardWriter, committed, read_latents, shard_metadata
+from pipeline.latents import ShardWriter, check_model, committed, read_latents
 from pipeline.metrics import round_trip_error, to_pixels
 from pipeline.page import page, scientific
 from pipeline.pictures import grid, pixels_of, png
@@ -63,9 +63,7 @@ class Regenerate:
 
     def process(self, model: Model, shard: Shard) -> Receipt:
         spent = stopwatch(model)
-        digest = shard_metadata(self.latents, shard.name)["model_digest"]
-        if digest != model.checkpoint.digest:
-            raise ValueError(f"the latents of shard {shard.name} were made by model {digest}")
+        check_model(self.latents, shard.name, model.checkpoint.digest)
         latents = images = 0
         with ShardWriter(self.run, IMAGES, shard.name, REGENERATED_SCHEMA, self.metadata, once=True) as out:
             for stored, x in read_latents(self.latents, shard.name, self.batch_size, self.which):
