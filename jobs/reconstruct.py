@@ -11,8 +11,8 @@ from pipeline.comparison import choose_examples, series_at
 from pipeline.decode import Preprocess
 from pipeline.encoded import encode_run, ladders_of, model_of
 from pipeline.latents import committed
-from pipeline.manifest import ManifestError, claim
-from pipeline.plan import Totals, plan_totals, read_plan
+from pipeline.manifest import claim
+from pipeline.plan import read_plan
 from pipeline.progress import Progress, follow
 from pipeline.report import reconstruction_report
 from pipeline.run import Failure, fit, run_shards
@@ -38,23 +38,19 @@ def run(config: ReconstructConfig) -> int:
     """Reconstructs what is not reconstructed yet, writes summary and report, and returns the exit code."""
     latents, out = Folder(absolute(config.latents)), Folder(absolute(config.out))
     with blame("--latents"):
-        encoded = encode_run(latents)
-        plan = plan_totals(latents)
-        done_latents = committed(latents)
-        if plan is None or not done_latents:
-            raise ManifestError(f"{config.latents} holds no latents yet")
+        encoded, plan, done_latents = encode_run(latents)
     with blame("--model"):
         _, model = model_of(encoded, config.model)
     with blame("--steps"):
         ladders = ladders_of(encoded, config.steps, model.schedule)
     with blame("--out"):
         facts = {"model_digest": model.digest, "ladders": [list(levels) for levels in ladders]}
-        claim(out, "reconstruct", config.settings(latents=latents.uri), config.FREE, facts)
+        claim(out, "reconstruct", config.settings(latents=latents.uri), config.FREE, facts, config.defaults())
     how = Preprocess(**encoded["preprocess"])
     collection = Collection(**encoded["collection"])
 
     done = committed(out, RECONSTRUCTIONS)
-    totals = Totals(len(done_latents), plan.images * len(done_latents) // plan.shards)
+    totals = plan.part(len(done_latents))
     left = done_latents - done
     print(f"{totals.shards} shards of latents, {len(left)} to reconstruct", flush=True)
     if len(done_latents) < plan.shards:

@@ -1,5 +1,6 @@
 """palindrome regenerate: stored latents -> images."""
 
+import hashlib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,8 @@ from jobs.config import ConfigError, Range, ShardedConfig, blame
 from pipeline.encoded import encode_run, ladders_of, model_of
 from pipeline.generate import IMAGES
 from pipeline.latents import LATENTS, committed
-from pipeline.manifest import ManifestError, claim
-from pipeline.plan import Totals, plan_totals, read_plan
+from pipeline.manifest import claim
+from pipeline.plan import read_plan
 from pipeline.progress import Progress, follow
 from pipeline.regenerate import Regenerate, consistency, put_report
 from pipeline.run import Failure, fit, run_shards
@@ -56,10 +57,7 @@ def run(config: RegenerateConfig) -> int:
         raise ConfigError("--sigma-hat: it stands for itself, without --eta")
     latents, out = Folder(absolute(config.latents)), Folder(absolute(config.out))
     with blame("--latents"):
-        encoded = encode_run(latents)
-        plan, done_latents = plan_totals(latents), committed(latents)
-        if plan is None or not done_latents:
-            raise ManifestError(f"{config.latents} holds no latents yet")
+        encoded, plan, done_latents = encode_run(latents)
         with latents.parquet_file(f"{LATENTS}/{min(done_latents)}.parquet") as file:
             schema = file.schema_arrow
     with blame("--where"):
@@ -74,12 +72,13 @@ def run(config: RegenerateConfig) -> int:
     how = {"eta": config.eta, "use_sigma_hat": config.sigma_hat}
     facts = {"model_digest": model.digest, "ladders": [list(levels) for levels in ladders]}
     with blame("--out"):
-        ids = None if which.ids is None else len(which.ids)
-        claim(out, "regenerate", config.settings(latents=latents.uri), config.FREE, {**facts, "ids": ids})
+        listed = None if which.ids is None else hashlib.sha256("\n".join(sorted(which.ids)).encode()).hexdigest()
+        settings = config.settings(latents=latents.uri)
+        claim(out, "regenerate", settings, config.FREE, {**facts, "ids_digest": listed}, config.defaults())
 
     done = committed(out, IMAGES)
     left = done_latents - done
-    totals = Totals(len(done_latents), plan.images * len(done_latents) // plan.shards)
+    totals = plan.part(len(done_latents))
     print(f"{totals.shards} shards of latents, {len(left)} to go through", flush=True)
     if len(done_latents) < plan.shards:
         print(f"the encode run is not complete: {len(done_latents)} of {plan.shards} shards", file=sys.stderr)

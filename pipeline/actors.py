@@ -1,6 +1,7 @@
 """What runs where the model is: a shard in, a committed file out."""
 
 import ctypes
+import hashlib
 import re
 import threading
 import time
@@ -183,6 +184,11 @@ class Model:
         torch.cuda.empty_cache()
         self.largest = len(batch) // 2
         return self._in_parts(walk, batch)
+
+
+def noise_index(name: str) -> int:
+    """The index of the noise of what is named so: from the name alone, as no shard or batch may change it."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
 
 
 def stopwatch(model: Model) -> Callable[[], dict[str, float]]:

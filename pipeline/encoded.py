@@ -7,12 +7,15 @@ from model import checkpoint
 from model.schedule import Ladder, NoiseSchedule, check_ladder
 from pipeline.errors import ManifestError
 from pipeline.ladders import KINDS, ladder_of_kind
+from pipeline.latents import committed
 from pipeline.manifest import read_manifest
+from pipeline.plan import Totals, plan_totals
 from pipeline.storage import Folder, absolute, options_for
 
 
-def encode_run(latents: Folder) -> dict[str, Any]:
-    """The encode run's `run.json`. Raises ManifestError."""
+def encode_run(latents: Folder) -> tuple[dict[str, Any], Totals, set[str]]:
+    """The encode run's `run.json`, what its plan holds, and the shards that are done, at least one. Raises
+    ManifestError."""
     if not latents.exists():
         raise ManifestError(f"{latents.uri} does not exist")
     manifest = read_manifest(latents)
@@ -21,7 +24,10 @@ def encode_run(latents: Folder) -> dict[str, Any]:
     if manifest["job"] != "encode":
         raise ManifestError(f"{latents.uri} is a run of {manifest['job']}, not of encode")
     check_ladder(manifest["levels"], manifest["num_train_timesteps"])
-    return manifest
+    plan, done = plan_totals(latents), committed(latents)
+    if plan is None or not done:
+        raise ManifestError(f"{latents.uri} holds no latents yet")
+    return manifest, plan, done
 
 
 def model_of(encoded: dict[str, Any], asked: str | None) -> tuple[str, checkpoint.Checkpoint]:

@@ -1,6 +1,5 @@
 """New samples: a range of indices -> `images/<shard>.parquet`. Sample i depends on the seed, i and the model alone."""
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,15 +9,14 @@ import pyarrow as pa
 
 from model.schedule import Ladder
 from pipeline.actors import Model, Receipt, stopwatch
-from pipeline.latents import ShardWriter
+from pipeline.latents import ShardWriter, tensor_array
 from pipeline.metrics import to_pixels
 from pipeline.pictures import png
-from pipeline.records import Piece, Shard
+from pipeline.records import DTYPES, Piece, Shard
 from pipeline.storage import Folder
 
 IMAGES = "images"
 KIND = "samples"  # of the plan's shards
-DTYPES = {"float16": pa.float16(), "float32": pa.float32()}
 
 
 def sample_schema(shape: tuple[int, ...], dtype: str | None) -> pa.Schema:
@@ -69,7 +67,5 @@ def _rows(schema: pa.Schema, indices: range, pixels: np.ndarray, noise: np.ndarr
     arrays = [pa.array(columns[f.name], f.type) for f in schema if f.name in columns]
     if "latent" in schema.names:
         tensor = schema.field("latent").type
-        flat = pa.array(noise.astype(tensor.value_type.to_pandas_dtype()).reshape(-1))
-        storage = pa.FixedSizeListArray.from_arrays(flat, math.prod(tensor.shape))
-        arrays.append(pa.ExtensionArray.from_storage(tensor, storage))
+        arrays.append(tensor_array(tensor, noise.astype(tensor.value_type.to_pandas_dtype())))
     return pa.table(arrays, schema=schema)

@@ -7,7 +7,6 @@ from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.dataset as dataset
 
 from pipeline.records import (
@@ -31,14 +30,10 @@ def latent_rows(
 ) -> pa.Table:
     """Rows of records.latent_schema: images of one batch, their latents [B, C, H, W], and columns of MEASURED, each of
     length B (a NaN residual is none); those that are not given are null."""
-    tensor = schema.field("latent").type
-    flat = pa.array(np.ascontiguousarray(latents).reshape(-1), tensor.value_type)
 
     def column(field: pa.Field) -> pa.Array:
         if field.name == "latent":
-            return pa.ExtensionArray.from_storage(
-                tensor, pa.FixedSizeListArray.from_arrays(flat, math.prod(tensor.shape))
-            )
+            return tensor_array(field.type, latents)
         if field.name in measured:
             found = np.asarray(measured[field.name], field.type.to_pandas_dtype())
             return pa.array(found, mask=np.isnan(found) if field.name == "residual" else None)
@@ -48,6 +43,12 @@ def latent_rows(
         return pa.array(values, field.type)
 
     return pa.table([column(field) for field in schema], schema=schema)
+
+
+def tensor_array(tensor: pa.FixedShapeTensorType, values: np.ndarray) -> pa.Array:
+    """[B, ...] as a column of Arrow's fixed-shape tensors."""
+    flat = pa.array(np.ascontiguousarray(values).reshape(-1), tensor.value_type)
+    return pa.ExtensionArray.from_storage(tensor, pa.FixedSizeListArray.from_arrays(flat, math.prod(tensor.shape)))
 
 
 class ShardWriter:
@@ -133,17 +134,22 @@ def read_latents(
 ) -> Iterator[tuple[list[dict[str, Any]], np.ndarray]]:
     """Batches of a shard's rows without their latents, and the latents, float32 [B, C, H, W]. Row groups without any
     of the selection are not read."""
+    which = None if which == Selection() else which
+    for batch in _all(run, shard, batch_size) if which is None else _selected(run, shard, batch_size, which):
+        latents = batch.column("latent").to_numpy_ndarray().astype(np.float32)
+        yield batch.drop_columns(["latent"]).to_pylist(), latents
+
+
+def _all(run: Folder, shard: str, batch_size: int) -> Iterator[pa.RecordBatch]:
     with run.parquet_file(f"{LATENTS}/{shard}.parquet") as file:
-        wanted = None if which is None else which.expression(file.schema_arrow)
-        for batch in file.iter_batches(batch_size) if wanted is None else _selected(run, shard, batch_size, wanted):
-            latents = batch.column("latent").to_numpy_ndarray().astype(np.float32)
-            yield batch.drop_columns(["latent"]).to_pylist(), latents
+        yield from file.iter_batches(batch_size)
 
 
-def _selected(run: Folder, shard: str, batch_size: int, wanted: pc.Expression) -> Iterator[pa.RecordBatch]:
+def _selected(run: Folder, shard: str, batch_size: int, which: Selection) -> Iterator[pa.RecordBatch]:
     """Full batches of the rows wanted, however few there are of them in each row group."""
     with open_ranges(run.fs, run.path(f"{LATENTS}/{shard}.parquet")) as file:
         fragment = dataset.ParquetFileFormat().make_fragment(file)
+        wanted = which.expression(fragment.physical_schema)
         waiting: list[pa.RecordBatch] = []
         for batch in fragment.to_batches(filter=wanted, batch_size=batch_size, use_threads=False):
             waiting += [batch] if len(batch) else []

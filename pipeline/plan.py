@@ -30,6 +30,10 @@ class Totals:
     shards: int
     images: int
 
+    def part(self, shards: int) -> "Totals":
+        """Of so many of the shards, about."""
+        return Totals(shards, self.images * shards // self.shards)
+
 
 def pack(pieces: Iterable[Piece], shard_size: int, limit: int | None = None) -> Iterator[tuple[Piece, ...]]:
     """Consecutive pieces, as many to a group as stay within shard_size images; only the first `limit` images."""

@@ -139,6 +139,7 @@ def rejects_table(rejects: Iterable[Reject]) -> pa.Table:
     return pa.Table.from_pylist([asdict(reject) for reject in rejects], REJECT_SCHEMA)
 
 
+DTYPES = {"float16": pa.float16(), "float32": pa.float32()}  # that latents are stored in
 MEASURED = {
     "residual": pa.float32(),
     "nfe": pa.int32(),
@@ -152,7 +153,6 @@ def latent_schema(shape: Sequence[int], dtype: str, kept: Sequence[pa.Field] = (
     """One row an image. `latent` is x at the ladder's top, [C, H, W] of float16 or float32, as Arrow's fixed-shape
     tensor. `residual` is that of model.inversion, null for the paper's inversion; `nfe` the network evaluations spent;
     `mse`, `psnr` and `identical`, the share of 8-bit values that come back the same, are null where not measured."""
-    value = {"float16": pa.float16(), "float32": pa.float32()}[dtype]
     return pa.schema(
         [
             pa.field("image_id", pa.string(), nullable=False),
@@ -161,7 +161,7 @@ def latent_schema(shape: Sequence[int], dtype: str, kept: Sequence[pa.Field] = (
             pa.field("height", pa.int32(), nullable=False),
             pa.field("content_hash", pa.string(), nullable=False),
             *kept,
-            pa.field("latent", pa.fixed_shape_tensor(value, tuple(shape)), nullable=False),
+            pa.field("latent", pa.fixed_shape_tensor(DTYPES[dtype], tuple(shape)), nullable=False),
             *MEASURED.items(),
         ]
     )

@@ -1,7 +1,6 @@
 """Stored latents -> images: on one ladder or several, as they were or as variations. `images/<shard>.parquet`."""
 
 import base64
-import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from model.schedule import Ladder
-from pipeline.actors import Model, Receipt, stopwatch
+from pipeline.actors import Model, Receipt, noise_index, stopwatch
 from pipeline.generate import IMAGES
 from pipeline.latents import ShardWriter, check_model, committed, read_latents
 from pipeline.metrics import round_trip_error, to_pixels
@@ -81,7 +80,7 @@ class Regenerate:
         self, model: Model, stored: Sequence[dict[str, Any]], x: Tensor, variation: int
     ) -> Iterator[list[dict[str, Any]]]:
         """Rows of one variation of a batch, ladder by ladder, the longest first."""
-        indices = [noise_index(row["image_id"], variation) for row in stored]
+        indices = [noise_index(f"{variation}/{row['image_id']}") for row in stored]
         longest = None
         for levels in sorted(self.ladders, key=len, reverse=True):
             images = model.vary(x, levels, self.seed, indices, **self.how).clamp(-1, 1)  # as they are seen
@@ -98,11 +97,6 @@ class Regenerate:
                 }
                 for row, pixels, distance in zip(stored, to_pixels(images), distances, strict=True)
             ]
-
-
-def noise_index(image_id: str, variation: int) -> int:
-    """Of an image's noise: from its id and the variation alone, as no shard or batch may change it."""
-    return int.from_bytes(hashlib.sha256(f"{variation}/{image_id}".encode()).digest()[:8], "little")
 
 
 def consistency(run: Folder) -> list[dict[str, Any]]:

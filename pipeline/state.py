@@ -222,7 +222,7 @@ class StateReader:
             plan, done = plan_totals(latents), sum(e.shard is not None for e in entries(latents, LATENTS))
         except Exception:  # of whichever store: it may be one that this machine can't reach
             return None, uri
-        return Totals(done, plan.images * done // plan.shards) if plan and done else None, uri
+        return plan.part(done) if plan and done else None, uri
 
     def _summary(self, shards: Sequence[Entry]) -> tuple[dict[str, Any], bool]:
         """`summary.json`, {} where there is none, and whether it is of all the shards that are there now."""

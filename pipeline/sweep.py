@@ -16,7 +16,7 @@ from torch import Tensor
 from model.ddim import sample_noise
 from model.inversion import evaluations
 from model.schedule import Ladder
-from pipeline.actors import Model, Reader, Receipt, measure, stopwatch
+from pipeline.actors import Model, Reader, Receipt, measure, noise_index, stopwatch
 from pipeline.latents import ShardWriter, committed, shard_metadata
 from pipeline.metrics import moments, statistics, to_model
 from pipeline.records import Image, Shard
@@ -113,7 +113,7 @@ class Sweep:
             found["noise_mse"] = pa.nulls(len(images), pa.float64())
         else:
             shape = (self.reader.how.channels, self.reader.how.size, self.reader.how.size)
-            noise = torch.cat([sample_noise(self.noise_seed, _index(i), shape) for i in found["image_id"]])
+            noise = torch.cat([sample_noise(self.noise_seed, noise_index(i), shape) for i in found["image_id"]])
             found["noise_mse"] = _back_and_there(model, noise, setting)
         return pa.table([pa.array(found[f.name], f.type) for f in SWEEP_SCHEMA], schema=SWEEP_SCHEMA)
 
@@ -131,11 +131,6 @@ def _back_and_there(model: Model, noise: Tensor, setting: Setting) -> np.ndarray
     images = model.decode(noise, setting.levels)
     found, *_ = model.encode(images, setting.levels, setting.corrections, setting.tolerance)
     return (found - noise).double().square().flatten(1).mean(1).numpy()
-
-
-def _index(image_id: str) -> int:
-    """The index of an image's noise: from its id alone, as no shard or batch may change it."""
-    return int.from_bytes(hashlib.sha256(image_id.encode()).digest()[:8], "little")
 
 
 def read_sweep(run: Folder) -> list[dict[str, Any]]:

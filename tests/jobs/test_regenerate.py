@@ -64,6 +64,9 @@ def test_ids_and_expressions(palindrome, encoded, tmp_path):
     chosen = palindrome("regenerate", "--latents", encoded, "--ids", tmp_path / "ids.txt", "--out", tmp_path / "a")
     assert chosen.code == 0 and "of 3 ids 2 have a latent" in chosen.err
     assert {name for name, *_ in read(tmp_path / "a")} == {rows[40][0], rows[3][0]}
+    (tmp_path / "ids.txt").write_text("\n".join([rows[40][0], rows[4][0], "none.png"]) + "\n")
+    said = palindrome("regenerate", "--latents", encoded, "--ids", tmp_path / "ids.txt", "--out", tmp_path / "a")
+    assert said.code == 2 and "belongs to another command: ids_digest" in said.err
     where = "label in [3, 5] or (label == 8 and not nfe < 0)"
     assert palindrome("regenerate", "--latents", encoded, "--where", where, "--out", tmp_path / "b").code == 0
     assert {name for name, *_ in read(tmp_path / "b")} == {name for name, label, _ in rows if label in (3, 5, 8)}

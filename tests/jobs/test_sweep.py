@@ -13,7 +13,7 @@ from diffusers import UNet2DModel
 
 from model import checkpoint
 from model.ddim import coefficients, sample_noise
-from pipeline.sweep import _index
+from pipeline.actors import noise_index
 
 SETTINGS = ["--steps", 4, 6, "--corrections", 0, 2, "--ladder", "quadratic", "5,300,799", "--dtype", "float32"]
 FLAGS = ["--shard-size", 8, "--batch-size", 4, "--recover-noise", "--seed", 3]
@@ -87,7 +87,7 @@ def test_missed_noise_is_that_of_a_loop_over_diffusers_network(table, out, folde
     """The paper's inversion of what its sampler makes of the noise, by eq. 12 alone."""
     unet, schedule = UNet2DModel.from_pretrained(model, subfolder="unet"), checkpoint.load(str(model)).schedule
     ids = duckdb.sql(f"select distinct image_id from '{out}/sweep/*.parquet'").fetchall()
-    noise = torch.cat([sample_noise(3, _index(name), (3, 16, 16)) for (name,) in ids])
+    noise = torch.cat([sample_noise(3, noise_index(name), (3, 16, 16)) for (name,) in ids])
     x, steps = noise, list(pairwise([-1, 5, 300, 799]))
     with torch.no_grad():
         for low, high in reversed(steps):
