@@ -24,12 +24,13 @@ from typing import (
     get_type_hints,
 )
 
-import fsspec
-
 from pipeline.errors import SourceError
+from pipeline.storage import by_protocol
 
 if TYPE_CHECKING:
     from pipeline.decode import Preprocess
+    from pipeline.selection import Selection
+    from pipeline.storage import Folder
 
 STORES = frozenset({"botocore", "aiobotocore", "aiohttp", "google", "gcsfs"})  # whose errors have no common base
 C = TypeVar("C", bound="Options")
@@ -86,8 +87,7 @@ class StorageOptions(Options):
         except ValueError as e:
             where = f", line {e.lineno} column {e.colno}" if isinstance(e, json.JSONDecodeError) else ""
             raise ConfigError(f"{flag}: it is no JSON{where}") from None
-        by_protocol = isinstance(options, dict) and all(isinstance(given, dict) for given in options.values())
-        if not by_protocol or not options.keys() <= set(fsspec.available_protocols()):
+        if not by_protocol(options):
             raise ConfigError(f'{flag}: it takes an object by protocol, as {{"s3": {{"endpoint_url": "https://..."}}}}')
         return dict(options)
 
@@ -146,6 +146,16 @@ class ReadingConfig(ShardedConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ImagesConfig(ShardedConfig):
+    """A field of those among them that make images."""
+
+    FREE: ClassVar[frozenset[str]] = ShardedConfig.FREE | {"format"}
+
+    format: Literal["png", "webp", "jpeg", "webdataset", "parquet"] | None = None
+    """Write the images for others too, in OUT/FORMAT, as the command export does."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class CollectionOptions(Options):
     """Fields of the jobs that read images: where they are, and as what."""
 
@@ -163,6 +173,29 @@ class CollectionOptions(Options):
         """What `open_collection` is told."""
         kind = None if self.format == "auto" else self.format
         return {"kind": kind, "image_column": self.image_column, "extensions": self.extensions}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectionOptions(Options):
+    """Fields of the jobs that take some of a run's latents."""
+
+    ids: str | None = None
+    """Only the images whose ids stand in this file, one a line; a path or an fsspec URI."""
+    where: str | None = None
+    """Only the latents for which this is true of their columns, such as 'label == 3 and mse < 1e-6'."""
+
+    def selection(self, latents: "Folder", shard: str) -> "Selection":
+        """Of the latents of a run that has that shard. Raises ConfigError."""
+        from pipeline.latents import LATENTS  # few commands need pyarrow's expressions
+        from pipeline.selection import Selection, listed_ids, parse
+
+        if self.where is not None:
+            with blame("--latents"), latents.parquet_file(f"{LATENTS}/{shard}.parquet") as file:
+                schema = file.schema_arrow
+            with blame("--where"):
+                parse(self.where, schema)
+        with blame("--ids"):
+            return Selection(None if self.ids is None else listed_ids(self.ids), self.where)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from infra.cluster import ClusterError, connect
-from jobs.config import ConfigError, Range, ShardedConfig, blame
+from jobs.config import ConfigError, ImagesConfig, Range, blame
 from model import checkpoint
 from pipeline.generate import IMAGES, KIND, Generate, ranges
 from pipeline.ladders import KINDS, resolve
@@ -22,7 +22,7 @@ SHOWN, COLUMNS = 64, 8  # samples in samples.png
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateConfig(ShardedConfig):
+class GenerateConfig(ImagesConfig):
     """Generate samples from x_T ~ N(0, I): one Parquet file a shard in OUT/images. Sample i depends on the seed, i and
     the model alone, not on batches, shards or workers."""
 

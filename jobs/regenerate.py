@@ -1,30 +1,26 @@
 """palindrome regenerate: stored latents -> images."""
 
-import hashlib
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
-import fsspec
-
 from infra.cluster import ClusterError, connect
-from jobs.config import ConfigError, Range, ShardedConfig, blame
+from jobs.config import ConfigError, ImagesConfig, Range, SelectionOptions, blame
 from pipeline.encoded import encode_run, ladders_of, model_of
 from pipeline.generate import IMAGES
-from pipeline.latents import LATENTS, committed
+from pipeline.latents import committed
 from pipeline.manifest import claim
 from pipeline.plan import read_plan
 from pipeline.progress import Progress, follow
 from pipeline.regenerate import Regenerate, consistency, put_report
 from pipeline.run import Failure, fit, run_shards
-from pipeline.selection import Selection, parse
-from pipeline.storage import Folder, absolute, options_for
+from pipeline.selection import Selection
+from pipeline.storage import Folder, absolute
 from pipeline.summary import generated_summary, put_summary
 
 
 @dataclass(frozen=True, kw_only=True)
-class RegenerateConfig(ShardedConfig):
+class RegenerateConfig(ImagesConfig, SelectionOptions):
     """Decode an encode run's latents to images: one Parquet file a shard in OUT/images, which export turns into picture
     files. Several --steps show how alike the images of one latent are; --eta makes variations of an image."""
 
@@ -35,10 +31,6 @@ class RegenerateConfig(ShardedConfig):
     steps: tuple[Annotated[int, Range(1)], ...] = ()
     """Numbers of decoding steps, each on a ladder of the run's kind up to the run's top level (default: the
     run's own ladder); equal steps of the log-SNR where that was a list."""
-    ids: str | None = None
-    """Only the images whose ids stand in this file, one a line; a path or an fsspec URI."""
-    where: str | None = None
-    """Only the latents for which this is true of their columns, such as 'label == 3 and mse < 1e-6'."""
     eta: Annotated[float, Range(0, 1)] = 0.0
     """Noise added in each step: 0 gives the very image, more gives others that are like it."""
     sigma_hat: bool = False
@@ -58,13 +50,7 @@ def run(config: RegenerateConfig) -> int:
     latents, out = Folder(absolute(config.latents)), Folder(absolute(config.out))
     with blame("--latents"):
         encoded, plan, done_latents = encode_run(latents)
-        with latents.parquet_file(f"{LATENTS}/{min(done_latents)}.parquet") as file:
-            schema = file.schema_arrow
-    with blame("--where"):
-        if config.where is not None:
-            parse(config.where, schema)
-    with blame("--ids"):
-        which = Selection(_ids(config.ids), config.where)
+    which = config.selection(latents, min(done_latents))
     with blame("--model"):
         where, model = model_of(encoded, config.model)
     with blame("--steps"):
@@ -72,9 +58,8 @@ def run(config: RegenerateConfig) -> int:
     how = {"eta": config.eta, "use_sigma_hat": config.sigma_hat}
     facts = {"model_digest": model.digest, "ladders": [list(levels) for levels in ladders]}
     with blame("--out"):
-        listed = None if which.ids is None else hashlib.sha256("\n".join(sorted(which.ids)).encode()).hexdigest()
-        settings = config.settings(latents=latents.uri)
-        claim(out, "regenerate", settings, config.FREE, {**facts, "ids_digest": listed}, config.defaults())
+        known = {**facts, "ids_digest": which.ids_digest}
+        claim(out, "regenerate", config.settings(latents=latents.uri), config.FREE, known, config.defaults())
 
     done = committed(out, IMAGES)
     left = done_latents - done
@@ -101,16 +86,6 @@ def run(config: RegenerateConfig) -> int:
     there = committed(out, IMAGES)
     put_report(out, described, by_steps, (shard.name for shard in read_plan(latents) if shard.name in there))
     return _conclude(config, which, summary, failures)
-
-
-def _ids(uri: str | None) -> tuple[str, ...] | None:
-    if uri is None:
-        return None
-    with fsspec.open(uri, "rb", **options_for(uri)) as file:
-        found = tuple(dict.fromkeys(filter(None, file.read().decode("utf-8-sig").splitlines())))
-    if not found:
-        raise ConfigError(f"--ids: {Path(uri).name} names no id")
-    return found
 
 
 def _conclude(config: RegenerateConfig, which: Selection, summary: dict[str, object], failures: list[Failure]) -> int:

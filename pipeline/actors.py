@@ -277,7 +277,8 @@ class Encode:
                 rows = None
                 if batch.images:
                     x = to_model(np.stack([image.pixels for image in batch.images]))
-                    latents, found = self._encode(model, x)
+                    how = self.levels, self.corrections, self.tolerance, self.exact, self.dtype, self.measure
+                    latents, found = latents_of(model, x, *how)
                     rows = latent_rows(schema, batch.images, latents.numpy(), found)
                 out.add(rows, batch.rejects)
                 model.advance(len(batch.images))
@@ -285,28 +286,38 @@ class Encode:
             written = out.commit(seconds)
             return Receipt(shard.name, out.rows, out.refused, **seconds, bytes=written)
 
-    def _encode(self, model: Model, x: Tensor) -> tuple[Tensor, dict[str, np.ndarray]]:
-        """Images in [-1, 1] -> their latents as stored, and the columns of records.MEASURED that are known."""
-        dtype = getattr(torch, self.dtype)
-        latents, residual, nfe = model.encode(x, self.levels, self.corrections, self.tolerance)
-        latents = latents.to(dtype)
-        found = {"residual": residual.numpy(), "nfe": nfe.numpy()}
-        if not (self.measure or self.exact):
-            return latents, found
-        found |= measure(x, model.decode(latents.float(), self.levels))
-        for tolerance in STRICTER if self.exact else ():
-            left = np.flatnonzero(found["identical"] < 1)
-            if not len(left):
-                break
-            again, residual, nfe = model.encode(x[left], self.levels, MOST_CORRECTIONS, tolerance)
-            again = again.to(dtype)
-            tried = measure(x[left], model.decode(again.float(), self.levels))
-            found["nfe"][left] += nfe.numpy()
-            better = tried["mse"] < found["mse"][left]
-            latents[left[better]] = again[better]
-            for name, values in {"residual": residual.numpy(), **tried}.items():
-                found[name][left[better]] = values[better]
+
+def latents_of(
+    model: Model,
+    x: Tensor,
+    levels: Ladder,
+    corrections: int,
+    tolerance: float,
+    exact: bool,
+    dtype: str,
+    measured: bool = False,
+) -> tuple[Tensor, dict[str, np.ndarray]]:
+    """Images in [-1, 1] -> their latents as stored, and the columns of records.MEASURED that are known."""
+    stored = getattr(torch, dtype)
+    latents, residual, nfe = model.encode(x, levels, corrections, tolerance)
+    latents = latents.to(stored)
+    found = {"residual": residual.numpy(), "nfe": nfe.numpy()}
+    if not (measured or exact):
         return latents, found
+    found |= measure(x, model.decode(latents.float(), levels))
+    for stricter in STRICTER if exact else ():
+        left = np.flatnonzero(found["identical"] < 1)
+        if not len(left):
+            break
+        again, residual, nfe = model.encode(x[left], levels, MOST_CORRECTIONS, stricter)
+        again = again.to(stored)
+        tried = measure(x[left], model.decode(again.float(), levels))
+        found["nfe"][left] += nfe.numpy()
+        better = tried["mse"] < found["mse"][left]
+        latents[left[better]] = again[better]
+        for name, values in {"residual": residual.numpy(), **tried}.items():
+            found[name][left[better]] = values[better]
+    return latents, found
 
 
 def measure(x: Tensor, decoded: Tensor) -> dict[str, np.ndarray]:

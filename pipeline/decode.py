@@ -29,6 +29,7 @@ BROKEN = (  # what Pillow's plugins raise on bytes that are not as they should b
     *(OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, AttributeError, OverflowError),
     *(ZeroDivisionError, AssertionError, RuntimeError, SystemError, struct.error, zlib.error),
 )
+FAILURES = (PIL.DecompressionBombError, MemoryError, *BROKEN)  # all that a decoder says of a picture
 # What is wrong with a file stands in its reject; a worker's stderr is for what is wrong with the run. Said once, as
 # warnings.catch_warnings around each image would let threads restore one another's filters.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -111,20 +112,34 @@ def decode(data: bytes, how: Preprocess) -> tuple[np.ndarray, int, int]:
         raise Rejected("empty", "0 bytes")
     try:
         return _decode(data, how)
-    except Rejected:
-        raise
-    except UnidentifiedImageError:
+    except FAILURES as e:
+        raise _rejected(e, data, how) from None
+
+
+def from_pillow(image: PIL.Image, how: Preprocess) -> np.ndarray:
+    """A picture that Pillow has opened or made, at the frame that it shows -> uint8 [size, size, channels]; raises
+    Rejected. What `decode` makes of its file, but for those few that Pillow reads otherwise."""
+    try:
+        _check_size(image, how)
+        image.load()
+        return _prepared(image, how)[0]
+    except FAILURES as e:
+        raise _rejected(e, b"", how) from None
+
+
+def _rejected(e: Exception, data: bytes, how: Preprocess) -> Rejected:
+    """What one of FAILURES says of those bytes."""
+    if isinstance(e, UnidentifiedImageError):
         # Pillow says the same of a text file and of a PNG that ends inside its header.
         if MAGIC.match(data):
             reason = "truncated" if len(data) < 64 else "corrupt"
-            raise Rejected(reason, "the header can't be read, or states a layout that is not supported") from None
-        raise Rejected("not_an_image", "no known image format") from None
-    except PIL.DecompressionBombError as e:
-        raise Rejected("too_large", f"{_number(e)} pixels are more than {how.max_pixels}") from None
-    except MemoryError:
-        raise Rejected("too_large", "not enough memory to decode it") from None
-    except BROKEN as e:
-        raise Rejected(_reason(e, data), _words(e)) from None
+            return Rejected(reason, "the header can't be read, or states a layout that is not supported")
+        return Rejected("not_an_image", "no known image format")
+    if isinstance(e, PIL.DecompressionBombError):
+        return Rejected("too_large", f"{_number(e)} pixels are more than {how.max_pixels}")
+    if isinstance(e, MemoryError):
+        return Rejected("too_large", "not enough memory to decode it")
+    return Rejected(_reason(e, data), _words(e))
 
 
 def _decode(data: bytes, how: Preprocess) -> tuple[np.ndarray, int, int]:
@@ -132,21 +147,24 @@ def _decode(data: bytes, how: Preprocess) -> tuple[np.ndarray, int, int]:
     # which the whole process shares: hence no lower than other pictures need.
     PIL.MAX_IMAGE_PIXELS = max(how.max_pixels, 1 << 24)
     with _open(data) as opened:
-        width, height = opened.size
-        if width * height > how.max_pixels:
-            raise Rejected("too_large", f"{width}x{height} is more than {how.max_pixels} pixels")
+        _check_size(opened, how)
         _check_cost(opened, data, how.max_pixels)
         _check_tiff(opened)
         alpha = _keyed_out(opened, data)
         opened.load()
         if alpha is not None:
             opened.putalpha(alpha)
-        image = _upright(_tiff_gray(opened))
-        width, height = image.size
-        image = _rgb(image, how.background)
-        if how.channels == 1:
-            image = image.convert("L")
-        return np.asarray(_fitted(image, how)).reshape(how.size, how.size, how.channels), width, height
+        return _prepared(opened, how)
+
+
+def _prepared(loaded: PIL.Image, how: Preprocess) -> tuple[np.ndarray, int, int]:
+    """What `decode` returns, of a picture as it stands in its file."""
+    image = _upright(_tiff_gray(loaded))
+    width, height = image.size
+    image = _rgb(image, how.background)
+    if how.channels == 1:
+        image = image.convert("L")
+    return np.asarray(_fitted(image, how)).reshape(how.size, how.size, how.channels), width, height
 
 
 def _open(data: bytes) -> ImageFile:
@@ -161,6 +179,11 @@ def _open(data: bytes) -> ImageFile:
         except (SyntaxError, IndexError, TypeError, struct.error):
             continue
     raise UnidentifiedImageError
+
+
+def _check_size(image: PIL.Image, how: Preprocess) -> None:
+    if image.width * image.height > how.max_pixels:
+        raise Rejected("too_large", f"{image.width}x{image.height} is more than {how.max_pixels} pixels")
 
 
 def _check_cost(image: PIL.Image, data: bytes, max_pixels: int) -> None:

@@ -1,15 +1,17 @@
 """An encode run as the jobs find it that work from its latents."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
+
+import pyarrow.dataset as dataset
 
 from model import checkpoint
 from model.schedule import Ladder, NoiseSchedule, check_ladder
 from pipeline.errors import ManifestError
 from pipeline.ladders import KINDS, ladder_of_kind
-from pipeline.latents import committed
+from pipeline.latents import LATENTS, committed
 from pipeline.manifest import read_manifest
-from pipeline.plan import Totals, plan_totals
+from pipeline.plan import Totals, plan_totals, read_plan
 from pipeline.storage import Folder, absolute, options_for
 
 
@@ -28,6 +30,12 @@ def encode_run(latents: Folder) -> tuple[dict[str, Any], Totals, set[str]]:
     if plan is None or not done:
         raise ManifestError(f"{latents.uri} holds no latents yet")
     return manifest, plan, done
+
+
+def latents_dataset(run: Folder, done: Collection[str]) -> dataset.Dataset:
+    """The rows of the shards that are done, in the plan's order."""
+    files = [run.path(f"{LATENTS}/{shard.name}.parquet") for shard in read_plan(run) if shard.name in done]
+    return dataset.dataset(files, filesystem=run.arrow_fs, format="parquet")
 
 
 def model_of(encoded: dict[str, Any], asked: str | None) -> tuple[str, checkpoint.Checkpoint]:

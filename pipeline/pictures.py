@@ -1,16 +1,24 @@
 """uint8 images [H, W, C] as PNG, and grids of them."""
 
 import io
+import math
 from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image as PIL
 
+ACROSS = 16  # frames of a strip side by side
+
+
+def to_pillow(pixels: np.ndarray) -> PIL.Image:
+    """uint8 [H, W, 3] or [H, W, 1] -> a picture of mode RGB or L."""
+    return PIL.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
+
 
 def png(pixels: np.ndarray) -> bytes:
     """uint8 [H, W, 3] or [H, W, 1] -> the bytes of a PNG, lossless."""
     content = io.BytesIO()
-    PIL.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(content, "PNG")
+    to_pillow(pixels).save(content, "PNG")
     return content.getvalue()
 
 
@@ -29,4 +37,20 @@ def grid(images: Sequence[np.ndarray], columns: int, gap: int = 2) -> np.ndarray
     for i, image in enumerate(images):
         top, left = i // columns * (height + gap), i % columns * (width + gap)
         sheet[top : top + height, left : left + width] = image
+    return sheet
+
+
+def strip(frames: Sequence[np.ndarray], square: bool) -> np.ndarray:
+    """Frames side by side, in rows of ACROSS; those of a grid as the square that they are."""
+    return grid(frames, math.isqrt(len(frames)) if square else min(ACROSS, len(frames)), gap=1)
+
+
+def stacked(pictures: Sequence[np.ndarray], gap: int = 6) -> np.ndarray:
+    """Pictures below one another, on white."""
+    height = sum(p.shape[0] + gap for p in pictures) - gap
+    sheet = np.full((height, max(p.shape[1] for p in pictures), pictures[0].shape[2]), 255, np.uint8)
+    top = 0
+    for picture in pictures:
+        sheet[top : top + picture.shape[0], : picture.shape[1]] = picture
+        top += picture.shape[0] + gap
     return sheet

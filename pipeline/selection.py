@@ -1,14 +1,18 @@
 """Which latents of a run are meant: by their ids, or by an expression over their columns such as `label == 3`."""
 
 import ast
+import hashlib
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
+import fsspec
 import pyarrow as pa
 import pyarrow.compute as pc
+
+from pipeline.storage import options_for
 
 COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
     ast.Eq: operator.eq,
@@ -36,6 +40,20 @@ class Selection:
         parts = [] if self.ids is None else [pc.field("image_id").isin(pa.array(self.ids, pa.string()))]
         parts += [] if self.where is None else [parse(self.where, schema)]
         return reduce(operator.and_, parts) if parts else None
+
+    @property
+    def ids_digest(self) -> str | None:
+        """Of the set of ids, None where there is none: a file that names others is another command."""
+        return None if self.ids is None else hashlib.sha256("\n".join(sorted(self.ids)).encode()).hexdigest()
+
+
+def listed_ids(uri: str) -> tuple[str, ...]:
+    """The ids that stand in a file, one a line, each once. Raises OSError and ValueError."""
+    with fsspec.open(uri, "rb", **options_for(uri)) as file:
+        found = tuple(dict.fromkeys(filter(None, file.read().decode("utf-8-sig").splitlines())))
+    if not found:
+        raise ValueError(f"{uri} names no id")
+    return found
 
 
 def parse(text: str, schema: pa.Schema) -> pc.Expression:

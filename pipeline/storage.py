@@ -14,6 +14,8 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
+from pyarrow.fs import FSSpecHandler, PyFileSystem
+from pyarrow.fs import LocalFileSystem as ArrowLocalFileSystem
 
 from pipeline.errors import StoreError
 
@@ -72,6 +74,13 @@ def options_for(uri: str, options: Options | None = None) -> dict[str, dict[str,
     return {name: of_it for name, of_it in given.items() if of_it}
 
 
+def by_protocol(options: object) -> bool:
+    """Whether these are Options, of protocols that fsspec knows."""
+    if not isinstance(options, Mapping) or not options.keys() <= set(fsspec.available_protocols()):
+        return False
+    return all(isinstance(given, Mapping) for given in options.values())
+
+
 def open_fs(uri: str, options: Options) -> tuple[Any, str]:
     """The store of a URI, as fsspec opens it with the options of its protocols, and the path on it."""
     fs, path = fsspec.url_to_fs(uri, **options_for(uri, options))
@@ -81,6 +90,13 @@ def open_fs(uri: str, options: Options) -> tuple[Any, str]:
 def open_ranges(fs: Any, path: str) -> Any:
     """A file of which a reader knows the ranges that it needs: a cache would bring megabytes of what follows each."""
     return fs.open(path, "rb") if isinstance(fs, LocalFileSystem) else fs.open(path, "rb", cache_type="none")
+
+
+class _Ranges(FSSpecHandler):
+    """What pyarrow reads of a store: its files as `open_ranges` opens them."""
+
+    def open_input_file(self, path: str) -> pa.PythonFile:
+        return pa.PythonFile(open_ranges(self.fs, path), mode="r")
 
 
 def absolute(uri: str) -> str:
@@ -107,6 +123,11 @@ class Folder:
     @property
     def fs(self) -> Any:
         return self._location[0]
+
+    @property
+    def arrow_fs(self) -> Any:
+        """The store for pyarrow's datasets."""
+        return ArrowLocalFileSystem() if self.is_local else PyFileSystem(_Ranges(self.fs))
 
     @property
     def is_local(self) -> bool:

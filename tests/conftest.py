@@ -1,6 +1,10 @@
-"""Real pictures for every test: the bundled sample, and the corpus of odd files made from it."""
+"""For every test: real pictures, which are the bundled sample and the corpus of odd files made from it; stores; a small
+model; and commands as a person gives them, run in this process on the tests' Ray."""
 
+import io
 import runpy
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -85,3 +89,48 @@ def tiny():
         else:  # a bias, or the scale of a group norm
             weights[name] = 0.3 * drawn + float("norm" in name and name.endswith("weight"))
     return Checkpoint(network.config, weights, NoiseSchedule())
+
+
+@dataclass(frozen=True)
+class Said:
+    """How a command ended: its exit code and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="session")
+def palindrome(ray_here):
+    """palindrome("encode", "--images", ...) -> Said, in this process."""
+    from jobs.__main__ import main
+
+    def palindrome(*arguments):
+        out, err = io.StringIO(), io.StringIO()
+        with redirect_stdout(out), redirect_stderr(err):
+            try:
+                code = main([str(argument) for argument in arguments])
+            except SystemExit as e:
+                code = e.code
+        return Said(code, out.getvalue(), err.getvalue())
+
+    return palindrome
+
+
+@pytest.fixture(scope="session")
+def model(tiny, tmp_path_factory):
+    """The folder of the `tiny` checkpoint."""
+    from model import checkpoint
+
+    folder = tmp_path_factory.mktemp("checkpoints") / "tiny"
+    checkpoint.save(tiny, str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pictures(pngs, tmp_path_factory):
+    """A folder of the first 24 pictures of the sample."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for i, png in enumerate(pngs[:24]):
+        (folder / f"{i:03d}.png").write_bytes(png)
+    return folder

@@ -1,10 +1,8 @@
-"""Jobs as a person runs them: by their command line, in this process on the tests' Ray, or in one of their own."""
+"""Jobs as a person runs them, in a process of their own, and what they leave behind."""
 
-import io
 import os
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,35 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from model import checkpoint
-
 ROOT = Path(__file__).parents[2]
-
-
-@dataclass(frozen=True)
-class Said:
-    """How a command ended: its exit code and what it printed."""
-
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture(scope="session")
-def palindrome(ray_here):
-    """palindrome("encode", "--images", ...) -> Said, in this process."""
-    from jobs.__main__ import main
-
-    def palindrome(*arguments):
-        out, err = io.StringIO(), io.StringIO()
-        with redirect_stdout(out), redirect_stderr(err):
-            try:
-                code = main([str(argument) for argument in arguments])
-            except SystemExit as e:
-                code = e.code
-        return Said(code, out.getvalue(), err.getvalue())
-
-    return palindrome
 
 
 @pytest.fixture
@@ -61,23 +31,6 @@ def start():
         if process.poll() is None:
             process.kill()
         process.communicate()
-
-
-@pytest.fixture(scope="session")
-def model(tiny, tmp_path_factory):
-    """The folder of the `tiny` checkpoint."""
-    folder = tmp_path_factory.mktemp("checkpoints") / "tiny"
-    checkpoint.save(tiny, str(folder))
-    return folder
-
-
-@pytest.fixture(scope="session")
-def pictures(pngs, tmp_path_factory):
-    """A folder of the first 24 pictures of the sample."""
-    folder = tmp_path_factory.mktemp("pictures")
-    for i, png in enumerate(pngs[:24]):
-        (folder / f"{i:03d}.png").write_bytes(png)
-    return folder
 
 
 @dataclass(frozen=True)
