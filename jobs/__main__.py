@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from itertools import pairwise
 from typing import NoReturn
 
-from jobs.config import ConfigError, StorageOptions, add_arguments, from_arguments
+from jobs.config import ConfigError, ImagesConfig, StorageOptions, add_arguments, from_arguments
 from pipeline import interrupt
 from pipeline.errors import RunError, StoreError
 from pipeline.storage import using
@@ -23,6 +23,8 @@ JOBS = {
     "sweep": "the error against the network evaluations, over settings",
     "regenerate": "latents -> images, on ladders of any length, or varied",
     "generate": "new images, from noise",
+    "interpolate": "latents -> the images between them",
+    "animate": "the paths of interpolate as strips and films",
     "train": "train a model on a collection",
     "status": "how far a run is",
     "verify": "whether a run holds what it should",
@@ -67,7 +69,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         stores = from_arguments(StorageOptions, parsed).read()
         with _signals_raise(), using(stores):
-            return int(parsed.start(from_arguments(parsed.config, parsed)))
+            config = from_arguments(parsed.config, parsed)
+            code = int(parsed.start(config))
+            return _export(config) if code == 0 and isinstance(config, ImagesConfig) and config.format else code
     except ConfigError as e:
         parser.exit(2, f"palindrome {parsed.job}: error: {e}\n")
     except (RunError, StoreError) as e:
@@ -77,6 +81,13 @@ def main(arguments: list[str] | None = None) -> int:
         if hasattr(parsed, "out"):
             print(f"\ninterrupted; the same command resumes {parsed.out}", file=sys.stderr)
         return 143 if isinstance(e, Terminated) else 130
+
+
+def _export(config: ImagesConfig) -> int:
+    """What a job has made, in the format that it was asked for."""
+    export = importlib.import_module("jobs.export")
+    out = f"{config.out.rstrip('/')}/{config.format}"
+    return int(export.run(export.ExportConfig(run=config.out, out=out, format=config.format)))
 
 
 def _hide_options(argv: list[str]) -> None:

@@ -41,7 +41,7 @@ class ExportConfig(Options):
     POSITIONAL: ClassVar[frozenset[str]] = frozenset({"run"})
 
     run: str
-    """The run folder of reconstruct, regenerate or generate, a path or an fsspec URI."""
+    """The run folder of reconstruct, regenerate, generate or interpolate, a path or an fsspec URI."""
     out: str
     """The folder to write to, a path or an fsspec URI. The same command again resumes."""
     format: Literal["png", "webp", "jpeg", "webdataset", "parquet"]

@@ -24,7 +24,7 @@ class RejectsConfig(Options):
     POSITIONAL: ClassVar[frozenset[str]] = frozenset({"run"})
 
     run: str
-    """The run folder of encode or sweep, a path or an fsspec URI."""
+    """The run folder of encode, sweep or interpolate, a path or an fsspec URI."""
     reason: str | None = None
     """Only those rejected for this reason, named as the list names it."""
     format: Literal["table", "csv", "json"] = "table"
@@ -35,7 +35,7 @@ def run(config: RejectsConfig) -> int:
     if config.reason is not None and config.reason not in REASONS:
         raise ConfigError(f"--reason: {config.reason!r} is none of {', '.join(REASONS)}")
     with blame("RUN"):
-        folder, manifest = open_run(config.run, "encode", "sweep")
+        folder, manifest = open_run(config.run, "encode", "sweep", "interpolate")
     counts: Counter[str] = Counter()
 
     def counted() -> Iterator[dict[str, Any]]:

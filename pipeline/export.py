@@ -43,6 +43,7 @@ HOLDS = {  # by job
     "reconstruct": Holds(FOLDERS["reconstruct"], "steps"),
     "regenerate": Holds(FOLDERS["regenerate"], "steps"),
     "generate": Holds(FOLDERS["generate"], None),
+    "interpolate": Holds(FOLDERS["interpolate"], None),
 }
 PICTURES = {"png": ".png", "webp": ".webp", "jpeg": ".jpg"}  # formats that are a file an image, and how it ends
 IMAGES, DATA, INDEX = "images", "data", "index"  # folders: of pictures; of tars or tables; of what each picture is

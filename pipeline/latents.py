@@ -3,10 +3,12 @@
 import json
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.dataset as dataset
 
 from pipeline.records import (
@@ -147,9 +149,7 @@ def _all(run: Folder, shard: str, batch_size: int) -> Iterator[pa.RecordBatch]:
 
 def _selected(run: Folder, shard: str, batch_size: int, which: Selection) -> Iterator[pa.RecordBatch]:
     """Full batches of the rows wanted, however few there are of them in each row group."""
-    with open_ranges(run.fs, run.path(f"{LATENTS}/{shard}.parquet")) as file:
-        fragment = dataset.ParquetFileFormat().make_fragment(file)
-        wanted = which.expression(fragment.physical_schema)
+    with _fragment(run, shard, which) as (fragment, wanted):
         waiting: list[pa.RecordBatch] = []
         for batch in fragment.to_batches(filter=wanted, batch_size=batch_size, use_threads=False):
             waiting += [batch] if len(batch) else []
@@ -158,6 +158,28 @@ def _selected(run: Folder, shard: str, batch_size: int, which: Selection) -> Ite
                 yield from full if len(rest) < batch_size else [*full, rest]
                 waiting = [rest] if len(rest) < batch_size else []
         yield from waiting and pa.Table.from_batches(waiting).combine_chunks().to_batches()
+
+
+def count_rows(run: Folder, shard: str, which: Selection) -> int:
+    """How many of a shard's rows are meant."""
+    with _fragment(run, shard, which) as (fragment, wanted):
+        return int(fragment.count_rows(filter=wanted, use_threads=False))
+
+
+def read_ids(run: Folder, shard: str, which: Selection) -> list[str]:
+    """The ids of the rows that are meant, in the file's order."""
+    with _fragment(run, shard, which) as (fragment, wanted):
+        return list(fragment.to_table(columns=["image_id"], filter=wanted, use_threads=False)["image_id"].to_pylist())
+
+
+@contextmanager
+def _fragment(
+    run: Folder, shard: str, which: Selection
+) -> Iterator[tuple[dataset.ParquetFileFragment, pc.Expression | None]]:
+    """A shard's file, and the rows wanted of it, for readers that skip row groups by them."""
+    with open_ranges(run.fs, run.path(f"{LATENTS}/{shard}.parquet")) as file:
+        fragment = dataset.ParquetFileFormat().make_fragment(file)
+        yield fragment, which.expression(fragment.physical_schema)
 
 
 def read_rejects(run: Folder, done: Collection[str]) -> Iterator[dict[str, Any]]:

@@ -21,6 +21,8 @@ REASONS = {
     "truncated": "the image breaks off",
     "corrupt": "the image could not be decoded",
     "too_large": "the image has more pixels than --max-pixels",
+    "no_latent": "the encode run has no latent of that image",
+    "no_arc": "the latents are opposite, 0 or not finite",
 }
 
 

@@ -32,6 +32,7 @@ FOLDERS = {  # by job: where its shards are
     "sweep": "sweep",
     "generate": "images",
     "regenerate": "images",
+    "interpolate": "images",
 }
 READ = 4096  # footers read, at most; of more shards these are a sample
 NEWEST = 32  # shards of which the pace is learnt
@@ -214,9 +215,11 @@ class StateReader:
         """What there is to do, None where that is not known (yet), and of what."""
         if self.job == "generate":
             return plan_totals(self.run), str(self.manifest["config"].get("model"))
+        uri = str(self.manifest["config"].get("latents"))
+        if self.job == "interpolate":
+            return plan_totals(self.run), uri
         if self.job not in ("reconstruct", "regenerate"):
             return plan_totals(self.run), str(self.manifest.get("collection", {}).get("uri"))
-        uri = str(self.manifest["config"].get("latents"))
         latents = Folder(uri)
         try:
             plan, done = plan_totals(latents), sum(e.shard is not None for e in entries(latents, LATENTS))

@@ -2,10 +2,14 @@
 
 import io
 import json
+import math
 import os
 import signal
 import time
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
+from statistics import NormalDist
 
 import duckdb
 import numpy as np
@@ -16,6 +20,7 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler
 from PIL import Image
 
+from model import checkpoint
 from model.ddim import sample, sample_noise
 from model.schedule import ladder
 from pipeline.metrics import to_pixels
@@ -34,6 +39,45 @@ def read(run):
 
 def command(model, out, *flags):
     return ["generate", "--model", model, "--count", COUNT, "--steps", 4, "--out", out, *flags]
+
+
+@pytest.fixture(scope="module")
+def gaussian(tiny, tmp_path_factory):
+    """A network that is 0 everywhere: as v-prediction, the exact one for images that are noise of N(0, I) themselves,
+    since E[x0 | x_t] is then sqrt(alpha_bar) x_t."""
+    weights = {name: torch.zeros_like(value) for name, value in tiny.weights.items()}
+    folder = tmp_path_factory.mktemp("checkpoints") / "gaussian"
+    checkpoint.save(replace(tiny, weights=weights, prediction_type="v_prediction"), str(folder))
+    return folder
+
+
+@pytest.mark.parametrize("steps", [3, 25])
+@pytest.mark.parametrize("eta", [0, 0.5, 1])
+def test_moments_are_those_of_a_known_distribution(eta, steps, palindrome, gaussian, tiny, tmp_path):
+    """Eq. 12 and 16 with that network are linear in x and in the noise: x0 is Gaussian, of a deviation and a share of
+    x_T that a recursion gives. Files hold it clipped to [-1, 1], which Bussgang's theorem follows."""
+    flags = ["--model", gaussian, "--count", 200, "--steps", steps, "--eta", eta, "--latents", "float32"]
+    assert palindrome("generate", *flags, "--out", tmp_path).code == 0
+    _, images, noise = read(tmp_path)
+    share, variance = 1.0, 1.0
+    levels = ladder("linear", steps)
+    for low, high in reversed(list(pairwise(levels))):
+        a_from, a_to = tiny.schedule.alpha_bar(high), tiny.schedule.alpha_bar(low)
+        sigma = eta * math.sqrt((1 - a_to) / (1 - a_from)) * math.sqrt(1 - a_from / a_to)  # eq. 16
+        factor = math.sqrt(a_to * a_from) + math.sqrt((1 - a_to - sigma**2) * (1 - a_from))  # eq. 12, epsilon and x0
+        share, variance = share * factor, variance * factor**2 + (0 if low < 0 else sigma**2)
+    x0, x_T = (images / 127.5 - 1).ravel(), noise.transpose(0, 2, 3, 1).ravel()
+    normal, deviation = NormalDist(), math.sqrt(variance)
+    inside = 2 * normal.cdf(1 / deviation) - 1
+    clipped = variance * (inside - 2 / deviation * normal.pdf(1 / deviation)) + 1 - inside
+    error = 5 / math.sqrt(len(x0))  # five standard errors of the mean of numbers whose deviation is about 1
+    assert abs(x0.mean()) < error
+    assert abs(np.square(x0).mean() - clipped) < error
+    assert abs((x0 * x_T).mean() - share * inside) < error
+    if eta == 0:
+        assert np.abs(x0 - np.clip(share * x_T, -1, 1)).max() < 1 / 127
+    else:
+        assert share < 0.9 and variance > share**2 + 0.05
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +182,19 @@ def test_a_run_is_read_by_duckdb_and_says_how_it_was_made(palindrome, model, tmp
     assert {p.name: p.read_bytes() for p in (pictures / "images").glob("*.png")} == {
         f"{row['image_id']}.png": row["image"]["bytes"] for row in stored
     }
+
+
+def test_images_are_exported_once_they_are_there(one, palindrome, model, tmp_path):
+    said = palindrome(*command(model, tmp_path, "--format", "png"))
+    assert said.code == 0 and f"the images are in {tmp_path}/png/images" in said.out
+    said = palindrome(*command(model, tmp_path, "--format", "webp"))  # another format is the same run
+    assert said.code == 0 and "0 to generate" in said.out
+    for form in ("png", "webp"):
+        for name, expected in zip(one[0], one[1], strict=True):
+            found = np.asarray(Image.open(tmp_path / form / "images" / f"{name}.{form}")).astype(int)
+            assert np.abs(found - expected).max() <= 1
+    assert "60 images" in palindrome("status", tmp_path).out
+    assert palindrome("export", tmp_path, "--out", tmp_path / "png", "--format", "png").code == 0  # the very command
 
 
 def test_samples_are_those_of_diffusers(one, tiny, model):

@@ -1,0 +1,71 @@
+"""palindrome animate: the paths of an interpolation as strips and films."""
+
+import sys
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from typing import Annotated, Any, ClassVar, Literal
+
+from jobs.config import ConfigError, Options, Range, blame
+from pipeline import interrupt
+from pipeline.animate import ENDS, Film, pixels, whole_paths
+from pipeline.errors import writing
+from pipeline.generate import IMAGES
+from pipeline.latents import committed
+from pipeline.manifest import claim
+from pipeline.state import open_run
+from pipeline.storage import Folder, absolute
+from pipeline.threads import in_threads
+
+BELOW = "paths"
+AT_ONCE = 4  # paths
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnimateConfig(Options):
+    """Write each path of an interpolation as one file below OUT/paths: a strip of its frames, or a film."""
+
+    POSITIONAL: ClassVar[frozenset[str]] = frozenset({"run"})
+
+    run: str
+    """The run folder of interpolate, a path or an fsspec URI."""
+    out: str
+    """The folder to write to, a path or an fsspec URI. The same command again resumes."""
+    format: Literal["strip", "gif", "webp", "mp4"]
+    """strip: the frames side by side, or as the square of a grid, PNG; gif; webp: animated, lossless; mp4: H.264, which
+    takes PyAV (pip install av)."""
+    fps: Annotated[float, Range(0.1, 120)] = 12.0
+    """Frames a second."""
+    scale: Annotated[int, Range(1, 64)] = 1
+    """How many pixels wide and high each pixel becomes, for small images."""
+
+
+def run(config: AnimateConfig) -> int:
+    """Writes what is not there yet, and returns the exit code."""
+    if config.format == "mp4" and find_spec("av") is None:
+        raise ConfigError("--format: mp4 takes PyAV, which is not installed: pip install av")
+    out = Folder(absolute(config.out))
+    with blame("RUN"):
+        source, manifest = open_run(config.run, "interpolate")
+        paths, broken = whole_paths(source, committed(source, IMAGES))
+    with blame("--out"):
+        settings = {k: v for k, v in asdict(config).items() if k != "out"}
+        of = {"source_config": manifest["config"], "model_digest": manifest["model_digest"]}
+        claim(out, "animate", {**settings, "run": source.uri}, (), of)
+        done = out.files(BELOW)
+    film, end = Film(config.format, config.fps, config.scale), ENDS[config.format]
+
+    def put(path: tuple[str, list[dict[str, Any]]]) -> None:
+        name, rows = path
+        content = film.encoded(pixels(rows), square=rows[0]["down"] is not None)
+        with writing(f"{out.uri}/{BELOW}/{name}{end}"):
+            out.put(f"{BELOW}/{name}{end}", content)
+
+    count = 0
+    for _ in in_threads(put, (path for path in paths if f"{path[0]}{end}" not in done), AT_ONCE):
+        interrupt.check()
+        count += 1
+    print(f"{count} files written to {config.out}/{BELOW}, {len(done)} were there")
+    if broken:
+        print(f"{broken} paths lack frames: {config.run} is not complete", file=sys.stderr)
+        return 1
+    return 0

@@ -1,0 +1,175 @@
+"""palindrome interpolate: the images between those whose latents are stored."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from infra.cluster import ClusterError, connect
+from jobs.config import ConfigError, ImagesConfig, Range, SelectionOptions, blame, flag_of
+from pipeline.encoded import encode_run, ladders_of, model_of
+from pipeline.generate import IMAGES
+from pipeline.interpolate import Interpolate
+from pipeline.interpolate_report import put_report
+from pipeline.latents import committed
+from pipeline.manifest import claim
+from pipeline.paths import (
+    KIND,
+    At,
+    digest_of,
+    every,
+    grid_pieces,
+    ids_of,
+    located,
+    nearest_pairs,
+    path_pieces,
+    random_pairs,
+    read_pairs,
+    sequences,
+)
+from pipeline.plan import add_pieces, plan_totals, read_plan
+from pipeline.progress import Progress, follow
+from pipeline.records import REASONS
+from pipeline.run import Failure, fit, run_shards
+from pipeline.selection import Selection
+from pipeline.storage import Folder, absolute
+from pipeline.summary import generated_summary, put_summary, rejects_by_reason
+
+DRAWN = {"random": random_pairs, "nearest": nearest_pairs}
+WAYS = ("pairs", "path", "grid", "sequence")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InterpolateConfig(ImagesConfig, SelectionOptions):
+    """Decode what lies between the latents of an encode run: one Parquet file a shard in OUT/images, a row a frame.
+    export turns the frames into picture files, animate each path into a strip or a film."""
+
+    latents: str
+    """The run folder that encode wrote; a path or an fsspec URI."""
+    pairs: str | None = None
+    """From one image to another: random:N draws N pairs, nearest:N N images, each with that one whose latent is nearest
+    to its own; or a CSV file of two ids a line."""
+    path: tuple[str, ...] = ()
+    """Through several images: ID,ID,ID; several such paths. Ids with commas stand in double quotes."""
+    grid: tuple[str, ...] = ()
+    """Between four images, upper left and right, lower left and right: ID,ID,ID,ID; several such grids."""
+    sequence: bool = False
+    """Through the frames of each numbered sequence: the images whose ids differ in their last number alone."""
+    frames: Annotated[int, Range(2)] = 11
+    """Images from one image to the next, both included; in a grid, each way."""
+    method: Literal["slerp", "linear"] = "slerp"
+    """On the sphere, as eq. 67 of the DDIM paper has it, or straight, for comparison."""
+    model: str | None = None
+    """The checkpoint folder (default: the one that encode used, where it used it)."""
+    steps: Annotated[int, Range(1)] | None = None
+    """Decoding steps, on a ladder of the run's kind (default: the run's own ladder)."""
+    seed: Annotated[int, Range(0)] = 0
+    """Of the draw."""
+    shard_size: Annotated[int, Range(1)] = 1024
+    """Frames a shard, at most, but no fewer than lie between two images."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        asked = [flag_of(way) for way in WAYS if getattr(self, way)]
+        if len(asked) != 1:
+            raise ConfigError(
+                f"--pairs: give one of {', '.join(map(flag_of, WAYS))}, not {' and '.join(asked) or 'none'}"
+            )
+        chosen = self.sequence or self.drawn() is not None
+        if (self.ids or self.where) and not chosen:
+            raise ConfigError(f"--{'ids' if self.ids else 'where'}: {asked[0]} names the images")
+
+    def drawn(self) -> tuple[str, int] | None:
+        """How, and how many pairs, where they are drawn. Raises ConfigError."""
+        how, _, count = (self.pairs or "").partition(":")
+        if how not in DRAWN:
+            return None
+        if not (count.isascii() and count.isdigit() and int(count)):
+            raise ConfigError(f"--pairs: {self.pairs} is not {how}:N")
+        return how, int(count)
+
+
+def run(config: InterpolateConfig) -> int:
+    """Makes the frames that are not there yet, summary and report, and returns the exit code."""
+    latents, out = Folder(absolute(config.latents)), Folder(absolute(config.out))
+    with blame("--latents"):
+        encoded, plan, done_latents = encode_run(latents)
+    if len(done_latents) < plan.shards:
+        print(f"the encode run is not complete: {len(done_latents)} of {plan.shards} shards", file=sys.stderr)
+    which = config.selection(latents, min(done_latents))
+    with blame("--pairs"):
+        pairs = read_pairs(config.pairs) if config.pairs and not config.drawn() else None
+    with blame("--model"):
+        where, model = model_of(encoded, config.model)
+    with blame("--steps"):
+        [levels] = ladders_of(encoded, () if config.steps is None else (config.steps,), model.schedule)
+    with blame("--out"):
+        totals = plan_totals(out)
+    paths = _paths(config, latents, sorted(done_latents), which, pairs) if totals is None else []
+    with blame("--out"):
+        facts = {"model_digest": model.digest, "levels": list(levels)}
+        known = {**facts, "ids_digest": which.ids_digest, "pairs_digest": None if pairs is None else digest_of(pairs)}
+        claim(out, "interpolate", config.settings(latents=latents.uri), config.FREE, known, config.defaults())
+    if totals is None:
+        pieces = (grid_pieces if config.grid else path_pieces)(paths, config.frames)
+        totals = add_pieces(out, KIND, pieces, config.shard_size)
+    done = committed(out, IMAGES)
+    print(f"{totals.images} frames in {totals.shards} shards, {totals.shards - len(done)} to make", flush=True)
+
+    failures: list[Failure] = []
+    if len(done) < totals.shards:
+        todo = (shard for shard in read_plan(out) if shard.name not in done)
+        with blame("--address", ClusterError), connect(config.address):
+            resources = fit(config.workers, "actor")
+            about = {**facts, "method": config.method, "frames": config.frames}
+            work = Interpolate(out, latents, config.method, config.frames, levels, config.batch_size, about)
+            progress = Progress("interpolate", totals, len(done))
+            failures = follow(progress, run_shards(work, model, todo, resources))
+            out.clear_unfinished()
+    done = committed(out, IMAGES)
+    summary = {**generated_summary(out), "rejects_by_reason": rejects_by_reason(out, done)}
+    put_summary(out, summary, failures)
+    described = {"latents": config.latents, "model": where, "steps": str(len(levels) - 1), "method": config.method}
+    c = model.config
+    dimensions = c.in_channels * c.sample_size**2
+    put_report(out, described, (shard.name for shard in read_plan(out) if shard.name in done), dimensions)
+    return _conclude(config, summary, failures)
+
+
+def _paths(
+    config: InterpolateConfig,
+    latents: Folder,
+    shards: Sequence[str],
+    which: Selection,
+    pairs: Sequence[Sequence[str]] | None,
+) -> Sequence[Sequence[At]]:
+    """What is asked for. Raises ConfigError."""
+    with blame("--pairs"):
+        if pairs is not None:
+            return located(latents, shards, pairs)
+        if drawn := config.drawn():
+            how, count = drawn
+            return DRAWN[how](latents, shards, which, count, config.seed)
+    with blame("--path"):
+        if config.path:
+            return located(latents, shards, [ids_of(text, 2) for text in config.path], must=True)
+    with blame("--grid"):
+        if config.grid:
+            return located(latents, shards, [ids_of(text, 4, 4) for text in config.grid], must=True)
+    found, missing = sequences(every(latents, shards, which))
+    if not found:
+        raise ConfigError("--sequence: there are no two images whose ids differ in their last number alone")
+    print(f"{len(found)} sequences of {sum(map(len, found))} images")
+    if missing:
+        print(f"{missing} numbers are missing in them; the way goes from one neighbour to the other", file=sys.stderr)
+    return found
+
+
+def _conclude(config: InterpolateConfig, summary: Mapping[str, Any], failures: Sequence[Failure]) -> int:
+    print(f"{summary['images']} frames in {config.out}; report: {config.out}/report.html")
+    for reason, count in summary["rejects_by_reason"].items():
+        print(f"{count} ways rejected as {reason}: {REASONS[reason]}", file=sys.stderr)
+    if failures:
+        print(f"{len(failures)} shards failed; the same command tries them again", file=sys.stderr)
+        return 1
+    return 0 if summary["images"] else 1
