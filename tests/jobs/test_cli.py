@@ -236,7 +236,7 @@ def test_help_names_every_flag_with_words_and_default(palindrome, job):
     assert said.code == 0
     flags = re.findall(r"^  (--[a-z-]+)", said.out, re.MULTILINE)
     text = " ".join(said.out.split())
-    if job in ("status", "verify", "rejects", "export"):  # which read a run folder
+    if job in ("status", "verify", "rejects", "export", "animate"):  # which read a run folder
         assert "RUN The run folder" in text and flags
         return
     assert "--out" in flags and "--address" in flags
