@@ -5,6 +5,7 @@ import ast
 import dataclasses
 import inspect
 import json
+import os
 import textwrap
 import types
 from collections.abc import Iterator
@@ -28,11 +29,13 @@ from pipeline.errors import SourceError
 from pipeline.storage import by_protocol
 
 if TYPE_CHECKING:
+    from infra.submission import Cluster
     from pipeline.decode import Preprocess
     from pipeline.selection import Selection
     from pipeline.storage import Folder
 
 STORES = frozenset({"botocore", "aiobotocore", "aiohttp", "google", "gcsfs"})  # whose errors have no common base
+STORAGE_OPTIONS = "PALINDROME_STORAGE_OPTIONS"  # of the environment
 C = TypeVar("C", bound="Options")
 
 
@@ -68,12 +71,12 @@ class StorageOptions(Options):
 
     storage_options: str | None = dataclasses.field(default=None, repr=False)
     """How stores are opened: JSON by protocol, as in {"s3": {"endpoint_url": "https://...", "key": "...", "secret":
-    "..."}}, each as fsspec takes it for that protocol; or the name of a file that holds it. The AWS environment and
-    profiles stand in for what it does not name."""
+    "..."}}, each as fsspec takes it for that protocol; or the name of a file that holds it (default:
+    $PALINDROME_STORAGE_OPTIONS). The AWS environment and profiles stand in for what it does not name."""
 
     def read(self) -> dict[str, dict[str, Any]]:
         """By protocol. Raises ConfigError, whose words say nothing of what is in it."""
-        text, flag = self.storage_options, flag_of("storage_options")
+        text, flag = self.storage_options or os.environ.get(STORAGE_OPTIONS), flag_of("storage_options")
         if text is None:
             return {}
         if not text.lstrip().startswith("{"):
@@ -199,6 +202,21 @@ class SelectionOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ClusterOptions(Options):
+    """A field of the commands that ask a cluster about its jobs."""
+
+    address: str | None = None
+    """The URL of the cluster's dashboard (default: $RAY_API_SERVER_ADDRESS, else http://127.0.0.1:8265)."""
+
+    def cluster(self) -> "Cluster":
+        """The one that is meant. Raises ConfigError where it can't be used."""
+        from infra.submission import Cluster, SubmissionError, address_of  # brings Ray
+
+        with blame("--address", SubmissionError):
+            return Cluster(address_of(self.address))
+
+
+@dataclass(frozen=True, kw_only=True)
 class PictureOptions(Options):
     """Fields of the jobs that read images: how each becomes the model's input."""
 
@@ -257,7 +275,7 @@ def add_arguments(parser: argparse.ArgumentParser, config: type[Options]) -> Non
             shown = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
             text += f" (default: {shown})"
         if f.name in config.POSITIONAL:
-            parser.add_argument(f.name, help=text, metavar=f.name.upper())
+            parser.add_argument(f.name, help=text, metavar=f.name.upper(), nargs="+" if many else None)
             continue
         options: dict[str, Any] = {"dest": f.name, "help": text, "default": argparse.SUPPRESS}
         if kind is bool:

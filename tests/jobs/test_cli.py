@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.__main__ import JOBS
+from jobs.command import JOBS
 from model import checkpoint
 
 ROOT = Path(__file__).parents[2]

@@ -1,0 +1,81 @@
+"""Commands: which there are, and what the words of one say."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from jobs.config import ConfigError, Options, StorageOptions, add_arguments, from_arguments
+
+JOBS = {
+    "encode": "images -> latents, by DDIM inversion",
+    "reconstruct": "latents -> images, compared with the originals",
+    "export": "the images of a run as files for others",
+    "calibrate": "a ladder fitted to a model, for --ladder",
+    "sweep": "the error against the network evaluations, over settings",
+    "regenerate": "latents -> images, on ladders of any length, or varied",
+    "generate": "new images, from noise",
+    "interpolate": "latents -> the images between them",
+    "animate": "the paths of interpolate as strips and films",
+    "train": "train a model on a collection",
+    "status": "how far a run is",
+    "verify": "whether a run holds what it should",
+    "rejects": "the inputs that a run could not use",
+    "submit": "start one of these on a Ray cluster, from anywhere",
+    "jobs": "what was submitted to a cluster",
+    "logs": "what a submitted job says",
+    "stop": "stop a submitted job",
+}
+OPTIONS = "storage_options"
+OF_CLUSTERS = {"submit", "jobs", "logs", "stop"}  # which open no stores themselves
+
+
+@dataclass(frozen=True)
+class Command:
+    """A job to start, its settings, and how stores are opened for it."""
+
+    job: str
+    start: Callable[[Any], int]
+    config: Options
+    stores: dict[str, dict[str, Any]]
+
+
+class Parser(argparse.ArgumentParser):
+    """One line for what is wrong, and exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        sys.stderr.write(f"{self.prog}: error: {message.removeprefix('argument ')}\n")
+        sys.exit(2)
+
+
+def parse(argv: Sequence[str]) -> Command:
+    """What `palindrome ARGV` says. Exits with code 2 and one line where it is wrong, with 0 where it asks for help."""
+    parser = Parser(prog="palindrome", description="Image collections to diffusion latents and back, on Ray.")
+    jobs = parser.add_subparsers(dest="job", metavar="JOB", required=True, parser_class=Parser)
+    words = set(argv[: argv.index("--")] if "--" in argv else argv)
+    for name, summary in JOBS.items():
+        sub = jobs.add_parser(name, help=summary, allow_abbrev=False)
+        if name in words:  # a job's module is imported only to run it or to show its help
+            module = importlib.import_module(f"jobs.{name}")
+            config = getattr(module, f"{name.capitalize()}Config")
+            sub.description = config.__doc__
+            add_arguments(sub, config)
+            if name not in OF_CLUSTERS:
+                add_arguments(sub, StorageOptions)
+            sub.set_defaults(start=module.run, config=config)
+    parsed, unknown = parser.parse_known_args(argv)
+    if unknown:  # what a shell has made of JSON without quotes may hold a secret
+        parser.error("unrecognized arguments" + ("" if hasattr(parsed, OPTIONS) else f": {' '.join(unknown)}"))
+    try:
+        stores = {} if parsed.job in OF_CLUSTERS else from_arguments(StorageOptions, parsed).read()
+        return Command(parsed.job, parsed.start, from_arguments(parsed.config, parsed), stores)
+    except ConfigError as e:
+        refuse(parsed.job, e)
+
+
+def refuse(job: str, error: ConfigError) -> NoReturn:
+    """Says what is wrong with a command, and exits with code 2."""
+    print(f"palindrome {job}: error: {error}", file=sys.stderr)
+    sys.exit(2)

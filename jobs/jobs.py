@@ -1,0 +1,46 @@
+"""palindrome jobs: what was submitted to a cluster."""
+
+import json
+import time
+from dataclasses import asdict, dataclass
+
+from infra.submission import Job, SubmissionError
+from jobs.config import ClusterOptions, blame
+from pipeline.state import duration, printable
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobsConfig(ClusterOptions):
+    """List the jobs that were submitted to a Ray cluster, the newest first."""
+
+    json: bool = False
+    """A JSON list, for programs."""
+
+
+def run(config: JobsConfig) -> int:
+    cluster = config.cluster()
+    with blame("--address", SubmissionError):
+        found = cluster.jobs()
+    if config.json:
+        print(json.dumps([asdict(job) for job in found], indent=2))
+        return 0
+    rows = [("job", "status", "exit", "started", "took", "command"), *map(_row, found)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
+    return 0
+
+
+def _row(job: Job) -> tuple[str, ...]:
+    started, took = "", ""
+    if job.started is not None:
+        started = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(job.started))
+        took = duration((job.ended or time.time()) - job.started)
+    return (
+        job.id,
+        job.status.lower(),
+        str(job.exit_code or 0) if job.ended else "",
+        started,
+        took,
+        printable(job.command),
+    )

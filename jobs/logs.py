@@ -1,0 +1,29 @@
+"""palindrome logs: what a submitted job says."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from infra.submission import SubmissionError
+from jobs.config import ClusterOptions, blame
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogsConfig(ClusterOptions):
+    """Print what a submitted job has said."""
+
+    POSITIONAL: ClassVar[frozenset[str]] = frozenset({"job_id"})
+
+    job_id: str
+    """The job, as submit and jobs name it."""
+    follow: bool = False
+    """Go on until the job ends."""
+
+
+def run(config: LogsConfig) -> int:
+    cluster = config.cluster()
+    with blame("JOB_ID", SubmissionError):
+        if config.follow:
+            cluster.follow(config.job_id)
+        else:
+            print(cluster.logs(config.job_id), end="", flush=True)
+    return 0

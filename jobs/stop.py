@@ -1,0 +1,26 @@
+"""palindrome stop: stop a submitted job."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from infra.submission import SubmissionError
+from jobs.config import ClusterOptions, blame
+
+
+@dataclass(frozen=True, kw_only=True)
+class StopConfig(ClusterOptions):
+    """Ask a submitted job to stop. What it has committed stays, and the same command, submitted again, resumes it."""
+
+    POSITIONAL: ClassVar[frozenset[str]] = frozenset({"job_id"})
+
+    job_id: str
+    """The job, as submit and jobs name it."""
+
+
+def run(config: StopConfig) -> int:
+    cluster = config.cluster()
+    with blame("JOB_ID", SubmissionError):
+        job = cluster.job(config.job_id)
+        stopped = cluster.stop(config.job_id)
+    print(f"{job.id} is asked to stop" if stopped else f"{job.id} had ended: {job.status.lower()}")
+    return 0
