@@ -23,6 +23,7 @@ from model.inversion import invert_exactly
 from model.schedule import Ladder
 from pipeline.decode import Preprocess
 from pipeline.latents import ShardWriter, check_model, latent_rows, latent_writer, read_latents
+from pipeline.meters import Meters
 from pipeline.metrics import psnr, round_trip_error, to_model, to_pixels
 from pipeline.pictures import png
 from pipeline.read import Batch, read_batches
@@ -79,7 +80,7 @@ def _keep_memory() -> None:
 class Model:
     """A network on this process's device. Latents and images go in and come out as float32 [B, C, H, W]."""
 
-    def __init__(self, checkpoint: Checkpoint, threads: int | None = None) -> None:
+    def __init__(self, checkpoint: Checkpoint, threads: int | None = None, meters: Meters | None = None) -> None:
         if torch.cuda.is_available():
             device = "cuda"
         else:
@@ -92,11 +93,14 @@ class Model:
         self.clock = _Clock()
         self.flights: dict[int, Flight] = {}  # by the shard's thread
         self.largest = 2**31  # the largest batch that is known to fit, once one did not
+        self.meters = meters
 
     def advance(self, images: int) -> None:
         """Tells the driver that one more batch of this thread's shard is done, with so many images."""
         flight = self._flight()
         flight.images, flight.events = flight.images + images, flight.events + 1
+        if self.meters:
+            self.meters.batch(images)
 
     def _flight(self) -> Flight:
         """Of this thread's shard; one that nobody asks for where a shard is not what is worked on."""
@@ -163,7 +167,10 @@ class Model:
             try:
                 return self._in_parts(walk, batch)
             finally:
-                self.clock.seconds += time.monotonic() - started
+                seconds = time.monotonic() - started
+                self.clock.seconds += seconds
+                if self.meters:
+                    self.meters.device(seconds)
 
     def _in_parts(self, walk: Walk, batch: Tensor) -> tuple[Tensor, ...]:
         """The whole batch at once, or halves where the device has not enough memory for it."""
@@ -210,7 +217,8 @@ class ShardActor:
     """The Ray actor of every job: holds the model, works on a shard or two at a time."""
 
     def __init__(self, work: Work, checkpoint: Checkpoint, threads: int | None) -> None:
-        self.work, self.model = work, Model(checkpoint, threads)
+        self.meters = Meters(type(work).__name__.lower())
+        self.work, self.model = work, Model(checkpoint, threads, self.meters)
 
     def ready(self) -> None:
         """Returns once the constructor has."""
@@ -218,7 +226,9 @@ class ShardActor:
     def process(self, shard: Shard) -> Receipt:
         self.model.flights[threading.get_ident()] = Flight(shard.name)
         try:
-            return self.work.process(self.model, shard)
+            receipt = self.work.process(self.model, shard)
+            self.meters.shard(receipt.rejects, receipt.bytes)
+            return receipt
         finally:
             del self.model.flights[threading.get_ident()]
 

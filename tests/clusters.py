@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 import urllib.request
+from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -66,6 +67,21 @@ class RayCluster:
         """Nodes, with the head."""
         nodes = json.loads(self.get("/nodes?view=summary"))["data"]["summary"]
         return sum(node["raylet"].get("state") == "ALIVE" for node in nodes)
+
+    def metrics(self):
+        """What Prometheus would read of all nodes now: name -> the sum over its labels."""
+        found = Counter()
+        discovery = json.loads(Path(self.folder, "prom_metrics_service_discovery.json").read_text())
+        for target in {target for group in discovery for target in group["targets"]}:
+            try:
+                lines = urllib.request.urlopen(f"http://{target}/metrics", timeout=5).read().decode().splitlines()
+            except OSError:  # a node that was killed
+                continue
+            for line in lines:
+                if line.startswith("ray_palindrome"):
+                    name, _, value = line.rpartition(" ")
+                    found[name.partition("{")[0]] += float(value)
+        return found
 
     def kill(self, number):
         """A node with all its processes, at once, as when a machine is taken."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import runpy
 import signal
 import subprocess
@@ -102,6 +103,13 @@ def test_a_killed_node_costs_no_row_and_no_secret_is_shown(cluster, client, buck
     ids = [name for table in tables for name in table["image_id"].to_pylist()]
     assert len(ids) == len(set(ids)) == 256
     cluster.join()
+
+    metered = cluster.metrics()
+    assert 0 < metered["ray_palindrome_images_total"] <= 256 and metered["ray_palindrome_shards_total"] > 0
+    assert metered["ray_palindrome_device_seconds_total"] > 0 and metered["ray_palindrome_bytes_total"] > 0
+    panels = json.loads((ROOT / "infra/grafana.json").read_text())["panels"]
+    asked = {name for panel in panels for name in re.findall(r"ray_palindrome_\w+", json.dumps(panel))}
+    assert asked - {"ray_palindrome_rejects_total"} <= metered.keys()
 
     shown = cluster.get("/api/jobs/") + out + err
     logs = b"".join(path.read_bytes() for path in Path(cluster.folder).rglob("logs/**/*") if path.is_file())
