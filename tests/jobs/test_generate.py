@@ -118,17 +118,30 @@ def test_a_killed_worker_changes_nothing(one, start, model, tmp_path):
     out = tmp_path / "run"
     flags = ("--latents", "float32", "--shard-size", 4, "--batch-size", 2, "--steps", 40)
     process = start(*command(model, out, *flags))
-    while not list(out.glob("images/*.parquet")):
+    found = []
+    while not found:
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.01)
-    for entry in Path("/proc").iterdir():
-        ours = entry.name.isdigit() and descends(int(entry.name), process.pid)
-        if ours and (entry / "cmdline").read_bytes().startswith(b"ray::ShardActor"):
-            os.kill(int(entry.name), signal.SIGKILL)
+        found = actors(process.pid) if list(out.glob("images/*.parquet")) else []
+    for pid in found:
+        os.kill(pid, signal.SIGKILL)
     out_text, err = process.communicate()
     assert process.returncode == 0, out_text + err
     ids, _, noise = read(out)
     assert ids == one[0] and np.array_equal(noise, one[2])
+
+
+def actors(ancestor):
+    """Pids of the processes below that one which work on shards."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            title = (entry / "cmdline").read_bytes() if entry.name.isdigit() else b""
+        except OSError:  # it has ended meanwhile
+            continue
+        if title.startswith((b"ray::ShardActor", b"ray::shard ")) and descends(int(entry.name), ancestor):
+            found.append(int(entry.name))
+    return found
 
 
 def descends(pid, ancestor):
