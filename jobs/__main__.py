@@ -4,13 +4,13 @@ import importlib
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from jobs.command import OPTIONS, parse, refuse
-from jobs.config import ConfigError, ImagesConfig
+from jobs.config import ConfigError, ImagesConfig, ShardedConfig
 from pipeline import interrupt
 from pipeline.errors import RunError, StoreError
 from pipeline.storage import using
@@ -29,6 +29,8 @@ def main(arguments: list[str] | None = None) -> int:
     config = command.config
     try:
         with _signals_raise(), using(command.stores):
+            if isinstance(config, ShardedConfig) and config.dry_run:
+                return _dry_run(command.start, config)
             code = int(command.start(config))
             return _export(config) if code == 0 and isinstance(config, ImagesConfig) and config.format else code
     except ConfigError as e:
@@ -40,6 +42,16 @@ def main(arguments: list[str] | None = None) -> int:
         if out := getattr(config, "out", None):
             print(f"\ninterrupted; the same command resumes {out}", file=sys.stderr)
         return 143 if isinstance(e, Terminated) else 130
+
+
+def _dry_run(start: Callable[[Any], int], config: ShardedConfig) -> int:
+    estimate = importlib.import_module("jobs.estimate")
+    try:
+        with estimate.dry(config) as planned:
+            return start(planned)
+    except estimate.Planned:
+        print("dry run: nothing was done")
+        return 0
 
 
 def _export(config: ImagesConfig) -> int:

@@ -107,16 +107,19 @@ class Config(Options):
     address: str | None = None
     """A Ray cluster's address (default: $RAY_ADDRESS, else a Ray started on this machine)."""
 
+    APART: ClassVar[frozenset[str]] = frozenset({"out", "address", "dry_run", "calibrate"})
+    """Fields that are no settings of a run."""
+
     def settings(self, **resolved: Any) -> dict[str, Any]:
         """The fields for `run.json`, some of them resolved."""
-        found = {k: v for k, v in dataclasses.asdict(self).items() if k not in ("out", "address")}
+        found = {k: v for k, v in dataclasses.asdict(self).items() if k not in self.APART}
         return {**found, **resolved}
 
     @classmethod
     def defaults(cls) -> dict[str, Any]:
         """What the settings are that a command does not name. A setting that is new has as its default what was done
         before there was a choice, so that runs of earlier versions go on."""
-        fields = (f for f in dataclasses.fields(cls) if f.name not in ("out", "address"))
+        fields = (f for f in dataclasses.fields(cls) if f.name not in cls.APART)
         return {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
 
 
@@ -131,6 +134,11 @@ class ShardedConfig(Config):
     workers: tuple[Annotated[int, Range(1)], ...] = ()
     """Processes that hold the model, at most (default: one a GPU; without GPUs, one a node). Of two numbers the first
     is the fewest to go on with: where the cluster has no room for so many for half an hour, the run ends."""
+    dry_run: bool = False
+    """Look at images, model and output, say what there is to do and to write, and do nothing."""
+    calibrate: bool = False
+    """Measure first, for some seconds, how fast a device of this cluster is, and estimate the time; behind the run, say
+    how far off that was."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -5,8 +5,8 @@ import sys
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
-from infra.cluster import ClusterError, connect
 from jobs.config import CollectionOptions, ConfigError, PictureOptions, Range, ReadingConfig, blame
+from jobs.estimate import Cost, on_cluster
 from model import checkpoint
 from model.inversion import evaluations
 from pipeline.actors import Encode, Reader
@@ -15,8 +15,8 @@ from pipeline.latents import REJECTS, committed
 from pipeline.manifest import claim
 from pipeline.plan import Totals, extend_plan, plan_totals, read_plan, write_plan
 from pipeline.progress import Budget, Progress, follow
-from pipeline.records import REASONS
-from pipeline.run import Failure, fit, run_shards
+from pipeline.records import DTYPES, REASONS
+from pipeline.run import Failure, run_shards
 from pipeline.sources import Collection, open_collection
 from pipeline.storage import Folder, absolute, options_for
 from pipeline.summary import latents_summary, put_summary
@@ -103,10 +103,11 @@ def run(config: EncodeConfig) -> int:
     most_failed = math.inf if config.max_failed_shards is None else config.max_failed_shards
     budget = Budget(most_failed, config.max_reject_fraction)
     failures: list[Failure] = []
-    if left:
+    if left or config.dry_run:
+        up, down = evaluations(len(levels) - 1, config.corrections), (len(levels) - 1) * (config.measure or exact)
+        cost = Cost.of(totals, left, up + down, model.config.values * DTYPES[config.dtype].byte_width)
         todo = (shard for shard in read_plan(out) if shard.name not in done)
-        with blame("--address", ClusterError), connect(config.address):
-            resources = fit(config.workers, config.decode)
+        with on_cluster(config, model, cost, config.decode) as resources:
             reader = Reader(collection, how, config.batch_size, resources.read_by_tasks)
             corrected = (levels, config.corrections, tolerance, exact)
             work = Encode(out, reader, *corrected, config.dtype, config.measure, facts, config.retry_rejects)

@@ -4,8 +4,8 @@ import sys
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from infra.cluster import ClusterError, connect
 from jobs.config import ConfigError, ImagesConfig, Range, blame
+from jobs.estimate import Cost, on_cluster
 from model import checkpoint
 from pipeline.generate import IMAGES, KIND, Generate, ranges
 from pipeline.ladders import KINDS, resolve
@@ -14,7 +14,8 @@ from pipeline.manifest import claim
 from pipeline.pictures import grid, pixels_of, png
 from pipeline.plan import add_pieces, plan_totals, read_plan
 from pipeline.progress import Progress, follow
-from pipeline.run import Failure, fit, run_shards
+from pipeline.records import DTYPES
+from pipeline.run import Failure, run_shards
 from pipeline.storage import Folder, absolute, options_for
 from pipeline.summary import generated_summary, put_summary
 
@@ -72,10 +73,11 @@ def run(config: GenerateConfig) -> int:
     print(f"{totals.images} samples in {totals.shards} shards, {left} to generate", flush=True)
 
     failures: list[Failure] = []
-    if left:
+    if left or config.dry_run:
+        stored = 0 if config.latents == "none" else DTYPES[config.latents].byte_width
+        cost = Cost.of(totals, left, len(levels) - 1, model.config.values * (1 + stored))
         todo = (shard for shard in read_plan(out) if shard.name not in done)
-        with blame("--address", ClusterError), connect(config.address):
-            resources = fit(config.workers, "actor")
+        with on_cluster(config, model, cost, "actor") as resources:
             how = {"eta": config.eta, "use_sigma_hat": config.sigma_hat, "clip": config.clip}
             dtype = None if config.latents == "none" else config.latents
             facts |= {"seed": config.seed, **how}

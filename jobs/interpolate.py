@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from infra.cluster import ClusterError, connect
 from jobs.config import ConfigError, ImagesConfig, Range, SelectionOptions, blame, flag_of
+from jobs.estimate import Cost, on_cluster
 from pipeline.encoded import encode_run, ladders_of, model_of
 from pipeline.generate import IMAGES
 from pipeline.interpolate import Interpolate
@@ -30,7 +30,7 @@ from pipeline.paths import (
 from pipeline.plan import add_pieces, plan_totals, read_plan
 from pipeline.progress import Progress, follow
 from pipeline.records import REASONS
-from pipeline.run import Failure, fit, run_shards
+from pipeline.run import Failure, run_shards
 from pipeline.selection import Selection
 from pipeline.storage import Folder, absolute
 from pipeline.summary import generated_summary, put_summary, rejects_by_reason
@@ -117,10 +117,10 @@ def run(config: InterpolateConfig) -> int:
     print(f"{totals.images} frames in {totals.shards} shards, {totals.shards - len(done)} to make", flush=True)
 
     failures: list[Failure] = []
-    if len(done) < totals.shards:
+    if len(done) < totals.shards or config.dry_run:
+        cost = Cost.of(totals, totals.shards - len(done), len(levels) - 1, model.config.values)
         todo = (shard for shard in read_plan(out) if shard.name not in done)
-        with blame("--address", ClusterError), connect(config.address):
-            resources = fit(config.workers, "actor")
+        with on_cluster(config, model, cost, "actor") as resources:
             about = {**facts, "method": config.method, "frames": config.frames}
             work = Interpolate(out, latents, config.method, config.frames, levels, config.batch_size, about)
             progress = Progress("interpolate", totals, len(done))
@@ -130,9 +130,7 @@ def run(config: InterpolateConfig) -> int:
     summary = {**generated_summary(out), "rejects_by_reason": rejects_by_reason(out, done)}
     put_summary(out, summary, failures)
     described = {"latents": config.latents, "model": where, "steps": str(len(levels) - 1), "method": config.method}
-    c = model.config
-    dimensions = c.in_channels * c.sample_size**2
-    put_report(out, described, (shard.name for shard in read_plan(out) if shard.name in done), dimensions)
+    put_report(out, described, (shard.name for shard in read_plan(out) if shard.name in done), model.config.values)
     return _conclude(config, summary, failures)
 
 

@@ -4,8 +4,8 @@ import sys
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from infra.cluster import ClusterError, connect
 from jobs.config import Range, ReadingConfig, blame
+from jobs.estimate import Cost, on_cluster
 from pipeline.actors import RECONSTRUCTIONS, Reader, Reconstruct
 from pipeline.comparison import choose_examples, series_at
 from pipeline.decode import Preprocess
@@ -15,7 +15,7 @@ from pipeline.manifest import claim
 from pipeline.plan import read_plan
 from pipeline.progress import Progress, follow
 from pipeline.report import reconstruction_report
-from pipeline.run import Failure, fit, run_shards
+from pipeline.run import Failure, run_shards
 from pipeline.sources import Collection
 from pipeline.storage import Folder, absolute
 from pipeline.summary import mean_nfe, put_summary, read_errors, reconstructions_summary
@@ -56,10 +56,11 @@ def run(config: ReconstructConfig) -> int:
     if len(done_latents) < plan.shards:
         print(f"the encode run is not complete: {len(done_latents)} of {plan.shards} shards", file=sys.stderr)
     failures: list[Failure] = []
-    if left:
+    if left or config.dry_run:
+        decoding = sum(len(levels) - 1 for levels in ladders)
+        cost = Cost.of(totals, len(left), decoding, len(ladders) * model.config.values)
         todo = (shard for shard in read_plan(latents) if shard.name in left)
-        with blame("--address", ClusterError), connect(config.address):
-            resources = fit(config.workers, config.decode)
+        with on_cluster(config, model, cost, config.decode) as resources:
             reader = Reader(collection, how, config.batch_size, resources.read_by_tasks)
             work = Reconstruct(out, latents, reader, ladders, {"model_digest": model.digest})
             failures = follow(Progress("reconstruct", totals, len(done)), run_shards(work, model, todo, resources))

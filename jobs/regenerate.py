@@ -4,8 +4,8 @@ import sys
 from dataclasses import dataclass
 from typing import Annotated
 
-from infra.cluster import ClusterError, connect
 from jobs.config import ConfigError, ImagesConfig, Range, SelectionOptions, blame
+from jobs.estimate import Cost, on_cluster
 from pipeline.encoded import encode_run, ladders_of, model_of
 from pipeline.generate import IMAGES
 from pipeline.latents import committed
@@ -13,7 +13,7 @@ from pipeline.manifest import claim
 from pipeline.plan import read_plan
 from pipeline.progress import Progress, follow
 from pipeline.regenerate import Regenerate, consistency, put_report
-from pipeline.run import Failure, fit, run_shards
+from pipeline.run import Failure, run_shards
 from pipeline.selection import Selection
 from pipeline.storage import Folder, absolute
 from pipeline.summary import generated_summary, put_summary
@@ -68,10 +68,11 @@ def run(config: RegenerateConfig) -> int:
     if len(done_latents) < plan.shards:
         print(f"the encode run is not complete: {len(done_latents)} of {plan.shards} shards", file=sys.stderr)
     failures: list[Failure] = []
-    if left:
+    if left or config.dry_run:
+        nfe = sum(len(levels) - 1 for levels in ladders) * config.variations
+        cost = Cost.of(totals, len(left), nfe, len(ladders) * config.variations * model.config.values)
         todo = (shard for shard in read_plan(latents) if shard.name in left)
-        with blame("--address", ClusterError), connect(config.address):
-            resources = fit(config.workers, "actor")
+        with on_cluster(config, model, cost, "actor") as resources:
             about = {**facts, **how, "seed": config.seed}
             noise = (config.variations, config.seed, how)
             work = Regenerate(out, latents, which, ladders, *noise, config.batch_size, about)

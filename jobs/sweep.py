@@ -6,8 +6,8 @@ from itertools import product
 from pathlib import PurePosixPath
 from typing import Annotated, Any, ClassVar, Literal
 
-from infra.cluster import ClusterError, connect
 from jobs.config import CollectionOptions, ConfigError, PictureOptions, Range, ReadingConfig, blame
+from jobs.estimate import Cost, on_cluster
 from model import checkpoint
 from model.schedule import NoiseSchedule
 from pipeline.actors import Reader
@@ -16,7 +16,7 @@ from pipeline.latents import committed
 from pipeline.manifest import claim
 from pipeline.plan import Totals, plan_totals, read_plan, write_plan
 from pipeline.progress import Progress, follow
-from pipeline.run import Failure, fit, run_shards
+from pipeline.run import Failure, run_shards
 from pipeline.sources import open_collection
 from pipeline.storage import Folder, absolute, options_for
 from pipeline.summary import put_summary, rejects_by_reason
@@ -82,9 +82,10 @@ def run(config: SweepConfig) -> int:
     print(f"{plan.images} images in {plan.shards} shards, {len(settings)} settings: {left} to do", flush=True)
 
     failures: list[Failure] = []
-    if left:
-        with blame("--address", ClusterError), connect(config.address):
-            resources = fit(config.workers, config.decode)
+    if left or config.dry_run:
+        nfe = sum(setting.most_nfe for setting in settings) / len(settings)
+        cost = Cost.of(totals, left, nfe, 0)
+        with on_cluster(config, model, cost, config.decode) as resources:
             reader = Reader(collection, how, config.batch_size, resources.read_by_tasks)
             seed = config.seed if config.recover_noise else None
             work = Sweep(out, reader, {s.name: s for s in settings}, seed, {"model_digest": model.digest})

@@ -244,9 +244,9 @@ def test_permission_denied_is_a_reject_of_an_image_and_an_error_of_the_output(pi
     (tmp_path / "images" / "001.png").chmod(0)
     (tmp_path / "closed").mkdir(mode=0o555)
 
-    def encode(out):
+    def encode(out, *more):
         flags = {"images": tmp_path / "images", "model": model, "out": tmp_path / out, "steps": 2}
-        words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+        words = [*(str(word) for name, value in flags.items() for word in (f"--{name}", value)), *more]
         command = [sys.executable, "-m", "jobs", "encode", *words]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, preexec_fn=no_more_than_others)
 
@@ -258,6 +258,9 @@ def test_permission_denied_is_a_reject_of_an_image_and_an_error_of_the_output(pi
     said = encode("closed/run")
     assert said.returncode == 2
     assert "--out: " in said.stderr and "Permission denied" in said.stderr
+    said = encode("closed/run", "--dry-run")
+    assert said.returncode == 2
+    assert f"--out: {tmp_path}/closed can't be written to" in said.stderr
 
 
 def test_a_disk_too_full_for_a_plan_is_not_the_images_fault(palindrome, pictures, model, small_disk):

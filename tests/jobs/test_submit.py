@@ -2,6 +2,7 @@
 
 import json
 import os
+import pty
 import re
 import runpy
 import signal
@@ -41,9 +42,9 @@ def client(cluster, tmp_path):
     """client("jobs", ...) -> the process of `palindrome jobs ...` in an empty folder, with the cluster's token."""
     started = []
 
-    def client(*arguments, **environment):
+    def client(*arguments, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, **environment):
         command = [sys.executable, "-m", "jobs", *map(str, arguments)]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL, "text": True}
+        pipes = {"stdout": subprocess.PIPE, "stderr": stderr, "stdin": stdin, "text": True}
         env = {**os.environ, "PYTHONPATH": str(ROOT), **cluster.environment, **environment}
         started.append(subprocess.Popen(command, cwd=tmp_path, env=env, **pipes))
         return started[-1]
@@ -140,6 +141,10 @@ def test_a_job_that_fails_has_its_own_exit_code_and_its_reason_last(cluster, sai
     assert code == 0 and "had ended: failed" in out
 
 
+def running(said, cluster):
+    return [job for job in json.loads(said("jobs", "--address", cluster.address, "--json")[1]) if not job["ended"]]
+
+
 def test_an_interrupted_client_leaves_the_job_and_stop_ends_it(cluster, client, said, bucket, moto):
     flags = ["--shard-size", 4, "--steps", 900, "--decode", "actor"]
     command = encode(bucket, "c", *flags)
@@ -148,12 +153,30 @@ def test_an_interrupted_client_leaves_the_job_and_stop_ends_it(cluster, client, 
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "goes on; palindrome logs --follow" in err
-    [job] = [job for job in json.loads(said("jobs", "--address", cluster.address, "--json")[1]) if not job["ended"]]
+    [job] = running(said, cluster)
     assert job["status"] == "RUNNING"
     code, out, _ = said("stop", "--address", cluster.address, job["id"])
     assert code == 0 and "is asked to stop" in out
     code, out, _ = said("logs", "--follow", "--address", cluster.address, job["id"])
     assert code == 0 and f"interrupted; the same command resumes {bucket.uri}/c" in out
+
+
+def test_on_a_terminal_it_asks_whether_to_stop(cluster, client, said, bucket, moto):
+    flags = ["--address", cluster.address, "--env", "AWS_*", "--"]
+    command = encode(bucket, "d", "--shard-size", 4, "--steps", 900, "--decode", "actor")
+    ours, theirs = pty.openpty()
+    process = client("submit", *flags, *command, stdin=theirs, stderr=theirs, **aws(moto))
+    waits(lambda: files(bucket, "d/plan"), process)
+    process.send_signal(signal.SIGINT)
+    shown = b""
+    while b"or leave it running? [s/L]" not in shown:
+        shown += os.read(ours, 1024)
+    os.write(ours, b"s\n")
+    assert process.wait(60) == 130
+    assert b"is asked to stop" in os.read(ours, 4096)
+    until = time.monotonic() + 60
+    while running(said, cluster):
+        assert time.monotonic() < until
 
 
 def test_a_cluster_that_can_t_be_used_is_named(cluster, said):

@@ -1,0 +1,111 @@
+"""What a run costs: --dry-run, which says it and does nothing, and --calibrate, which measures the device first."""
+
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from infra.cluster import ClusterError, connect
+from jobs.config import ConfigError, ShardedConfig, blame
+from model.checkpoint import Checkpoint
+from pipeline.calibration import seconds_an_evaluation
+from pipeline.latents import REJECTS
+from pipeline.manifest import NAME, read_manifest
+from pipeline.plan import Totals
+from pipeline.run import Resources, fit
+from pipeline.state import FOLDERS, duration, size
+from pipeline.storage import Folder, absolute
+
+
+class Planned(Exception):
+    """A dry run has said what there is to say."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What is left of a run: network evaluations over all images, and bytes written, both at most."""
+
+    shards: int
+    images: int
+    evaluations: float
+    bytes: float
+
+    @classmethod
+    def of(cls, totals: Totals, left: int, evaluations: float, written: float) -> "Cost":
+        """Of so many shards left of a run, by the evaluations and the bytes an image."""
+        images = totals.part(left).images if left else 0
+        return cls(left, images, images * evaluations, images * written)
+
+    def words(self) -> str:
+        if not self.images:
+            return "nothing is left to do"
+        return (
+            f"{self.images:,} images in {self.shards:,} shards; at most {self.evaluations / self.images:,.4g} network"
+            f" evaluations an image, {self.evaluations:,.0f} in all; at most {size(self.bytes)} to write"
+        )
+
+
+@contextmanager
+def on_cluster(config: ShardedConfig, model: Checkpoint, cost: Cost, decode: str) -> Iterator[Resources]:
+    """A connection for what is left to do, and what of the cluster it takes; `decode` as `fit` takes it. Raises Planned
+    in a dry run, ConfigError where there is no cluster."""
+    if config.dry_run or config.calibrate:
+        print(cost.words(), flush=True)
+    if config.dry_run and not (config.calibrate and cost.images):
+        raise Planned
+    with blame("--address", ClusterError), connect(config.address):
+        resources = fit(config.workers, decode)
+        forecast = _forecast(config, model, cost, resources) if config.calibrate else None
+        if config.dry_run:
+            raise Planned
+        started = time.monotonic()
+        yield resources
+        if forecast:
+            took = time.monotonic() - started
+            print(f"estimated {duration(forecast)}, took {duration(took)}: {took / forecast - 1:+.0%}")
+
+
+def _forecast(config: ShardedConfig, model: Checkpoint, cost: Cost, resources: Resources) -> float:
+    """Seconds that the run will take, by a measurement, of which it tells."""
+    each, up = seconds_an_evaluation(model, config.batch_size, resources)
+    workers = min(resources.workers, cost.shards)
+    device = cost.evaluations * each
+    seconds = up + device / workers
+    print(
+        f"measured: {1 / each:,.0f} network evaluations a second on a device; estimated: {device / 3600:,.3g} device"
+        f" hours, {duration(seconds)} with {workers} worker" + "s" * (workers > 1),
+        flush=True,
+    )
+    return seconds
+
+
+@contextmanager
+def dry(config: ShardedConfig) -> Iterator[ShardedConfig]:
+    """The config for a dry run, into a folder that goes again: of a run that is there it has the plan, and the names of
+    what is done. Raises ConfigError, also where `--out` can't be written to."""
+    with tempfile.TemporaryDirectory(prefix="palindrome-") as folder:
+        with blame("--out"):
+            out, shadow = Folder(absolute(config.out)), Folder(folder)
+            _check_writable(out)
+            if manifest := read_manifest(out):
+                for name in (NAME, *(f"plan/{name}" for name in out.files("plan"))):
+                    shadow.put(name, out.read(name))
+                for below in (FOLDERS.get(manifest["job"], "plan"), REJECTS):
+                    for name in out.files(below):
+                        shadow.put(f"{below}/{name}", b"")
+        try:
+            yield replace(config, out=folder)
+        except ConfigError as e:
+            raise ConfigError(str(e).replace(folder, config.out)) from e
+
+
+def _check_writable(out: Folder) -> None:
+    """Of a folder on this machine, or of one above that is there."""
+    if out.is_local:
+        path = Path(out.path())
+        nearest = next(p for p in (path, *path.parents) if p.exists())
+        if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+            raise ConfigError(f"--out: {nearest} can't be written to")

@@ -1,0 +1,96 @@
+"""--dry-run and --calibrate: what is said, that it is so, and that nothing is left behind."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def encoded(palindrome, sample, model, tmp_path_factory):
+    out = tmp_path_factory.mktemp("encoded") / "run"
+    flags = ["--limit", 24, "--shard-size", 8, "--steps", 4, "--corrections", 2]
+    assert palindrome("encode", "--images", sample, "--model", model, "--out", out, *flags).code == 0
+    return out
+
+
+def everything(folder):
+    return {path: path.stat().st_mtime_ns for path in Path(folder).rglob("*")}
+
+
+def said_cost(text):
+    [found] = re.findall(
+        r"([\d,]+) images in ([\d,]+) shards; at most ([\d.,]+) network evaluations an image, ([\d,]+) in all;"
+        r" at most ([\d.]+) (\w+) to write",
+        text,
+    )
+    images, shards, nfe, evaluations = (float(value.replace(",", "")) for value in found[:4])
+    return images, shards, nfe, evaluations, float(found[4]) * {"bytes": 1, "kB": 1e3, "MB": 1e6}[found[5]]
+
+
+@pytest.mark.parametrize(
+    ("flags", "cost"),
+    [
+        ("encode --images SAMPLE --model MODEL --limit 100 --shard-size 16 --steps 5", (100, 7, 16, 1600, 307200)),
+        (
+            "encode --images SAMPLE --model MODEL --limit 9 --steps 5 --corrections 0 --measure --dtype float16",
+            (9, 1, 10, 90, 13800),
+        ),
+        ("reconstruct --latents ENCODED --steps 2 4", (24, 3, 6, 144, 36900)),
+        ("regenerate --latents ENCODED --steps 2 4 --eta 1 --variations 3", (24, 3, 18, 432, 111000)),
+        ("generate --model MODEL --count 50 --steps 7 --latents float32", (50, 1, 7, 350, 192000)),
+        ("interpolate --latents ENCODED --pairs random:5 --frames 4 --shard-size 8", (20, 3, 4, 80, 15400)),
+        ("sweep --images SAMPLE --model MODEL --limit 10 --steps 3 5 --corrections 0 1", (40, 4, 8.5, 340, 0)),
+    ],
+)
+def test_a_dry_run_counts_and_leaves_nothing(palindrome, sample, model, encoded, tmp_path, flags, cost):
+    places = {"SAMPLE": sample, "MODEL": model, "ENCODED": encoded}
+    words = [str(places.get(word, word)) for word in flags.split()]
+    before = everything(encoded)
+    said = palindrome(*words, "--out", tmp_path / "out", "--dry-run")
+    assert said.code == 0 and said.out.endswith("dry run: nothing was done\n"), said.err
+    assert said_cost(said.out) == pytest.approx(cost, rel=0.01)
+    assert not list(tmp_path.iterdir()) and everything(encoded) == before
+
+
+def test_of_a_run_that_is_there_it_counts_what_is_left(palindrome, pngs, model, tmp_path):
+    (tmp_path / "images").mkdir()
+    for i in range(20):
+        (tmp_path / "images" / f"{i:02d}.png").write_bytes(pngs[i])
+    command = ["encode", "--images", tmp_path / "images", "--model", model, "--out", tmp_path / "run"]
+    command += ["--shard-size", 4, "--steps", 3, "--corrections", 0]
+    assert palindrome(*command).code == 0
+    before = everything(tmp_path / "run")
+    said = palindrome(*command, "--dry-run")
+    assert said.code == 0 and "nothing is left to do" in said.out
+    (tmp_path / "images/new.png").write_bytes(pngs[30])
+    said = palindrome(*command, "--dry-run")
+    assert said.code == 0 and said_cost(said.out)[1:4] == (1, 3, 9)  # shards, of about so many images as the others
+    said = palindrome(*command, "--steps", 4, "--dry-run")
+    assert said.code == 2 and f"--out: {tmp_path}/run belongs to another command: --steps was 3, now 4" in said.err
+    assert everything(tmp_path / "run") == before
+
+
+def test_what_is_wrong_is_said_as_without_it(palindrome, sample, model, tmp_path):
+    for words, flags in {
+        "--images: ": ["--images", tmp_path / "nosuch", "--model", model],
+        "--model: ": ["--images", sample, "--model", tmp_path / "nosuch"],
+        "--steps: ": ["--images", sample, "--model", model, "--steps", 10**6],
+    }.items():
+        said = palindrome("encode", *flags, "--out", tmp_path / "out", "--dry-run")
+        assert said.code == 2 and words in said.err and not (tmp_path / "out").exists()
+
+
+def test_a_calibration_says_how_far_off_it_was(palindrome, sample, model, tmp_path):
+    command = ["encode", "--images", sample, "--model", model, "--out", tmp_path / "run", "--limit", 64, "--steps", 20]
+    dry = palindrome(*command, "--dry-run", "--calibrate")
+    measured = re.search(r"measured: ([\d,]+) network evaluations a second on a device; estimated: (\S+) dev", dry.out)
+    assert dry.code == 0 and measured and not (tmp_path / "run").exists()
+    rate, hours = float(measured[1].replace(",", "")), float(measured[2])
+    assert hours * 3600 == pytest.approx(64 * 61 / rate, rel=0.02)
+    said = palindrome(*command, "--calibrate")
+    assert said.code == 0 and re.search(r"estimated 0:00:\d\d, took 0:0\d:\d\d: [+-]\d+%", said.out)
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["latents"] == 64
+    assert "calibrate" not in json.loads((tmp_path / "run/run.json").read_text())["config"]
