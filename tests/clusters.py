@@ -17,6 +17,11 @@ from pathlib import Path
 
 RAY = str(Path(sys.executable).with_name("ray"))
 READY = 90  # seconds
+SOON = {  # in which Ray finds that a node does not answer; by itself it takes most of a minute
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "3000",
+    "RAY_health_check_failure_threshold": "5",
+}
 
 
 def free_ports(count):
@@ -29,18 +34,55 @@ def free_ports(count):
     return ports
 
 
+class Hosts:
+    """Network namespaces as machines: each has an address of its own on one bridge, and a link that can be cut. The
+    first address is this machine's. Needs root and `ip`; raises OSError where the system allows none of this."""
+
+    def __init__(self, count):
+        self.name, number = f"pt{secrets.token_hex(3)}", secrets.randbelow(250) + 1
+        self.addresses = [f"10.213.{number}.{i + 1}" for i in range(count + 1)]
+        self.names = [f"{self.name}-{i}" for i in range(1, count + 1)]
+        self.links = [f"{self.name}v{i}" for i in range(1, count + 1)]
+        _ip("link", "add", self.name, "type", "bridge")
+        _ip("addr", "add", f"{self.addresses[0]}/24", "dev", self.name)
+        _ip("link", "set", self.name, "up")
+        for name, link, address in zip(self.names, self.links, self.addresses[1:], strict=True):
+            _ip("netns", "add", name)
+            _ip("link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", name)
+            _ip("link", "set", link, "master", self.name, "up")
+            _ip("-n", name, "addr", "add", f"{address}/24", "dev", "eth0")
+            for device in ("lo", "eth0"):
+                _ip("-n", name, "link", "set", device, "up")
+
+    def cut(self, host):
+        """The link of a host, counted from 1: nothing reaches it any more, and it goes on."""
+        _ip("link", "set", self.links[host - 1], "down")
+
+    def remove(self):
+        for command in [("link", "del", self.name), *(("netns", "del", name) for name in self.names)]:
+            subprocess.run(["ip", *command], stderr=subprocess.DEVNULL, check=False)
+
+
+def _ip(*words):
+    run = subprocess.run(["ip", *words], capture_output=True, text=True, check=False)
+    if run.returncode:
+        raise OSError(f"ip {' '.join(words)}: {run.stderr.strip()}")
+
+
 class RayCluster:
     """`address` is that of its dashboard; `environment` what a client needs of the environment."""
 
-    def __init__(self, folder):
-        self.folder, self.nodes = folder, []
+    def __init__(self, folder, hosts=None):
+        self.folder, self.nodes, self.hosts = folder, [], hosts
         self.port, dashboard, client, agent = free_ports(4)
-        self.address = f"http://127.0.0.1:{dashboard}"
+        self.ip = hosts.addresses[0] if hosts else "127.0.0.1"
+        self.address = f"http://{self.ip}:{dashboard}"
         self.token = secrets.token_hex(32)
         self.environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token}
         ports = [f"--port={self.port}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"]
         flags = ["--head", "--num-cpus=0", "--include-dashboard=true", f"--dashboard-agent-listen-port={agent}"]
-        self.start(*flags, *ports, f"--temp-dir={folder}")
+        flags += [f"--node-ip-address={self.ip}", f"--dashboard-host={self.ip}", f"--temp-dir={folder}"]
+        self.start(*flags, *ports)
         self.wait(lambda: self.get("/api/version"), 0)
 
     def start(self, *flags):
@@ -48,9 +90,10 @@ class RayCluster:
         names = ("RAY_ADDRESS", "OMP_NUM_THREADS")
         environment = {k: v for k, v in os.environ.items() if k not in names} | self.environment
         path = f"{Path(RAY).parent}:{os.environ['PATH']}"  # a job's command begins with `python`
-        environment |= {"OMP_NUM_THREADS": "1", "PATH": path}
+        environment |= {"OMP_NUM_THREADS": "1", "PATH": path, **SOON}
         log = open(Path(self.folder, f"node-{len(self.nodes)}.log"), "wb")  # noqa: SIM115
-        command = [RAY, "start", "--block", "--disable-usage-stats", *flags]
+        there = ["ip", "netns", "exec", self.hosts.names[len(self.nodes) - 1]] if self.hosts and self.nodes else []
+        command = [*there, RAY, "start", "--block", "--disable-usage-stats", *flags]
         pipes = {"stdout": log, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
         self.nodes.append(subprocess.Popen(command, env=environment, start_new_session=True, **pipes))
         return len(self.nodes) - 1
@@ -58,8 +101,9 @@ class RayCluster:
     def join(self, cpus=1):
         [agent] = free_ports(1)
         flags = [f"--num-cpus={cpus}", f"--dashboard-agent-listen-port={agent}"]
+        flags += [f"--node-ip-address={self.hosts.addresses[len(self.nodes)]}"] if self.hosts else []
         before = self.alive()
-        number = self.start(f"--address=127.0.0.1:{self.port}", *flags)
+        number = self.start(f"--address={self.ip}:{self.port}", *flags)
         self.wait(lambda: self.alive() > before, number)  # two that start at once take the same names of sockets
         return number
 
@@ -110,15 +154,19 @@ class RayCluster:
 
 
 @contextmanager
-def ray_cluster(nodes):
+def ray_cluster(nodes, apart=False):
+    """A head and so many nodes, on this machine's address, or `apart` as on machines of their own (see Hosts)."""
     folder = tempfile.mkdtemp(prefix="r", dir="/tmp")  # paths of sockets have at most 107 bytes
-    cluster = None
+    hosts = cluster = None
     try:
-        cluster = RayCluster(folder)
+        hosts = Hosts(nodes) if apart else None
+        cluster = RayCluster(folder, hosts)
         for _ in range(nodes):
             cluster.join()
         yield cluster
     finally:
         for number in reversed(range(len(cluster.nodes) if cluster else 0)):
             cluster.kill(number)
+        if hosts:
+            hosts.remove()
         shutil.rmtree(folder, ignore_errors=True)
