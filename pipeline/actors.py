@@ -22,7 +22,7 @@ from model.fit import epsilon_products
 from model.inversion import invert_exactly
 from model.schedule import Ladder
 from pipeline.decode import Preprocess
-from pipeline.latents import ShardWriter, check_model, latent_rows, latent_writer, read_latents
+from pipeline.latents import ShardWriter, check_made, latent_rows, latent_writer, read_latents
 from pipeline.meters import Meters
 from pipeline.metrics import psnr, round_trip_error, to_model, to_pixels
 from pipeline.pictures import png
@@ -349,7 +349,7 @@ class Reconstruct:
 
     def process(self, model: Model, shard: Shard) -> Receipt:
         spent = stopwatch(model)
-        check_model(self.latents, shard.name, model.checkpoint.digest)
+        check_made(self.latents, shard.name)
         originals = _Originals(self.reader.batches(shard))
         with ShardWriter(self.run, RECONSTRUCTIONS, shard.name, ERROR_SCHEMA, self.metadata, once=True) as out:
             images = missing = 0

@@ -13,7 +13,7 @@ from model.interpolate import lerp, slerp
 from model.schedule import Ladder
 from pipeline.actors import Model, Receipt, stopwatch
 from pipeline.generate import IMAGES
-from pipeline.latents import ShardWriter, check_model, read_latents
+from pipeline.latents import ShardWriter, check_made, read_latents
 from pipeline.metrics import to_pixels
 from pipeline.paths import At, Leg, by_shard
 from pipeline.pictures import png
@@ -73,7 +73,7 @@ class Interpolate:
         found: dict[str, Tensor] = {}
         images = (At(*place) for leg in legs for place in zip(leg.ids, leg.shards, strict=True))
         for shard, ids in by_shard(images).items():
-            check_model(self.latents, shard, model.checkpoint.digest)
+            check_made(self.latents, shard)
             for rows, latents in read_latents(self.latents, shard, self.batch_size, Selection(ids)):
                 found |= {row["image_id"]: x for row, x in zip(rows, torch.from_numpy(latents), strict=True)}
         return found

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as dataset
 
+from pipeline.manifest import read_manifest
 from pipeline.records import (
     MEASURED,
     REJECT_SCHEMA,
@@ -25,6 +26,7 @@ from pipeline.selection import Selection
 from pipeline.storage import Folder, TableWriter, open_ranges
 
 LATENTS, REJECTS = "latents", "rejects"
+MADE = {"model_digest": "by model", "levels": "on the ladder", "preprocess": "of images prepared as"}
 
 
 def latent_rows(
@@ -124,11 +126,13 @@ def shard_metadata(run: Folder, shard: str, below: str = LATENTS) -> dict[str, A
         return {**metadata_of(file.schema_arrow), **json.loads(file.metadata.metadata.get(SHARD_KEY, b"{}"))}
 
 
-def check_model(run: Folder, shard: str, digest: str) -> None:
-    """Raises ValueError where a shard's latents were made by another model: they decode to noise."""
-    made_by = shard_metadata(run, shard)["model_digest"]
-    if made_by != digest:
-        raise ValueError(f"the latents of shard {shard} were made by model {made_by}")
+def check_made(run: Folder, shard: str) -> None:
+    """Raises ValueError where a shard's latents were made otherwise than the run's `run.json` says: by another model,
+    which decodes them to noise, on another ladder, or of images that were cut otherwise."""
+    made, wanted = shard_metadata(run, shard), read_manifest(run) or {}
+    for name, words in MADE.items():
+        if made[name] != wanted.get(name):
+            raise ValueError(f"the latents of shard {shard} were made {words} {made[name]}, not {wanted.get(name)}")
 
 
 def read_latents(

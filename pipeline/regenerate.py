@@ -16,7 +16,7 @@ from torch import Tensor
 from model.schedule import Ladder
 from pipeline.actors import Model, Receipt, noise_index, stopwatch
 from pipeline.generate import IMAGES
-from pipeline.latents import ShardWriter, check_model, committed, read_latents
+from pipeline.latents import ShardWriter, check_made, committed, read_latents
 from pipeline.metrics import round_trip_error, to_pixels
 from pipeline.page import page, scientific
 from pipeline.pictures import grid, pixels_of, png
@@ -62,7 +62,7 @@ class Regenerate:
 
     def process(self, model: Model, shard: Shard) -> Receipt:
         spent = stopwatch(model)
-        check_model(self.latents, shard.name, model.checkpoint.digest)
+        check_made(self.latents, shard.name)
         latents = images = 0
         with ShardWriter(self.run, IMAGES, shard.name, REGENERATED_SCHEMA, self.metadata, once=True) as out:
             for stored, x in read_latents(self.latents, shard.name, self.batch_size, self.which):

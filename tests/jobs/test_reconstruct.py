@@ -220,14 +220,23 @@ def test_an_encode_run_that_is_not_complete_is_gone_on_with(palindrome, copy, he
     assert statuses(copy / "again").keys() == measured(here / "encoded").keys()
 
 
-def test_latents_with_another_model_inside_are_a_failed_shard(palindrome, copy):
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model_digest": "f" * 64}, "by model ffff"),
+        ({"levels": [-1, 5, 800]}, "on the ladder [-1, 5, 800], not [-1, "),
+        ({"preprocess": {"size": 16}}, "of images prepared as {'size': 16}, not {"),
+    ],
+    ids=["model", "ladder", "preprocessing"],
+)
+def test_latents_that_were_made_otherwise_are_a_failed_shard(palindrome, copy, change, words):
     file = min((copy / "encoded/latents").iterdir())
     table = pq.read_table(file)
-    metadata = {**json.loads(table.schema.metadata[b"palindrome"]), "model_digest": "f" * 64}
+    metadata = {**json.loads(table.schema.metadata[b"palindrome"]), **change}
     pq.write_table(table.replace_schema_metadata({"palindrome": json.dumps(metadata)}), file)
     said = palindrome("reconstruct", "--latents", copy / "encoded", "--out", copy / "again")
     assert said.code == 1
-    assert f"the latents of shard {file.stem} were made by model ffff" in said.err
+    assert f"the latents of shard {file.stem} were made {words}" in said.err
     assert len(rows_of(copy / "again")) == COUNT - 8
 
 
