@@ -1,0 +1,79 @@
+#!/usr/bin/env bash
+# A cluster of two nodes on this machine for the time of one command: a Ray head and a worker node as processes of
+# their own, joined over TCP with token authentication, as on real machines.
+#
+#   infra/two-nodes.sh palindrome encode --images photos/ --model checkpoints/cifar10-32 --out runs/photos
+#
+# The command finds the cluster by $RAY_ADDRESS, and its exit code is this script's. Ctrl-C and SIGTERM go to the
+# command alone. Only what was started here is stopped: `ray stop` would stop other clusters on this machine too.
+#
+# CPUS=4 says how many CPUs each node has (default: half of this machine's).
+set -uo pipefail
+
+if [ $# = 0 ]; then
+    sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p}' "$0"
+    exit 2
+fi
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+[ -d "$root/.venv/bin" ] && PATH="$root/.venv/bin:$PATH"
+cores=$(nproc)
+cpus=${CPUS:-$((cores > 1 ? cores / 2 : 1))}
+# Ray's sockets lie below its folder, and the name of a socket has 107 bytes at most.
+folder=$(mktemp -d /tmp/ray.XXXXXX)
+
+free_port() {
+    python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
+}
+port=$(free_port)
+export RAY_ADDRESS="127.0.0.1:$port" RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0
+RAY_AUTH_TOKEN=$(python -c 'import secrets; print(secrets.token_hex(32))')
+export RAY_AUTH_TOKEN
+
+set -m # each of what is started below is a process group, which a Ctrl-C in the terminal does not reach
+nodes=() run=
+# shellcheck disable=SC2329 # the trap calls it
+stop() {
+    trap '' INT TERM
+    for node in "${nodes[@]}"; do
+        kill -0 "$node" 2>/dev/null || tail -n 20 "$folder/nodes.log" >&2 # it has ended by itself: why?
+        kill -TERM "$node" 2>/dev/null # it stops the processes of its node
+    done
+    for _ in $(seq 100); do
+        kill -0 "${nodes[@]}" 2>/dev/null || break
+        sleep 0.1
+    done
+    for node in "${nodes[@]}"; do
+        kill -KILL -- "-$node" 2>/dev/null
+    done
+    rm -rf "$folder"
+}
+trap stop EXIT
+# shellcheck disable=SC2329 # the traps call it
+pass() {
+    [ -n "$run" ] || exit "$2"
+    kill "-$1" -- "-$run" 2>/dev/null
+}
+trap 'pass INT 130' INT
+trap 'pass TERM 143' TERM
+
+node() {
+    # When it ends no work is left on it that it should wait for.
+    RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0 ray start --block --num-cpus="$cpus" --temp-dir="$folder" "$@" \
+        >>"$folder/nodes.log" 2>&1 &
+    nodes+=($!)
+    disown $! # else bash reports its end
+}
+node --head --node-ip-address=127.0.0.1 --port="$port" --ray-client-server-port="$(free_port)" \
+    --include-dashboard=false
+node --address="$RAY_ADDRESS" --node-ip-address=127.0.0.2 --num-gpus=0 # the GPUs are the head's
+
+python -m infra.wait --nodes 2 --timeout 120 -- "$@" &
+run=$!
+code=0
+while true; do # a signal that is passed on ends `wait`, and not yet the command
+    wait "$run"
+    code=$?
+    kill -0 "$run" 2>/dev/null || break
+done
+exit "$code"

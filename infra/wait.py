@@ -1,0 +1,75 @@
+"""Waits for a cluster's nodes, then becomes the command: `python -m infra.wait --gpus 1 -- palindrome encode ...`.
+
+A cluster that scales to zero has no GPU when a job begins, and a job that finds none computes on CPUs. What is waited
+for is also asked of the autoscaler, which keeps it until the cluster ends or another `infra.wait` asks for something
+else."""
+
+import argparse
+import os
+import sys
+import time
+
+import ray
+from ray.autoscaler.sdk import request_resources
+
+from infra.cluster import ClusterError, connect
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m infra.wait", description="Wait for a cluster's nodes.")
+    parser.add_argument("--nodes", type=int, default=0, help="nodes that must be up, the head among them")
+    parser.add_argument("--gpus", type=int, default=0, help="GPUs that must be up")
+    parser.add_argument("--cpus", type=int, default=0, help="CPUs that must be up")
+    parser.add_argument("--timeout", type=float, default=1800, help="seconds after which to give up (default: 1800)")
+    parser.add_argument("command", nargs="*", help="after --, what to run then")
+    return parser.parse_args(arguments)
+
+
+def main() -> int:
+    wanted = parse()
+    missing = _wait(wanted)
+    if missing:
+        print(f"gave up waiting: {missing}", file=sys.stderr)
+        return 1
+    if wanted.command:
+        os.execvp(wanted.command[0], wanted.command)
+    return 0
+
+
+def _wait(wanted: argparse.Namespace) -> str:
+    """What is missing at the end; empty where nothing is."""
+    deadline, said = time.monotonic() + wanted.timeout, ""
+    while True:
+        try:
+            with connect(os.environ.get("RAY_ADDRESS") or "auto"):
+                request_resources(bundles=[{"GPU": 1}] * wanted.gpus + [{"CPU": 1}] * wanted.cpus)
+                while (missing := _missing(wanted)) and time.monotonic() < deadline:
+                    said = _say(missing, said)
+                    time.sleep(0.5)
+                return missing
+        except ClusterError as e:  # the head is not up yet
+            if time.monotonic() > deadline:
+                return str(e)
+            said = _say(str(e), said)
+            time.sleep(0.5)
+
+
+def _say(missing: str, said: str) -> str:
+    if missing != said:
+        print(f"waiting: {missing}", flush=True)
+    return missing
+
+
+def _missing(wanted: argparse.Namespace) -> str:
+    total = ray.cluster_resources()
+    up = {
+        "nodes": sum(node["Alive"] for node in ray.nodes()),
+        "gpus": int(total.get("GPU", 0)),
+        "cpus": int(total.get("CPU", 0)),
+    }
+    short = [f"{up[name]} of {getattr(wanted, name)} {name}" for name in up if up[name] < getattr(wanted, name)]
+    return f"{', '.join(short)} up" if short else ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())
