@@ -19,6 +19,7 @@ OLDEST = "2.55"  # of Ray, that a cluster may run
 PORT = 8265  # of a cluster's dashboard
 ENTRYPOINT = "python -m infra.entrypoint"
 POLL = 1.0  # seconds
+AGENT = 60.0  # seconds in which a head that has just started has an agent that starts jobs
 RETRIES = 30  # polls without an answer, after which the cluster is taken for gone
 ENDED = {status.value for status in JobStatus if status.is_terminal()}
 
@@ -63,7 +64,14 @@ class Cluster:
         if package is not None:
             runtime_env["working_dir"] = str(package)
         entrypoint = f"{ENTRYPOINT} {shlex.join(command)}"
-        return str(self._asked(lambda: self.client.submit_job(entrypoint=entrypoint, runtime_env=runtime_env)))
+        until = time.monotonic() + AGENT
+        while True:
+            try:
+                return str(self._asked(lambda: self.client.submit_job(entrypoint=entrypoint, runtime_env=runtime_env)))
+            except SubmissionError as e:
+                if "No available agent" not in str(e) or time.monotonic() > until:
+                    raise
+            time.sleep(POLL)
 
     def job(self, job_id: str) -> Job:
         return _job(self._asked(lambda: self.client.get_job_info(job_id), job_id))

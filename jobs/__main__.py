@@ -81,14 +81,20 @@ def _hide_options(argv: list[str]) -> None:
 def _signals_raise() -> Iterator[None]:
     """SIGTERM ends a job as Ctrl-C does: what is in flight is dropped, and the folder can be resumed."""
 
+    came: list[KeyboardInterrupt] = []
+
     def end(number: int, _: object) -> NoReturn:
-        raised = Terminated() if number == signal.SIGTERM else KeyboardInterrupt()
-        interrupt.set_pending(raised)
-        raise raised
+        came.append(Terminated() if number == signal.SIGTERM else KeyboardInterrupt())
+        interrupt.set_pending(came[-1])
+        raise came[-1]
 
     before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
+    except KeyboardInterrupt:
+        if came:  # Ray makes a plain one of what comes up in its code
+            raise came[-1] from None
+        raise
     finally:
         interrupt.set_pending(None)
         for number, handler in before.items():

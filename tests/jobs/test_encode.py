@@ -336,11 +336,11 @@ def test_what_breaks_in_the_run_is_not_blamed_on_the_address(palindrome, picture
 def test_a_run_survives_interrupt_and_kill_of_its_driver(palindrome, start, sample, model, tmp_path, times, read_run):
     run, latents = tmp_path / "run", tmp_path / "run/latents"
     command = ["encode", "--images", sample, "--model", model, "--out", run, "--steps", 40, "--shard-size", 4]
-    command += ["--limit", 80, "--decode", "actor", *PLAIN]
+    command += ["--limit", 80, *PLAIN]
 
-    def stop(number, after):
+    def stop(number, after, decode):
         """Sends the signal to a driver that has committed so many shards."""
-        process = start(*command)
+        process = start(*command, "--decode", decode)
         while len(list(latents.glob("*.parquet"))) < after:
             assert process.poll() is None, process.communicate()
             time.sleep(0.02)
@@ -348,17 +348,17 @@ def test_a_run_survives_interrupt_and_kill_of_its_driver(palindrome, start, samp
         out, err = process.communicate()
         return process.returncode, out, err
 
-    code, out, err = stop(signal.SIGINT, after=1)
+    code, out, err = stop(signal.SIGINT, after=1, decode="actor")
     assert code == 130
     assert "80 images in 20 shards, 20 to encode" in out
     assert err.strip() == f"interrupted; the same command resumes {run}"
     first = times(latents)
     assert 0 < len(first) < 20
     assert not (run / "summary.json").exists()
-    code, _, err = stop(signal.SIGTERM, after=len(first) + 1)
+    code, _, err = stop(signal.SIGTERM, after=len(first) + 1, decode="tasks")
     assert code == 143
     assert err.strip() == f"interrupted; the same command resumes {run}"
-    code, out, _ = stop(signal.SIGKILL, after=len(times(latents)) + 1)
+    code, out, _ = stop(signal.SIGKILL, after=len(times(latents)) + 1, decode="tasks")
     assert code == -signal.SIGKILL
     second = {name: when for name, when in times(latents).items() if name.endswith(".parquet")}
     assert len(first) < len(second) < 20
