@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.command import JOBS
+from jobs.command import JOBS, OF_CLUSTERS
 from model import checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -238,6 +238,9 @@ def test_help_names_every_flag_with_words_and_default(palindrome, job):
     text = " ".join(said.out.split())
     if job in ("status", "verify", "rejects", "export", "animate"):  # which read a run folder
         assert "RUN The run folder" in text and flags
+        return
+    if job in OF_CLUSTERS:
+        assert "The URL of the cluster's dashboard" in text and "--address" in flags
         return
     assert "--out" in flags and "--address" in flags
     if job != "calibrate":  # whose one file is written anew

@@ -122,7 +122,7 @@ def test_a_killed_node_costs_no_row_and_no_secret_is_shown(cluster, client, buck
 def test_a_job_that_fails_has_its_own_exit_code_and_its_reason_last(cluster, said, moto, bucket):
     options = json.dumps(moto.options)
     command = [*encode(bucket, "b", "--steps", 3), "--image-column", "nosuch", "--storage-options", options]
-    code, out, err = said("submit", "--address", cluster.address, "--", *command)
+    code, out, err = said("submit", "--address", cluster.address, "--code", "image", "--", *command)
     assert code == 2
     assert "palindrome encode: error: --image-column: column 'nosuch' does not exist" in out.splitlines()[-1]
     assert err.endswith("failed, exit code 2\n")

@@ -67,7 +67,7 @@ def run(tmp_path):
 
 
 def test_the_folders_are_those_that_the_jobs_write():
-    images = {"generate": IMAGES, "regenerate": IMAGES}
+    images = {"generate": IMAGES, "regenerate": IMAGES, "interpolate": IMAGES}
     assert {"encode": LATENTS, "reconstruct": RECONSTRUCTIONS, "sweep": SWEPT, **images} == state.FOLDERS
 
 
