@@ -12,7 +12,7 @@ import tempfile
 import time
 import urllib.request
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 RAY = str(Path(sys.executable).with_name("ray"))
@@ -54,6 +54,14 @@ class Hosts:
             for device in ("lo", "eth0"):
                 _ip("-n", name, "link", "set", device, "up")
 
+    def titles(self, host):
+        """What the processes of a host, counted from 1, call themselves."""
+        found = []
+        for pid in _ip("netns", "pids", self.names[host - 1]).split():
+            with suppress(OSError):  # it has ended meanwhile
+                found.append(Path(f"/proc/{pid}/cmdline").read_text())
+        return found
+
     def cut(self, host):
         """The link of a host, counted from 1: nothing reaches it any more, and it goes on."""
         _ip("link", "set", self.links[host - 1], "down")
@@ -67,6 +75,7 @@ def _ip(*words):
     run = subprocess.run(["ip", *words], capture_output=True, text=True, check=False)
     if run.returncode:
         raise OSError(f"ip {' '.join(words)}: {run.stderr.strip()}")
+    return run.stdout
 
 
 class RayCluster:
