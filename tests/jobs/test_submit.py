@@ -105,7 +105,9 @@ def test_a_killed_node_costs_no_row_and_no_secret_is_shown(cluster, client, buck
     assert len(ids) == len(set(ids)) == 256
     cluster.join()
 
-    metered = cluster.metrics()
+    until = time.monotonic() + 30
+    while not (metered := cluster.metrics())["ray_palindrome_shards_total"] and time.monotonic() < until:
+        time.sleep(1)
     assert 0 < metered["ray_palindrome_images_total"] <= 256 and metered["ray_palindrome_shards_total"] > 0
     assert metered["ray_palindrome_device_seconds_total"] > 0 and metered["ray_palindrome_bytes_total"] > 0
     panels = json.loads((ROOT / "infra/grafana.json").read_text())["panels"]
