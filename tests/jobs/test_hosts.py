@@ -27,7 +27,8 @@ def cluster():
 def test_a_link_cut_in_the_middle_costs_no_row(cluster, sample, model, tmp_path):
     out = tmp_path / "run"
     command = ["encode", "--images", sample, "--model", model, "--out", out, "--shard-size", 8, "--batch-size", 4]
-    command += ["--steps", 30, "--workers", 2, "--decode", "actor", "--address", f"{cluster.ip}:{cluster.port}"]
+    command += ["--steps", 30, "--workers", 2, "--decode", "actor", "--stall", 60]
+    command += ["--address", f"{cluster.ip}:{cluster.port}"]
     command = [sys.executable, "-m", "jobs", *map(str, command)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **cluster.environment}, **pipes)
@@ -35,7 +36,7 @@ def test_a_link_cut_in_the_middle_costs_no_row(cluster, sample, model, tmp_path)
     while not any(title.startswith("ray::shard ") for title in cluster.hosts.titles(2)):  # it is at work
         assert process.poll() is None and time.monotonic() < until, process.communicate()
     cluster.hosts.cut(2)
-    said, _ = process.communicate(timeout=300)
+    said, _ = process.communicate(timeout=500)
     assert process.returncode == 0, said
     assert "encode: 32/32 shards" in said
     assert cluster.alive() == 2  # the head, and the node that is still reached
