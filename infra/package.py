@@ -45,8 +45,8 @@ def build(into: Path, ship: Iterable[str], environment: Mapping[str, str], code:
 def _ship(path: Path, into: Path) -> None:
     if path.is_absolute() or ".." in path.parts or not path.parts:
         raise PackageError(f"{path}: only what lies below the current folder can be sent along")
-    if (into / path.parts[0]).exists() and path.parts[0] in (*CODE, ENVIRONMENT):
-        raise PackageError(f"{path}: Palindrome's own code has that name in the package")
+    if path.parts[0] in (*CODE, ENVIRONMENT):
+        raise PackageError(f"{path}: Palindrome's own files have that name in the package")
     if not path.exists():
         raise PackageError(f"{path} does not exist")
     for source in [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()):

@@ -122,8 +122,8 @@ class Cluster:
     def _asked(self, ask: Callable[[], Any], job_id: str = "") -> Any:
         try:
             return ask()
-        except AuthenticationError as e:
-            raise SubmissionError(_refused(self.address, str(e))) from None
+        except AuthenticationError:
+            raise SubmissionError(_refused(self.address)) from None
         except RuntimeError as e:
             if job_id and "does not exist" in str(e):
                 raise SubmissionError(f"{self.address} knows no job {job_id}") from None
@@ -147,7 +147,7 @@ def _job(details: Any) -> Job:
     )
 
 
-def _refused(address: str, said: str) -> str:
+def _refused(address: str) -> str:
     if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
         if os.environ.get("RAY_AUTH_MODE") == "token":
             return f"{address} refuses the token of $RAY_AUTH_TOKEN or $RAY_AUTH_TOKEN_PATH"

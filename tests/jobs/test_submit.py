@@ -230,3 +230,7 @@ def test_the_package_is_the_code_and_what_was_asked_for(tmp_path, monkeypatch):
     for name in ("model", "../here", str(tmp_path), "."):
         with pytest.raises(PackageError):
             build(into, [name], {}, code=False)
+    (tmp_path / "here" / ENVIRONMENT).write_text("mine")
+    with pytest.raises(PackageError, match="own files have that name"):
+        build(into, [ENVIRONMENT], {"A": "secret"}, code=False)
+    assert (tmp_path / "here" / ENVIRONMENT).read_text() == "mine"
