@@ -113,7 +113,7 @@ class NullNetwork(torch.nn.Module):
 
 @dataclass(frozen=True)
 class NullCheckpoint(Checkpoint):
-    def network(self, device: Any = "cpu") -> Any:
+    def engine(self, device: Any, execution: Any) -> Any:
         return NullNetwork()
 
 

@@ -18,7 +18,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from model.ddim import PREDICTION_TYPES
+from model.ddim import PREDICTION_TYPES, Network
+from model.engine import FLOAT32, Engine, Execution
 from model.schedule import NoiseSchedule
 from model.unet import UNet, UNetConfig
 
@@ -72,6 +73,10 @@ class Checkpoint:
         if torch.device(device).type == "cpu":
             net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return net.to(device, torch.float32).eval().requires_grad_(False)
+
+    def engine(self, device: torch.device | str = "cpu", execution: Execution = FLOAT32) -> Network:
+        """The network on a device, for the samplers of `model`. Raises as Engine does."""
+        return Engine(self.network(device), execution)
 
 
 def save(checkpoint: Checkpoint, uri: str, storage_options: Mapping[str, Any] | None = None) -> None:

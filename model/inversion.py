@@ -102,6 +102,9 @@ def _solve(
         solved[active] = _choose(falls, update, least_at)
         least[active] = torch.where(falls, size, least[active])
         count[active] += 1
+        if not tolerance:  # nobody leaves, and to ask would have a GPU waited for
+            y = update
+            continue
         going = size * kappa / (2 - kappa) > tolerance  # the relaxed fixed point leaves at most so much of it
         if not going.any():
             break

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -133,22 +133,40 @@ class UNet(nn.Module):
             UpBlock(c, up[max(i - 1, 0)], up[min(i + 1, last)], up[i], embedding, UP_BLOCKS[kind], upsample=i < last)
             for i, kind in enumerate(c.up_block_types)
         )
-        self.conv_norm_out = nn.GroupNorm(c.norm_num_groups, channels[0], c.norm_eps)
+        self.conv_norm_out = GroupNorm(c.norm_num_groups, channels[0], c.norm_eps)
         self.conv_out = nn.Conv2d(channels[0], c.out_channels, 3, padding=1)
 
     def forward(self, x: Tensor, t: Tensor | int) -> Tensor:
-        t = torch.as_tensor(t, device=x.device).reshape(-1)
+        return self.evaluate(x, self.biases(torch.as_tensor(t, device=x.device).reshape(-1)))
+
+    def biases(self, t: Tensor) -> list[Tensor]:
+        """All that the network is told of timesteps t, int [n]: of each residual block in their order, what is added
+        behind its first convolution, [n, C]."""
         c = self.config
         emb = sinusoid(t, c.block_out_channels[0], c.flip_sin_to_cos, c.freq_shift)
-        emb = self.time_embedding(emb.to(self.conv_in.weight.dtype))
+        emb = F.silu(self.time_embedding(emb.to(self.time_embedding.linear_1.weight.dtype)))
+        blocks = [*self.down_blocks, self.mid_block, *self.up_blocks]
+        return [resnet.bias(emb) for block in blocks for resnet in block.resnets]
+
+    def evaluate(self, x: Tensor, biases: list[Tensor]) -> Tensor:
+        """The output for x, with what `biases` made of one timestep for the whole batch, or of one for each sample."""
+        told = iter(biases)
         h = self.conv_in(x)
         skips = [h]
         for block in self.down_blocks:
-            h = block(h, emb, skips)
-        h = self.mid_block(h, emb)
+            h = block(h, told, skips)
+        h = self.mid_block(h, told)
         for block in self.up_blocks:
-            h = block(h, emb, skips)
+            h = block(h, told, skips)
         return self.conv_out(F.silu(self.conv_norm_out(h)))
+
+    def lower(self, dtype: torch.dtype) -> Self:
+        """Has `evaluate` take and compute in a lower precision. `biases` stays as it is: it costs little, and a
+        timestep's sines would lose most."""
+        for name, module in self.named_modules():
+            if not (list(module.children()) or "time_emb" in name):
+                module.to(dtype)
+        return self
 
 
 def sinusoid(t: Tensor, dim: int, flip_sin_to_cos: bool, freq_shift: float) -> Tensor:
@@ -170,20 +188,36 @@ class TimeEmbedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(t)))
 
 
+class GroupNorm(nn.GroupNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        # On CPUs torch's bfloat16 kernel for small feature maps is several times slower than float32's.
+        if x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.shape[2:].numel() < 1024:
+            weight, bias = self.weight.float(), self.bias.float()
+            return F.group_norm(x.float(), self.num_groups, weight, bias, self.eps).to(x.dtype)
+        return super().forward(x)
+
+
 class ResnetBlock(nn.Module):
     def __init__(self, c: UNetConfig, inp: int, out: int, embedding: int) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(c.norm_num_groups, inp, c.norm_eps)
+        self.norm1 = GroupNorm(c.norm_num_groups, inp, c.norm_eps)
         self.conv1 = nn.Conv2d(inp, out, 3, padding=1)
         self.time_emb_proj = nn.Linear(embedding, out)
-        self.norm2 = nn.GroupNorm(c.norm_num_groups, out, c.norm_eps)
+        self.norm2 = GroupNorm(c.norm_num_groups, out, c.norm_eps)
         self.dropout = nn.Dropout(c.dropout)
         self.conv2 = nn.Conv2d(out, out, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(inp, out, 1) if inp != out else None
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = h + self.time_emb_proj(F.silu(emb))[:, :, None, None]
+    def bias(self, emb: Tensor) -> Tensor:
+        """[n, C] for the activated time embedding [n, E]."""
+        return self.time_emb_proj(emb) + self.conv1.bias
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        h = F.silu(self.norm1(x))
+        if len(bias) == 1:  # one timestep for all: then it costs the convolution nothing
+            h = F.conv2d(h, self.conv1.weight, bias[0], padding=1)
+        else:
+            h = F.conv2d(h, self.conv1.weight, padding=1) + bias[:, :, None, None]
         h = self.conv2(self.dropout(F.silu(self.norm2(h))))
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
@@ -194,7 +228,7 @@ class Attention(nn.Module):
     def __init__(self, c: UNetConfig, channels: int) -> None:
         super().__init__()
         self.heads = channels // (c.attention_head_dim or channels)
-        self.group_norm = nn.GroupNorm(c.norm_num_groups, channels, c.norm_eps)
+        self.group_norm = GroupNorm(c.norm_num_groups, channels, c.norm_eps)
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)
@@ -240,9 +274,9 @@ class DownBlock(nn.Module):
             self.downsamplers = nn.ModuleList([Downsample(out, c.downsample_padding)])
         self.attention, self.downsample = attention, downsample
 
-    def forward(self, h: Tensor, emb: Tensor, skips: list[Tensor]) -> Tensor:
+    def forward(self, h: Tensor, told: Iterator[Tensor], skips: list[Tensor]) -> Tensor:
         for i, resnet in enumerate(self.resnets):
-            h = resnet(h, emb)
+            h = resnet(h, next(told))
             if self.attention:
                 h = self.attentions[i](h)
             skips.append(h)
@@ -258,8 +292,8 @@ class MidBlock(nn.Module):
         self.attentions = nn.ModuleList([Attention(c, channels)])
         self.resnets = nn.ModuleList(ResnetBlock(c, channels, channels, embedding) for _ in range(2))
 
-    def forward(self, h: Tensor, emb: Tensor) -> Tensor:
-        return self.resnets[1](self.attentions[0](self.resnets[0](h, emb)), emb)
+    def forward(self, h: Tensor, told: Iterator[Tensor]) -> Tensor:
+        return self.resnets[1](self.attentions[0](self.resnets[0](h, next(told))), next(told))
 
 
 class UpBlock(nn.Module):
@@ -280,9 +314,9 @@ class UpBlock(nn.Module):
             self.upsamplers = nn.ModuleList([Upsample(out)])
         self.attention, self.upsample = attention, upsample
 
-    def forward(self, h: Tensor, emb: Tensor, skips: list[Tensor]) -> Tensor:
+    def forward(self, h: Tensor, told: Iterator[Tensor], skips: list[Tensor]) -> Tensor:
         for i, resnet in enumerate(self.resnets):
-            h = resnet(torch.cat([h, skips.pop()], dim=1), emb)
+            h = resnet(torch.cat([h, skips.pop()], dim=1), next(told))
             if self.attention:
                 h = self.attentions[i](h)
         return self.upsamplers[0](h) if self.upsample else h

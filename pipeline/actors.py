@@ -18,6 +18,7 @@ from torch import Tensor
 
 from model.checkpoint import Checkpoint
 from model.ddim import Network, noise_stream, sample
+from model.engine import FLOAT32, Execution
 from model.fit import epsilon_products
 from model.inversion import invert_exactly
 from model.schedule import Ladder
@@ -80,14 +81,20 @@ def _keep_memory() -> None:
 class Model:
     """A network on this process's device. Latents and images go in and come out as float32 [B, C, H, W]."""
 
-    def __init__(self, checkpoint: Checkpoint, threads: int | None = None, meters: Meters | None = None) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        threads: int | None = None,
+        meters: Meters | None = None,
+        execution: Execution = FLOAT32,
+    ) -> None:
         if torch.cuda.is_available():
             device = "cuda"
         else:
             device = "cpu"
             _keep_memory()
             torch.set_num_threads(threads or torch.get_num_threads())
-        self.network = checkpoint.network(device)
+        self.network = checkpoint.engine(device, execution)
         self.checkpoint, self.device = checkpoint, torch.device(device)
         self.lock = threading.Lock()  # shards overlap in this process, and the device takes one batch at a time
         self.clock = _Clock()
@@ -216,9 +223,9 @@ class Work(Protocol):
 class ShardActor:
     """The Ray actor of every job: holds the model, works on a shard or two at a time."""
 
-    def __init__(self, work: Work, checkpoint: Checkpoint, threads: int | None) -> None:
+    def __init__(self, work: Work, checkpoint: Checkpoint, threads: int | None, execution: Execution) -> None:
         self.meters = Meters(type(work).__name__.lower())
-        self.work, self.model = work, Model(checkpoint, threads, self.meters)
+        self.work, self.model = work, Model(checkpoint, threads, self.meters, execution)
 
     def ready(self) -> None:
         """Returns once the constructor has."""

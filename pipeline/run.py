@@ -11,6 +11,7 @@ import ray
 from ray.exceptions import OutOfMemoryError, RayError, RayTaskError, UnserializableException
 
 from model.checkpoint import Checkpoint
+from model.engine import FLOAT32, Execution
 from pipeline.actors import Receipt, ShardActor, Work
 from pipeline.errors import RunError
 from pipeline.records import Shard
@@ -41,13 +42,14 @@ class Pulse:
 @dataclass(frozen=True)
 class Resources:
     """At most `workers` actors, at least `fewest`, and what each takes of the cluster: `gpus` 1, or on CPUs `threads`
-    computing threads."""
+    computing threads; and how it evaluates the network."""
 
     workers: int
     gpus: float
     threads: int | None
     read_by_tasks: bool
     fewest: int = 1
+    execution: Execution = FLOAT32
 
 
 def fit(workers: Sequence[int], decode: str) -> Resources:
@@ -147,7 +149,7 @@ class _Run:
             time.sleep(BACKOFF * 2 ** (self.failed_starts - 1))
         options = {"num_cpus": 1, "num_gpus": self.resources.gpus, "max_restarts": 0}
         actor = ray.remote(ShardActor).options(max_concurrency=SHARDS_AN_ACTOR + 1, **options)
-        handle = actor.remote(self.work, self.checkpoint, self.resources.threads)
+        handle = actor.remote(self.work, self.checkpoint, self.resources.threads, self.resources.execution)
         self.actors.append(_Actor(handle, handle.ready.remote()))
 
     def _give(self, actor: _Actor, shard: Shard, alone: bool = False) -> None:

@@ -32,7 +32,7 @@ class Tight(torch.nn.Module):
 class TightCheckpoint(Checkpoint):
     room: int = 1
 
-    def network(self, device="cpu"):
+    def engine(self, device, execution):
         return Tight(self.room)
 
 

@@ -172,7 +172,7 @@ class Dying:
 
     fatal: bool
 
-    def network(self, device):
+    def engine(self, device, execution):
         if self.fatal:
             os.kill(os.getpid(), signal.SIGKILL)
         raise RuntimeError("the weights are not those of the network")
@@ -279,7 +279,7 @@ from pipeline.records import Shard
 
 @dataclass(frozen=True)
 class Checkpoint:
-    def network(self, device):
+    def engine(self, device, execution):
         return torch.nn.Identity()
 
 @dataclass(frozen=True)
