@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint bench clean
 
 demo: .venv/.installed
 	@.venv/bin/python -m jobs encode --images samples/cifar10-test-256.parquet --model checkpoints/cifar10-32 --out demo/encoded
@@ -15,6 +15,12 @@ lint: .venv/.installed-test
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+
+BENCHMARKS = evaluation encode null_model scaling precision
+bench: .venv/.installed-test
+	@mkdir -p bench
+	@for name in $(BENCHMARKS); do echo "benchmarks.$$name -> bench/$$name.json" && \
+	    .venv/bin/python -m benchmarks.$$name > bench/$$name.json || exit 1; done
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed, and this is " + sys.version if sys.version_info < (3, 11) else 0)'
@@ -30,4 +36,4 @@ lint: .venv/.installed-test
 	@touch $@
 
 clean:
-	rm -rf .venv demo
+	rm -rf .venv demo bench

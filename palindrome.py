@@ -23,7 +23,7 @@ from torch import Tensor
 from model.interpolate import slerp
 from pipeline.actors import Model, latents_of
 from pipeline.decode import Preprocess, Rejected, decode, from_pillow
-from pipeline.encoded import encode_run, ladders_of, latents_dataset, model_of
+from pipeline.encoded import encode_run, execution_of, ladders_of, latents_dataset, model_of
 from pipeline.metrics import to_model, to_pixels
 from pipeline.pictures import to_pillow
 from pipeline.selection import Selection
@@ -173,4 +173,4 @@ class Run:
     @cached_property
     def _loaded(self) -> Model:
         with using(self.folder.storage_options):
-            return Model(model_of(self.manifest, self.model)[1])
+            return Model(model_of(self.manifest, self.model)[1], execution=execution_of(self.manifest))

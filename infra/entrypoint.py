@@ -19,5 +19,6 @@ def load() -> None:
 
 if __name__ == "__main__":
     load()
+    os.environ.setdefault("PALINDROME_LOG", "json")  # for what collects the cluster's logs; `palindrome logs` reads it
     sys.argv[0] = "palindrome"
     runpy.run_module("jobs", run_name="__main__", alter_sys=False)

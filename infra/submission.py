@@ -89,9 +89,9 @@ class Cluster:
         """Asks a job to stop; False where it had ended."""
         return bool(self._asked(lambda: self.client.stop_job(job_id), job_id))
 
-    def follow(self, job_id: str) -> Job:
-        """Prints what a job says as it comes, and returns the job once it has ended. A link that is down for a while
-        ends nothing."""
+    def follow(self, job_id: str, show: Callable[[str], None]) -> Job:
+        """Shows what a job says as it comes, in pieces, and returns the job once it has ended. A link that is down for
+        a while ends nothing."""
         said = failures = 0
 
         async def tail() -> None:
@@ -100,7 +100,7 @@ class Cluster:
             async for text in self.client.tail_job_logs(job_id):
                 new, left = text[left:], max(0, left - len(text))
                 said, failures = said + len(new), 0
-                print(new, end="", flush=True)
+                show(new)
 
         while True:
             try:
@@ -115,7 +115,7 @@ class Cluster:
                     raise
             else:
                 if job.status in ENDED:
-                    print(self.logs(job_id)[said:], end="", flush=True)
+                    show(self.logs(job_id)[said:])
                     return job
             time.sleep(POLL)
 

@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any, NoReturn
 
-from jobs.command import OPTIONS, parse, refuse
-from jobs.config import ConfigError, ImagesConfig, ShardedConfig
+from jobs.command import OPTIONS, logs_json, parse, refuse
+from jobs.config import ConfigError, ImagesConfig, OutOptions, Planned
 from pipeline import interrupt
 from pipeline.errors import RunError, StoreError
+from pipeline.log import say, structured
 from pipeline.storage import using
 
 
@@ -25,18 +26,26 @@ def main(arguments: list[str] | None = None) -> int:
     argv = sys.argv[1:] if arguments is None else arguments
     if arguments is None:
         _hide_options(argv)
+    try:
+        as_json = logs_json(argv, sys.stdout.isatty())
+    except ConfigError as e:
+        refuse(argv[0], e)
+    return structured(argv[0], lambda: _main(argv)) if as_json else _main(argv)
+
+
+def _main(argv: list[str]) -> int:
     command = parse(argv)
     config = command.config
     try:
         with _signals_raise(), using(command.stores):
-            if isinstance(config, ShardedConfig) and config.dry_run:
+            if isinstance(config, OutOptions) and config.dry_run:
                 return _dry_run(command.start, config)
             code = int(command.start(config))
             return _export(config) if code == 0 and isinstance(config, ImagesConfig) and config.format else code
     except ConfigError as e:
         refuse(command.job, e)
     except (RunError, StoreError) as e:
-        print(f"palindrome {command.job}: {e}", file=sys.stderr)
+        say(f"palindrome {command.job}: {e}", "error", "error")
         return 1
     except KeyboardInterrupt as e:
         if out := getattr(config, "out", None):
@@ -44,12 +53,12 @@ def main(arguments: list[str] | None = None) -> int:
         return 143 if isinstance(e, Terminated) else 130
 
 
-def _dry_run(start: Callable[[Any], int], config: ShardedConfig) -> int:
+def _dry_run(start: Callable[[Any], int], config: OutOptions) -> int:
     estimate = importlib.import_module("jobs.estimate")
     try:
         with estimate.dry(config) as planned:
             return start(planned)
-    except estimate.Planned:
+    except Planned:
         print("dry run: nothing was done")
         return 0
 

@@ -5,13 +5,14 @@ from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from typing import Annotated, Any, ClassVar, Literal
 
-from jobs.config import ConfigError, Options, Range, blame
+from jobs.config import ConfigError, OutOptions, Planned, Range, blame
 from pipeline import interrupt
 from pipeline.animate import ENDS, Film, pixels, whole_paths
 from pipeline.errors import writing
 from pipeline.generate import IMAGES
 from pipeline.latents import committed
 from pipeline.manifest import claim
+from pipeline.plan import read_plan
 from pipeline.state import open_run
 from pipeline.storage import Folder, absolute
 from pipeline.threads import in_threads
@@ -21,15 +22,13 @@ AT_ONCE = 4  # paths
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnimateConfig(Options):
+class AnimateConfig(OutOptions):
     """Write each path of an interpolation as one file below OUT/paths: a strip of its frames, or a film."""
 
     POSITIONAL: ClassVar[frozenset[str]] = frozenset({"run"})
 
     run: str
     """The run folder of interpolate, a path or an fsspec URI."""
-    out: str
-    """The folder to write to, a path or an fsspec URI. The same command again resumes."""
     format: Literal["strip", "gif", "webp", "mp4"]
     """strip: the frames side by side, or as the square of a grid, PNG; gif; webp: animated, lossless; mp4: H.264, which
     takes PyAV (pip install av)."""
@@ -48,11 +47,16 @@ def run(config: AnimateConfig) -> int:
         source, manifest = open_run(config.run, "interpolate")
         paths, broken = whole_paths(source, committed(source, IMAGES))
     with blame("--out"):
-        settings = {k: v for k, v in asdict(config).items() if k != "out"}
+        settings = {k: v for k, v in asdict(config).items() if k not in ("out", "dry_run")}
         of = {"source_config": manifest["config"], "model_digest": manifest["model_digest"]}
         claim(out, "animate", {**settings, "run": source.uri}, (), of)
         done = out.files(BELOW)
     film, end = Film(config.format, config.fps, config.scale), ENDS[config.format]
+    if config.dry_run:
+        names = {piece.name for shard in read_plan(source) for piece in shard.pieces}
+        left = len(names) - broken - len(done)
+        print(f"{len(names)} paths, {left} to write as {config.format}; {broken} lack frames")
+        raise Planned
 
     def put(path: tuple[str, list[dict[str, Any]]]) -> None:
         name, rows = path

@@ -2,20 +2,21 @@
 
 import json
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import ray
 import torch
 
 from infra.cluster import ClusterError, connect
-from jobs.config import CollectionOptions, Config, ConfigError, PictureOptions, Range, blame
+from jobs.config import CollectionOptions, Config, ConfigError, PictureOptions, Planned, Range, blame
 from model import checkpoint
 from model.fit import candidates, fit_ladder
 from model.inversion import evaluations
 from model.schedule import Ladder
 from pipeline.actors import Model
 from pipeline.ladders import KINDS, ladder_of_kind
+from pipeline.log import note
 from pipeline.metrics import round_trip_error, statistics, to_model
 from pipeline.read import first_images
 from pipeline.run import fit
@@ -28,6 +29,8 @@ BATCH = 64  # images on the device at once
 @dataclass(frozen=True, kw_only=True)
 class CalibrateConfig(CollectionOptions, PictureOptions, Config):
     """Find the levels that minimise the round-trip error at a number of steps, on some images of a collection."""
+
+    OUT_IS_FILE: ClassVar[bool] = True
 
     out: str
     """The ladder file to write, JSON; a path or an fsspec URI that ends in .json."""
@@ -58,9 +61,17 @@ def run(config: CalibrateConfig) -> int:
     with blame("--images"):
         collection = open_collection(absolute(config.images), **config.reading())
         pixels = first_images(collection, how, config.limit)
+    if config.dry_run:
+        each = len(fine) - 1 + (len(ladders) + 1) * (evaluations(config.steps, config.corrections) + config.steps)
+        print(
+            f"{len(pixels):,} images can be decoded; {len(ladders) + 1} ladders of {config.steps} steps, of which"
+            f" {', '.join(ladders)} are given and one is fitted on {len(fine) - 1} levels; {each:,} network evaluations"
+            f" an image, {each * len(pixels):,} in all; one file of some kB to write"
+        )
+        raise Planned
     with blame("--address", ClusterError), connect(config.address):
         resources = fit([1], "actor")
-        task = ray.remote(_calibrate).options(num_cpus=1, num_gpus=resources.gpus)
+        task = ray.remote(_calibrate).options(**resources.takes)
         errors = ray.get(task.remote(model, pixels, fine, ladders, config, resources.threads))
     best = min(errors, key=lambda kind: errors[kind]["mean"])
     for kind, figures in sorted(errors.items(), key=lambda item: item[1]["mean"]):
@@ -78,6 +89,7 @@ def run(config: CalibrateConfig) -> int:
     folder, _, name = absolute(config.out).rpartition("/")
     with blame("--out"):
         Folder(folder or "/").put(name, (json.dumps(content, indent=2) + "\n").encode())
+    note(summary={name: content[name] for name in ("kind", "nfe", "images", "round_trip")})
     print(f"{best} ladder, calibrated on {len(pixels)} images, in {config.out}")
     return 0
 

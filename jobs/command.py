@@ -5,9 +5,11 @@ import importlib
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NoReturn
 
-from jobs.config import ConfigError, Options, StorageOptions, add_arguments, from_arguments
+from jobs.config import ConfigError, LogOptions, Options, StorageOptions, add_arguments, from_arguments
+from pipeline.log import say
 
 JOBS = {
     "encode": "images -> latents, by DDIM inversion",
@@ -30,6 +32,7 @@ JOBS = {
 }
 OPTIONS = "storage_options"
 OF_CLUSTERS = {"submit", "jobs", "logs", "stop"}  # which open no stores themselves
+ANSWERS = {"status", "verify", "rejects", "jobs", "stop"}  # which keep no log: some have --json or --format instead
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Parser(argparse.ArgumentParser):
     """One line for what is wrong, and exit code 2."""
 
     def error(self, message: str) -> NoReturn:
-        sys.stderr.write(f"{self.prog}: error: {message.removeprefix('argument ')}\n")
+        say(f"{self.prog}: error: {message.removeprefix('argument ')}", "error", "error")
         sys.exit(2)
 
 
@@ -64,6 +67,8 @@ def parse(argv: Sequence[str]) -> Command:
             add_arguments(sub, config)
             if name not in OF_CLUSTERS:
                 add_arguments(sub, StorageOptions)
+            if name not in ANSWERS:
+                add_arguments(sub, LogOptions)
             sub.set_defaults(start=module.run, config=config)
     parsed, unknown = parser.parse_known_args(argv)
     if unknown:  # what a shell has made of JSON without quotes may hold a secret
@@ -75,7 +80,19 @@ def parse(argv: Sequence[str]) -> Command:
         refuse(parsed.job, e)
 
 
+def logs_json(argv: Sequence[str], terminal: bool) -> bool:
+    """Whether what `palindrome ARGV` says is to be JSON. Found before ARGV is parsed, which may be wrong: that is said
+    in this form too. What is wrong with the form itself, `parse` says, or ConfigError."""
+    words = list(argv[: argv.index("--")] if "--" in argv else argv)
+    if not words or words[0] not in JOBS.keys() - ANSWERS or {"-h", "--help"} & set(words):
+        return False
+    named = [after for before, after in pairwise(words) if before == "--log"]
+    named += [word.removeprefix("--log=") for word in words if word.startswith("--log=")]
+    known = [form for form in named if form in ("auto", "text", "json")]
+    return LogOptions(log=known[-1] if known else None).as_json(terminal)  # type: ignore[arg-type]
+
+
 def refuse(job: str, error: ConfigError) -> NoReturn:
     """Says what is wrong with a command, and exits with code 2."""
-    print(f"palindrome {job}: error: {error}", file=sys.stderr)
+    say(f"palindrome {job}: error: {error}", "error", "error")
     sys.exit(2)

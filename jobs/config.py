@@ -25,22 +25,27 @@ from typing import (
     get_type_hints,
 )
 
-from pipeline.errors import SourceError
+from pipeline.errors import SettingError
 from pipeline.storage import by_protocol
 
 if TYPE_CHECKING:
     from infra.submission import Cluster
+    from model.engine import Execution
     from pipeline.decode import Preprocess
     from pipeline.selection import Selection
     from pipeline.storage import Folder
 
 STORES = frozenset({"botocore", "aiobotocore", "aiohttp", "google", "gcsfs"})  # whose errors have no common base
-STORAGE_OPTIONS = "PALINDROME_STORAGE_OPTIONS"  # of the environment
+STORAGE_OPTIONS, LOG = "PALINDROME_STORAGE_OPTIONS", "PALINDROME_LOG"  # of the environment
 C = TypeVar("C", bound="Options")
 
 
 class ConfigError(ValueError):
     """A command that is wrong: one line that names the flag. Exit code 2."""
+
+
+class Planned(Exception):
+    """A dry run has said what there is to say."""
 
 
 @dataclass(frozen=True)
@@ -96,14 +101,41 @@ class StorageOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Options):
-    """Fields that every job has which writes a folder."""
+class LogOptions(Options):
+    """The flag of every command that works for a while. No job's config holds it."""
+
+    log: Literal["auto", "text", "json"] | None = None
+    """How what is said is written: as text, or as JSON objects, one a line, for programs that collect logs; auto: as
+    text on a terminal, as JSON elsewhere (default: $PALINDROME_LOG, else text)."""
+
+    def as_json(self, terminal: bool) -> bool:
+        """Raises ConfigError where the environment names no such form."""
+        form = self.log or os.environ.get(LOG) or "text"
+        if form not in (forms := ("auto", "text", "json")):
+            raise ConfigError(f"${LOG}: {form!r} is none of {', '.join(forms)}")
+        return form == "json" or (form == "auto" and not terminal)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutOptions(Options):
+    """Fields of every job that writes something."""
+
+    OUT_IS_FILE: ClassVar[bool] = False
+    """Whether `out` is one file, written at the end, and no folder."""
+
+    out: str
+    """The folder to write to, a path or an fsspec URI. The same command again resumes."""
+    dry_run: bool = False
+    """Look at what goes in and where it goes to, say what there is to do and to write, and do nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(OutOptions):
+    """Fields that every job has which takes a cluster."""
 
     FREE: ClassVar[frozenset[str]] = frozenset()
     """Fields that a resume may change: they say where and how fast, not what comes out."""
 
-    out: str
-    """The folder to write to, a path or an fsspec URI. The same command again resumes."""
     address: str | None = None
     """A Ray cluster's address (default: $RAY_ADDRESS, else a Ray started on this machine)."""
 
@@ -127,23 +159,55 @@ class Config(Options):
 class ShardedConfig(Config):
     """Fields of the jobs that map shards of images over processes which hold a model."""
 
-    FREE: ClassVar[frozenset[str]] = frozenset({"workers", "batch_size", "model"})
+    FREE: ClassVar[frozenset[str]] = frozenset(
+        {"workers", "batch_size", "model", "compile", "gpus_per_worker", "resources"}
+    )
 
     batch_size: Annotated[int, Range(1)] = 64
     """Images on the device at once; halved where they do not fit."""
     workers: tuple[Annotated[int, Range(1)], ...] = ()
     """Processes that hold the model, at most (default: one a GPU; without GPUs, one a node). Of two numbers the first
     is the fewest to go on with: where the cluster has no room for so many for half an hour, the run ends."""
-    dry_run: bool = False
-    """Look at images, model and output, say what there is to do and to write, and do nothing."""
+    gpus_per_worker: Annotated[float, Range(0.01, 1)] | None = None
+    """The part of a GPU that each of them takes: 0.5 for two on one (default: 1 where the cluster has a GPU). No more
+    than one, as a model is on one. Where it is given, a GPU is waited for, and CPUs do not stand in."""
+    resources: str | None = None
+    """Resources of your own that each of them takes of its node, JSON, as {"a100": 1}: they are put nowhere else."""
+    precision: Literal["auto", "float32", "tf32", "bfloat16", "float16"] = "auto"
+    """What the network computes in; all else is float32. auto: encode, of 1,000 images or more, tries on some of them
+    which are faster, and takes the fastest that brings them back as well as float32 does, within 10 %; what works from
+    latents takes what they were encoded in; else float32."""
+    compile: bool = False
+    """Have torch.compile make the network's kernels, which takes up to a minute at the first start."""
     calibrate: bool = False
     """Measure first, for some seconds, how fast a device of this cluster is, and estimate the time; behind the run, say
     how far off that was."""
+
+    def execution(self, encoded_in: str | None = None) -> "Execution":
+        """How the network is evaluated, where the latents were encoded in that precision, or were by float32."""
+        from model.engine import FLOAT32, Execution  # brings torch
+
+        chosen = encoded_in or FLOAT32.precision if self.precision == "auto" else self.precision
+        return Execution(chosen, self.compile)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if len(self.workers) > 2 or list(self.workers) != sorted(self.workers):
             raise ConfigError(f"--workers: {' '.join(map(str, self.workers))} is no number, and no MIN MAX")
+        self.custom()
+
+    def custom(self) -> dict[str, float]:
+        """--resources by name. Raises ConfigError."""
+        try:
+            found = json.loads(self.resources or "{}")
+        except ValueError:
+            found = None
+        amounts = found.values() if isinstance(found, dict) else (None,)
+        if not all(isinstance(n, int | float) and not isinstance(n, bool) and 1e-4 <= n < 1e9 for n in amounts):
+            raise ConfigError(f'--resources: {self.resources} is no JSON of names and numbers, as {{"a100": 1}}')
+        if ours := {"CPU", "GPU", "memory", "object_store_memory"} & found.keys():
+            raise ConfigError(f"--resources: {min(ours)} is none of your own; for GPUs there is --gpus-per-worker")
+        return dict(found)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,7 +330,7 @@ def blame(flag: str, *only: type[Exception]) -> Iterator[None]:
         of_a_store = type(e).__module__.split(".")[0] in STORES and not only
         if not of_a_store and not isinstance(e, only or (OSError, ValueError, ImportError)):
             raise
-        at_fault = flag_of(e.field) if isinstance(e, SourceError) else flag
+        at_fault = flag_of(e.field) if isinstance(e, SettingError) else flag
         raise ConfigError(f"{at_fault}: {' '.join(str(e).split()) or type(e).__name__}") from e
 
 

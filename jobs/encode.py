@@ -3,20 +3,25 @@
 import math
 import sys
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
 from jobs.config import CollectionOptions, ConfigError, PictureOptions, Range, ReadingConfig, blame
 from jobs.estimate import Cost, on_cluster
 from model import checkpoint
+from model.engine import FLOAT32
 from model.inversion import evaluations
 from pipeline.actors import Encode, Reader
+from pipeline.decode import Preprocess
 from pipeline.ladders import KINDS, resolve
 from pipeline.latents import REJECTS, committed
-from pipeline.manifest import claim
+from pipeline.manifest import claim, note, read_manifest
 from pipeline.plan import Totals, extend_plan, plan_totals, read_plan, write_plan
+from pipeline.precision import IMAGES, WORTH, RoundTrip, try_precisions
 from pipeline.progress import Budget, Progress, follow
+from pipeline.read import first_images
 from pipeline.records import DTYPES, REASONS
-from pipeline.run import Failure, run_shards
+from pipeline.run import Failure, Resources, run_shards
 from pipeline.sources import Collection, open_collection
 from pipeline.storage import Folder, absolute, options_for
 from pipeline.summary import latents_summary, put_summary
@@ -107,10 +112,14 @@ def run(config: EncodeConfig) -> int:
         up, down = evaluations(len(levels) - 1, config.corrections), (len(levels) - 1) * (config.measure or exact)
         cost = Cost.of(totals, left, up + down, model.config.values * DTYPES[config.dtype].byte_width)
         todo = (shard for shard in read_plan(out) if shard.name not in done)
-        with on_cluster(config, model, cost, config.decode) as resources:
+        tried = RoundTrip(levels, config.corrections, tolerance, config.dtype)
+        worth = cost.images >= WORTH and not (done or exact)
+        settle = partial(_precision, config, out, model, collection, how, tried if worth else None)
+        with on_cluster(config, model, cost, config.decode, settle) as resources:
             reader = Reader(collection, how, config.batch_size, resources.read_by_tasks)
             corrected = (levels, config.corrections, tolerance, exact)
-            work = Encode(out, reader, *corrected, config.dtype, config.measure, facts, config.retry_rejects)
+            about = {**facts, "precision": resources.execution.precision}
+            work = Encode(out, reader, *corrected, config.dtype, config.measure, about, config.retry_rejects)
             progress = Progress("encode", totals, totals.shards - left)
             failures = follow(progress, run_shards(work, model, todo, resources, config.stall), budget)
             out.clear_unfinished()
@@ -137,6 +146,42 @@ def _plan(config: EncodeConfig, out: Folder, collection: Collection) -> Totals:
             file=sys.stderr,
         )
     return totals
+
+
+def _precision(
+    config: EncodeConfig,
+    out: Folder,
+    model: checkpoint.Checkpoint,
+    collection: Collection,
+    how: Preprocess,
+    tried: RoundTrip | None,
+    resources: Resources,
+) -> str:
+    """What the run's network computes in, from its first start on: as asked for, or as a trial finds it, for which
+    `tried` says how the run encodes; float32 where none pays."""
+    before = (read_manifest(out) or {}).get("precision")
+    if before:
+        return str(before)
+    found: dict[str, Any] = {"precision": FLOAT32.precision if config.precision == "auto" else config.precision}
+    if config.precision == "auto" and tried:
+        try:
+            pixels = first_images(collection, how, IMAGES)
+        except ValueError:  # the first of them are all rejects
+            pixels = None
+        if pixels is not None:
+            found = try_precisions(model, pixels, tried, config.batch_size, resources)
+            print(f"precision: {found['precision']} ({_in_words(found['tried'])})", flush=True)
+    note(out, **found)
+    return str(found["precision"])
+
+
+def _in_words(tried: dict[str, dict[str, Any]]) -> str:
+    """A trial's figures."""
+    words = []
+    for precision, figures in tried.items():
+        error = f", round-trip error {figures['round_trip']:.3g}" if "round_trip" in figures else ""
+        words.append(f"{precision}: {figures['per_second']:,.0f} network evaluations a second{error}")
+    return "; ".join(words)
 
 
 def _tolerance(config: EncodeConfig) -> tuple[float, bool]:

@@ -3,15 +3,17 @@
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 from infra.cluster import ClusterError, connect
-from jobs.config import ConfigError, ShardedConfig, blame
+from jobs.config import ConfigError, OutOptions, Planned, ShardedConfig, blame
 from model.checkpoint import Checkpoint
 from pipeline.calibration import seconds_an_evaluation
+from pipeline.errors import SettingError
 from pipeline.latents import REJECTS
 from pipeline.manifest import NAME, read_manifest
 from pipeline.plan import Totals
@@ -19,9 +21,10 @@ from pipeline.run import Resources, fit
 from pipeline.state import FOLDERS, duration, size
 from pipeline.storage import Folder, absolute
 
-
-class Planned(Exception):
-    """A dry run has said what there is to say."""
+# By job, of what a run's folder holds: the folders whose files' names say what is done, and the files that say it.
+DONE = {**{job: (below,) for job, below in FOLDERS.items()}, "export": ("data", "index"), "animate": ("paths",)}
+TOLD = {"train": ("training.json", "train/checkpoint_manager_snapshot.json")}
+C = TypeVar("C", bound=OutOptions)
 
 
 @dataclass(frozen=True)
@@ -49,15 +52,24 @@ class Cost:
 
 
 @contextmanager
-def on_cluster(config: ShardedConfig, model: Checkpoint, cost: Cost, decode: str) -> Iterator[Resources]:
-    """A connection for what is left to do, and what of the cluster it takes; `decode` as `fit` takes it. Raises Planned
-    in a dry run, ConfigError where there is no cluster."""
+def on_cluster(
+    config: ShardedConfig,
+    model: Checkpoint,
+    cost: Cost,
+    decode: str,
+    encoded_in: Callable[[Resources], str | None] = lambda _: None,
+) -> Iterator[Resources]:
+    """A connection for what is left to do, and what of the cluster it takes; `decode` as `fit` takes it, `encoded_in`
+    the precision of the latents, which a trial may find. Raises Planned in a dry run, ConfigError where there is no
+    cluster."""
     if config.dry_run or config.calibrate:
         print(cost.words(), flush=True)
     if config.dry_run and not (config.calibrate and cost.images):
         raise Planned
     with blame("--address", ClusterError), connect(config.address):
-        resources = fit(config.workers, decode)
+        with blame("--workers", SettingError):
+            resources = fit(config.workers, decode, config.gpus_per_worker, config.custom())
+        resources = replace(resources, execution=config.execution(encoded_in(resources)))
         forecast = _forecast(config, model, cost, resources) if config.calibrate else None
         if config.dry_run:
             raise Planned
@@ -73,7 +85,7 @@ def _forecast(config: ShardedConfig, model: Checkpoint, cost: Cost, resources: R
     each, up = seconds_an_evaluation(model, config.batch_size, resources)
     workers = min(resources.workers, cost.shards)
     device = cost.evaluations * each
-    seconds = up + device / workers
+    seconds = up + device / max(1, workers * (resources.gpus or 1))  # those that share a GPU are no faster than one
     print(
         f"measured: {1 / each:,.0f} network evaluations a second on a device; estimated: {device / 3600:,.3g} device"
         f" hours, {duration(seconds)} with {workers} worker" + "s" * (workers > 1),
@@ -83,17 +95,26 @@ def _forecast(config: ShardedConfig, model: Checkpoint, cost: Cost, resources: R
 
 
 @contextmanager
-def dry(config: ShardedConfig) -> Iterator[ShardedConfig]:
+def dry(config: C) -> Iterator[C]:
     """The config for a dry run, into a folder that goes again: of a run that is there it has the plan, and the names of
     what is done. Raises ConfigError, also where `--out` can't be written to."""
+    where = absolute(config.out)
+    if config.OUT_IS_FILE:
+        with blame("--out"):
+            _check_writable(Folder(where.rpartition("/")[0] or "/"))
+            if Folder(where).is_local and Path(where).is_dir():
+                raise ConfigError(f"--out: {where} is a folder")
+        yield config
+        return
     with tempfile.TemporaryDirectory(prefix="palindrome-") as folder:
         with blame("--out"):
-            out, shadow = Folder(absolute(config.out)), Folder(folder)
+            out, shadow = Folder(where), Folder(folder)
             _check_writable(out)
             if manifest := read_manifest(out):
-                for name in (NAME, *(f"plan/{name}" for name in out.files("plan"))):
-                    shadow.put(name, out.read(name))
-                for below in (FOLDERS.get(manifest["job"], "plan"), REJECTS):
+                for name in (NAME, *(f"plan/{name}" for name in out.files("plan")), *TOLD.get(manifest["job"], ())):
+                    if out.exists(name):
+                        shadow.put(name, out.read(name))
+                for below in (*DONE.get(manifest["job"], ()), REJECTS):
                     for name in out.files(below):
                         shadow.put(f"{below}/{name}", b"")
         try:

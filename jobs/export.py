@@ -6,7 +6,7 @@ import threading
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
-from jobs.config import ConfigError, Options, Range, blame
+from jobs.config import ConfigError, OutOptions, Planned, Range, blame
 from pipeline import interrupt
 from pipeline.errors import ManifestError, RunError
 from pipeline.export import (
@@ -22,10 +22,11 @@ from pipeline.export import (
     put_index,
 )
 from pipeline.latents import committed
+from pipeline.log import note
 from pipeline.manifest import claim
 from pipeline.plan import Totals
-from pipeline.progress import Progress
-from pipeline.state import open_run, printable, words
+from pipeline.progress import Progress, say_failed
+from pipeline.state import open_run, printable, size, words
 from pipeline.storage import Folder, absolute
 from pipeline.threads import in_threads
 
@@ -34,7 +35,7 @@ SAMPLE = 32  # shards whose images are counted for the estimate of the time left
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportConfig(Options):
+class ExportConfig(OutOptions):
     """Write the images of a run as picture files, WebDataset tars or Hugging Face Parquet. The files have the names of
     the images' ids, where file systems can take them."""
 
@@ -42,8 +43,6 @@ class ExportConfig(Options):
 
     run: str
     """The run folder of reconstruct, regenerate, generate or interpolate, a path or an fsspec URI."""
-    out: str
-    """The folder to write to, a path or an fsspec URI. The same command again resumes."""
     format: Literal["png", "webp", "jpeg", "webdataset", "parquet"]
     """Pictures below OUT/images: png is what the run holds, byte by byte, webp lossless without --quality, jpeg lossy.
     Or one file a shard below OUT/data: webdataset, tars of NAME.png and NAME.json, or parquet, which Hugging Face's
@@ -72,7 +71,7 @@ def run(config: ExportConfig) -> int:
     if config.steps is not None and config.steps not in variants:
         raise ConfigError(f"--steps: {config.run} holds images of {' and '.join(map(str, variants)) or 'no'} steps")
     with blame("--out"):
-        settings = {k: v for k, v in asdict(config).items() if k != "out"}
+        settings = {k: v for k, v in asdict(config).items() if k not in ("out", "dry_run")}
         facts = {k: v for k, v in manifest.items() if k not in ("config", "versions", "fields")}
         of = {"source": facts, "source_config": manifest["config"]}
         resumed = claim(out, "export", {**settings, "run": source.uri}, (), of)
@@ -83,12 +82,17 @@ def run(config: ExportConfig) -> int:
         print(f"{config.run} is not complete; the same command exports what comes", file=sys.stderr)
     if resumed and left:
         clear_unfinished(out)
+    per_shard = 1 if config.steps is None else len(variants)  # images of an id, of which one is taken
+    if config.dry_run:
+        count, stored = (amount // per_shard for amount in _amount(source, holds, left))
+        same = config.format in ("png", "webdataset", "parquet")
+        print(f"about {count:,} images; about {size(stored)} " + ("to write" if same else "of PNGs to read"))
+        raise Planned
     apart = ["steps"] if config.steps is None and len(variants) > 1 else []
     apart += ["variation"] if manifest["config"].get("variations", 1) > 1 else []
     failed = 0
     if left:
-        per_shard = 1 if config.steps is None else len(variants)  # images of an id, of which one is taken
-        totals = Totals(len(shards), _images(source, holds, left) // per_shard * len(shards) // len(left))
+        totals = Totals(len(shards), _amount(source, holds, left)[0] // per_shard * len(shards) // len(left))
         work = Export(source, holds, out, config.format, config.quality, tuple(apart), config.steps, threading.Event())
         failed = _follow(Progress("export", totals, len(done)), work, left)
     if config.format in PICTURES:
@@ -97,6 +101,7 @@ def run(config: ExportConfig) -> int:
         images, index = DATA, "index.parquet"
     if config.format != "parquet" and (failed < len(left) or not out.exists(index)):
         put_index(out, index)
+    note(shards=len(shards), failed_shards=failed)
     known = "" if config.format == "parquet" else f"; {index} says what each is"
     print(f"the images are in {config.out}/{images}{known}")
     if failed:
@@ -125,25 +130,29 @@ def _follow(progress: Progress, work: Export, shards: list[str]) -> int:
                 progress.add(outcome, 0)
             else:
                 progress.failed += 1
-                print(f"shard {shard} failed: {outcome}", file=sys.stderr, flush=True)
+                say_failed(shard, str(outcome))
     finally:
         work.stop.set()
     progress.show(last=True)
     return progress.failed
 
 
-def _images(source: Folder, holds: Holds, shards: list[str]) -> int:
-    """How many rows there are, by a sample: shards are named by hashes."""
+def _amount(source: Folder, holds: Holds, shards: list[str]) -> tuple[int, int]:
+    """How many rows there are, and the bytes of their pictures, by a sample: shards are named by hashes."""
     sample = shards[:SAMPLE]
 
-    def rows(shard: str) -> int:
+    def held(shard: str) -> tuple[int, int]:
         try:
             with source.parquet_file(f"{holds.below}/{shard}.parquet") as file:
-                return int(file.metadata.num_rows)
+                groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
         except (OSError, ValueError):  # of which the export itself will tell
-            return 0
+            return 0, 0
+        columns = [group.column(i) for group in groups for i in range(group.num_columns)]
+        pictures = (c.total_uncompressed_size for c in columns if c.path_in_schema == "image.bytes")
+        return sum(group.num_rows for group in groups), sum(pictures)
 
-    return sum(in_threads(rows, sample)) * len(shards) // len(sample)
+    rows, stored = map(sum, zip((0, 0), *in_threads(held, sample), strict=True))
+    return rows * len(shards) // max(1, len(sample)), stored * len(shards) // max(1, len(sample))
 
 
 def _complete(source: Folder, shards: int) -> bool:

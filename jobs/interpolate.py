@@ -120,7 +120,7 @@ def run(config: InterpolateConfig) -> int:
     if len(done) < totals.shards or config.dry_run:
         cost = Cost.of(totals, totals.shards - len(done), len(levels) - 1, model.config.values)
         todo = (shard for shard in read_plan(out) if shard.name not in done)
-        with on_cluster(config, model, cost, "actor") as resources:
+        with on_cluster(config, model, cost, "actor", lambda _: encoded.get("precision")) as resources:
             about = {**facts, "method": config.method, "frames": config.frames}
             work = Interpolate(out, latents, config.method, config.frames, levels, config.batch_size, about)
             progress = Progress("interpolate", totals, len(done))

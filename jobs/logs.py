@@ -5,6 +5,7 @@ from typing import ClassVar
 
 from infra.submission import SubmissionError
 from jobs.config import ClusterOptions, blame
+from pipeline.log import relay
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,9 +22,9 @@ class LogsConfig(ClusterOptions):
 
 def run(config: LogsConfig) -> int:
     cluster = config.cluster()
-    with blame("JOB_ID", SubmissionError):
+    with blame("JOB_ID", SubmissionError), relay() as show:
         if config.follow:
-            cluster.follow(config.job_id)
+            cluster.follow(config.job_id, show)
         else:
-            print(cluster.logs(config.job_id), end="", flush=True)
+            show(cluster.logs(config.job_id))
     return 0

@@ -9,7 +9,7 @@ from jobs.estimate import Cost, on_cluster
 from pipeline.actors import RECONSTRUCTIONS, Reader, Reconstruct
 from pipeline.comparison import choose_examples, series_at
 from pipeline.decode import Preprocess
-from pipeline.encoded import encode_run, ladders_of, model_of
+from pipeline.encoded import encode_run, execution_of, ladders_of, model_of
 from pipeline.latents import committed
 from pipeline.manifest import claim
 from pipeline.plan import read_plan
@@ -60,7 +60,7 @@ def run(config: ReconstructConfig) -> int:
         decoding = sum(len(levels) - 1 for levels in ladders)
         cost = Cost.of(totals, len(left), decoding, len(ladders) * model.config.values)
         todo = (shard for shard in read_plan(latents) if shard.name in left)
-        with on_cluster(config, model, cost, config.decode) as resources:
+        with on_cluster(config, model, cost, config.decode, lambda _: encoded.get("precision")) as resources:
             reader = Reader(collection, how, config.batch_size, resources.read_by_tasks)
             work = Reconstruct(out, latents, reader, ladders, {"model_digest": model.digest})
             failures = follow(Progress("reconstruct", totals, len(done)), run_shards(work, model, todo, resources))
@@ -77,7 +77,7 @@ def run(config: ReconstructConfig) -> int:
         "inversion": f"{inversion['method']}, corrections a step: {inversion['corrections']},"
         f" tolerance: {inversion.get('tolerance') or 'none'}, evaluations: {nfe:.4g}",
         "ladder": f"{encoded['config']['ladder']}, {len(encoded['levels']) - 1} steps to {encoded['levels'][-1]}",
-        "stored as": encoded["config"]["dtype"],
+        "precision": f"{execution_of(encoded).precision}; stored as {encoded['config']['dtype']}",
     }
     series = [series_at(rows, count, nfe) for count in sorted(steps)]
     examples = choose_examples(out, latents, collection, how, rows, max(steps))

@@ -72,7 +72,7 @@ def run(config: RegenerateConfig) -> int:
         nfe = sum(len(levels) - 1 for levels in ladders) * config.variations
         cost = Cost.of(totals, len(left), nfe, len(ladders) * config.variations * model.config.values)
         todo = (shard for shard in read_plan(latents) if shard.name in left)
-        with on_cluster(config, model, cost, "actor") as resources:
+        with on_cluster(config, model, cost, "actor", lambda _: encoded.get("precision")) as resources:
             about = {**facts, **how, "seed": config.seed}
             noise = (config.variations, config.seed, how)
             work = Regenerate(out, latents, which, ladders, *noise, config.batch_size, about)

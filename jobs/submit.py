@@ -13,6 +13,7 @@ from infra.package import PackageError, build
 from infra.submission import Job, SubmissionError
 from jobs.command import Command, parse
 from jobs.config import STORAGE_OPTIONS, ClusterOptions, Config, ConfigError, blame, flag_of
+from pipeline.log import relay
 
 PLACES = ("images", "model", "out", "latents")  # fields that name files and folders
 FILES = ("ids", "pairs", "ladder")  # and those that may
@@ -61,7 +62,9 @@ def run(config: SubmitConfig) -> int:
         print(f"palindrome logs --follow {again}\npalindrome stop {again}")
         return 0
     try:
-        return _ended(cluster.follow(job_id))
+        with relay() as show:
+            job = cluster.follow(job_id, show)
+        return _ended(job)
     except SubmissionError as e:
         print(f"{e}\nthe job may go on; palindrome logs --follow {again}", file=sys.stderr)
         return 1

@@ -21,7 +21,7 @@ from pyarrow.fs import FSSpecHandler, PyFileSystem
 from torch import Tensor
 
 from infra.cluster import ClusterError, connect
-from jobs.config import CollectionOptions, Config, ConfigError, PictureOptions, Range, blame
+from jobs.config import CollectionOptions, Config, ConfigError, PictureOptions, Planned, Range, blame
 from model import checkpoint
 from model.checkpoint import Checkpoint
 from model.ddim import sample, sample_noise
@@ -30,12 +30,15 @@ from model.loss import DiffusionLoss
 from model.schedule import NoiseSchedule, ladder
 from model.unet import UNet, UNetConfig
 from pipeline.errors import RunError
+from pipeline.log import note, say
 from pipeline.manifest import claim
 from pipeline.metrics import to_pixels
 from pipeline.pictures import grid, png
-from pipeline.plan import plan_totals, read_plan, write_plan
+from pipeline.plan import Totals, plan_totals, read_plan, write_plan
 from pipeline.read import read_batches
+from pipeline.records import Reject
 from pipeline.sources import Collection, open_collection
+from pipeline.state import size
 from pipeline.storage import Folder, absolute, options_for
 
 
@@ -64,6 +67,8 @@ PRESETS = {
 
 BUFFER_BYTES = 2**30  # of images to draw the next batch from, a worker
 PROGRESS, RECORD = "progress.json", "training.json"
+STATES_KEPT = 2  # of those that a run resumes from
+LOOKED_AT = 32  # images that a dry run decodes
 FAILURES = 3  # deaths of workers after which a training goes on from its last saved state
 
 
@@ -132,6 +137,9 @@ def run(config: TrainConfig) -> int:
     with blame("--images"):
         totals = plan_totals(out) or write_plan(out, collection, 512, config.limit)
     print(f"training {config.preset} on {totals.images} images for {config.train_steps} steps", flush=True)
+    if config.dry_run:
+        _say_cost(config, collection, out, totals)
+        raise Planned
     with blame("--address", ClusterError), connect(config.address):
         gpus = ray.cluster_resources().get("GPU", 0)
         if gpus:
@@ -148,7 +156,7 @@ def run(config: TrainConfig) -> int:
                 name="train",
                 storage_path=out.uri if out.is_local else out.path(),
                 storage_filesystem=None if out.is_local else PyFileSystem(FSSpecHandler(out.fs)),
-                checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+                checkpoint_config=ray.train.CheckpointConfig(num_to_keep=STATES_KEPT),
                 failure_config=ray.train.FailureConfig(max_failures=FAILURES),
             ),
         )
@@ -157,8 +165,51 @@ def run(config: TrainConfig) -> int:
                 trainer.fit()
         except ray.train.TrainingFailedError as e:
             raise RunError(str(e).strip().splitlines()[-1].strip()) from e
+    record = json.loads(out.read(RECORD))
+    note(summary={**record, "loss": record["loss"][-1]["loss"]})
     print(f"checkpoint in {config.out}")
     return 0
+
+
+def _say_cost(config: TrainConfig, collection: Collection, out: Folder, totals: Totals) -> None:
+    """What there is to compute and to write. Raises ConfigError where no image can be decoded, of the first ones."""
+    unet, looked = PRESETS[config.preset], 0
+    rejects: list[Reject] = []
+    how = config.preprocess(unet.sample_size, unet.in_channels)
+    for batch in read_batches(collection, next(read_plan(out)), how, LOOKED_AT):
+        looked, rejects = looked + len(batch.images), rejects + batch.rejects
+        if looked:
+            break
+    bad = f"{rejects[0].source} is {rejects[0].reason}" if rejects else ""
+    if not looked:
+        raise ConfigError(f"--images: not one of the first {len(rejects)} can be decoded: {bad}")
+    print(f"of the first {looked + len(rejects)} images {looked} can be decoded" + (f"; {bad}" if bad else ""))
+    with torch.device("meta"):  # shapes without values
+        values = sum(value.numel() for value in UNet(unet).state_dict().values())
+    reached = _reached(out)
+    left = config.train_steps - reached
+    images = left * config.batch_size
+    print(
+        f"{values:,} parameters; "
+        + (f"{reached:,} of {config.train_steps:,} steps are saved; " if reached else "")
+        + f"{left:,} steps of {config.batch_size:,} images, {images:,} images through the network and back,"
+        f" {images / totals.images:,.1f} epochs"
+    )
+    saved = 4 * values * torch.float32.itemsize  # the network, its average, and AdamW's two moments
+    weights = values * getattr(torch, config.save_dtype).itemsize
+    print(
+        f"to write: a checkpoint of {size(weights)}, and every {config.save_every:,} steps a state of {size(saved)},"
+        f" of which the last {STATES_KEPT} stay"
+    )
+
+
+def _reached(out: Folder) -> int:
+    """Steps of the last saved state, as Ray Train's own file has it; 0 where it says none."""
+    try:
+        snapshot = json.loads(out.read("train/checkpoint_manager_snapshot.json"))
+        return int(snapshot["latest_checkpoint_result"]["metrics"]["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
 
 
 @contextmanager
@@ -177,11 +228,12 @@ def _progress(out: Folder) -> Iterator[None]:
             now = read()
             if now is not None and now != before:
                 eta = time.strftime("%H:%M:%S", time.gmtime(now["eta"]))
-                print(
+                text = (
                     f"step {now['step']}/{now['steps']}  loss {now['loss']:.4f}"
-                    f"  {now['images_per_second']:.0f} images/s  ETA {eta}",
-                    flush=True,
+                    f"  {now['images_per_second']:.0f} images/s  ETA {eta}"
                 )
+                figures = {k: v for k, v in now.items() if k != "eta"} | {"eta_seconds": now["eta"]}
+                say(text, "progress", job="train", **figures)
             before = now
 
     thread = threading.Thread(target=follow, args=(read(),), daemon=True)

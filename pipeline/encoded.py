@@ -1,11 +1,12 @@
 """An encode run as the jobs find it that work from its latents."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import pyarrow.dataset as dataset
 
 from model import checkpoint
+from model.engine import FLOAT32, Execution
 from model.schedule import Ladder, NoiseSchedule, check_ladder
 from pipeline.errors import ManifestError
 from pipeline.ladders import KINDS, ladder_of_kind
@@ -49,6 +50,11 @@ def model_of(encoded: dict[str, Any], asked: str | None) -> tuple[str, checkpoin
             f" and this one's is {model.digest[:12]}…"
         )
     return where, model
+
+
+def execution_of(encoded: Mapping[str, Any]) -> Execution:
+    """How the network was evaluated that made the latents."""
+    return Execution(encoded.get("precision") or FLOAT32.precision)
 
 
 def ladders_of(encoded: dict[str, Any], steps: Sequence[int], schedule: NoiseSchedule) -> tuple[Ladder, ...]:

@@ -4,12 +4,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
-class SourceError(ValueError):
-    """A collection that can't be used as asked: the message names the URI or column, `field` the setting at fault."""
+class SettingError(ValueError):
+    """A setting that does not go with what is there; `field` is its name."""
 
-    def __init__(self, message: str, field: str = "images") -> None:
+    def __init__(self, message: str, field: str) -> None:
         super().__init__(message)
         self.field = field
+
+
+class SourceError(SettingError):
+    """A collection that can't be used as asked: the message names the URI or column."""
+
+    def __init__(self, message: str, field: str = "images") -> None:
+        super().__init__(message, field)
 
 
 class ManifestError(ValueError):

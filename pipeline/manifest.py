@@ -73,6 +73,12 @@ def read_manifest(run: Folder) -> dict[str, Any] | None:
     return content
 
 
+def note(run: Folder, **found: Any) -> None:
+    """Adds to `run.json` what was found once there was a cluster to find it on."""
+    content = {**(read_manifest(run) or {}), **found}
+    run.put(NAME, (json.dumps(content, indent=2) + "\n").encode())
+
+
 def _versions() -> dict[str, str]:
     found = {}
     for library in LIBRARIES:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from pipeline import interrupt
 from pipeline.actors import Receipt
+from pipeline.log import say
 from pipeline.plan import Totals
 from pipeline.run import Failure, Pulse
 from pipeline.state import duration
@@ -42,17 +43,33 @@ class Progress:
         done = self.done + (0 if last else self.in_flight)
         rate = (done + self.rejects) / max(now - self.started, 1e-9)
         left = (self.shards - self.done_shards - self.failed) * self.images / self.shards - self.in_flight
+        eta = left / rate if left > 0 and rate and self.alike and not last else None
         line = f"{self.verb}: {self.done_shards}/{self.shards} shards, {done} images, {rate:.1f} images/s"
-        if left > 0 and rate and self.alike and not last:
-            line += f", ETA {duration(left / rate)}"
+        if eta is not None:
+            line += f", ETA {duration(eta)}"
         if self.rejects:
             line += f", {self.rejects} rejects"
         if self.failed:
             line += f", {self.failed} shards failed"
         if self.terminal:
             print(f"\r\x1b[K{line}", end="\n" if last else "", flush=True)
-        else:
-            print(line, flush=True)
+            return
+        say(
+            line,
+            "progress",
+            job=self.verb,
+            shards_done=self.done_shards,
+            shards=self.shards,
+            images=done,
+            images_per_second=round(rate, 3),
+            eta_seconds=None if eta is None else round(eta, 1),
+            rejects=self.rejects,
+            failed_shards=self.failed,
+        )
+
+
+def say_failed(shard: str, error: str) -> None:
+    say(f"shard {shard} failed: {error}", "shard_failed", "error", shard=shard, error=error)
 
 
 @dataclass(frozen=True)
@@ -83,7 +100,7 @@ def follow(
             if isinstance(outcome, Failure):
                 failures.append(outcome)
                 progress.failed += 1
-                print(f"shard {outcome.shard.name} failed: {outcome.error}", file=sys.stderr, flush=True)
+                say_failed(outcome.shard.name, outcome.error)
             elif isinstance(outcome, Pulse):
                 progress.in_flight = outcome.images
                 progress.show()

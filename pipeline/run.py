@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter, deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -13,8 +13,9 @@ from ray.exceptions import OutOfMemoryError, RayError, RayTaskError, Unserializa
 from model.checkpoint import Checkpoint
 from model.engine import FLOAT32, Execution
 from pipeline.actors import Receipt, ShardActor, Work
-from pipeline.errors import RunError
+from pipeline.errors import RunError, SettingError
 from pipeline.records import Shard
+from pipeline.room import actors_on, grows, nodes_up, refusal
 
 SHARDS_AN_ACTOR = 2  # the next shard is read while this one is on the device
 RETRIES = 2  # of a failing shard
@@ -41,8 +42,8 @@ class Pulse:
 
 @dataclass(frozen=True)
 class Resources:
-    """At most `workers` actors, at least `fewest`, and what each takes of the cluster: `gpus` 1, or on CPUs `threads`
-    computing threads; and how it evaluates the network."""
+    """At most `workers` actors, at least `fewest`, and what each takes of the cluster: `gpus` 1 or a part of one, or on
+    CPUs `threads` computing threads, and of `custom` resources so much; and how it evaluates the network."""
 
     workers: int
     gpus: float
@@ -50,26 +51,40 @@ class Resources:
     read_by_tasks: bool
     fewest: int = 1
     execution: Execution = FLOAT32
+    custom: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def takes(self) -> dict[str, Any]:
+        """What one actor takes, as Ray's options."""
+        return {"num_cpus": 1, "num_gpus": self.gpus, "resources": dict(self.custom)}
 
 
-def fit(workers: Sequence[int], decode: str) -> Resources:
-    """One actor a GPU, or one for all CPUs of a node where there is no GPU, unless `workers` says otherwise: how many,
-    or how many at least and at most.
+def fit(
+    workers: Sequence[int],
+    decode: str,
+    gpus_per_worker: float | None = None,
+    custom: Mapping[str, float] | None = None,
+) -> Resources:
+    """One actor a GPU, or as many as share one, or one for all CPUs of a node where there is no GPU, on the nodes that
+    have the `custom` resources, unless `workers` says otherwise: how many, or how many at least and at most.
 
-    `decode` is `actor`, `tasks`, or `auto`: tasks where CPUs are left for them beside the actors.
+    `decode` is `actor`, `tasks`, or `auto`: tasks where CPUs are left for them beside the actors. Raises SettingError
+    for what no node has, where there is no autoscaler that might start one.
     """
-    total = ray.cluster_resources()
-    gpus = int(total.get("GPU", 0))
-    cpus = int(total.get("CPU", 1))
-    nodes = sum(node["Alive"] for node in ray.nodes())
-    count = workers[-1] if workers else gpus or nodes
-    fewest = workers[0] if len(workers) == 2 else 1
-    if decode == "tasks" and cpus <= count:
-        raise RunError(f"{count} actors take all {cpus} CPUs of the cluster, and tasks that decode need one more")
+    nodes, custom = nodes_up(), dict(custom or {})
+    gpus = gpus_per_worker or float(any(node.get("GPU") for node in nodes))
+    room = [actors_on(node, gpus, custom) for node in nodes]
+    if (gpus_per_worker or custom) and not any(room) and not grows():
+        raise refusal(nodes, gpus, custom)
+    places = [node for node, actors in zip(nodes, room, strict=True) if actors] or nodes
+    count = workers[-1] if workers else (sum(room) if gpus else len(places)) or 1
+    cpus, must = int(sum(node.get("CPU", 0) for node in nodes)), workers[0] if workers else count
+    if decode == "tasks" and 0 < cpus <= must and not grows():  # of a cluster of no CPU, nodes are to come
+        raise SettingError(f"{must} actors take all {cpus} CPUs of the cluster, and tasks need one more", "decode")
     by_tasks = decode == "tasks" or (decode == "auto" and cpus > count)
-    if gpus:
-        return Resources(count, 1, None, by_tasks, fewest)
-    return Resources(count, 0, max(1, cpus // max(count, nodes)), by_tasks, fewest)
+    threads = max(1, int(sum(node.get("CPU", 0) for node in places)) // max(count, len(places)))
+    fewest = workers[0] if len(workers) == 2 else 1
+    return Resources(count, gpus, None if gpus else threads, by_tasks, fewest, custom=custom)
 
 
 @dataclass(eq=False)
@@ -112,7 +127,7 @@ class _Run:
     def _assign(self) -> bool:
         """Starts the actors that are missing and gives shards to those with room; False when all is done."""
         self.ahead.extend(islice(self.shards, self.resources.workers - len(self.ahead)))
-        while len(self.actors) < self.resources.workers and self._left() > sum(not a.shards for a in self.actors):
+        while self._left() > sum(not a.shards for a in self.actors) and len(self.actors) < self._most():
             self._start()
         for actor in self.actors:
             if actor.starting is not None or actor.alone:
@@ -124,6 +139,13 @@ class _Run:
             while len(actor.shards) < SHARDS_AN_ACTOR and (shard := self._next()) is not None:
                 self._give(actor, shard)
         return self._left() > 0 or any(actor.shards for actor in self.actors)
+
+    def _most(self) -> int:
+        """Actors that there may be by now: tasks that read need a CPU too, once the fewest actors have theirs."""
+        most = self.resources.workers
+        if not self.resources.read_by_tasks or len(self.actors) < self.resources.fewest or len(self.actors) == most:
+            return most
+        return min(most, int(ray.cluster_resources().get("CPU", 0)) - 1)
 
     def _check_room(self) -> None:
         """Raises RunError where shards have waited too long for the fewest actors to be up."""
@@ -147,8 +169,8 @@ class _Run:
     def _start(self) -> None:
         if self.failed_starts:
             time.sleep(BACKOFF * 2 ** (self.failed_starts - 1))
-        options = {"num_cpus": 1, "num_gpus": self.resources.gpus, "max_restarts": 0}
-        actor = ray.remote(ShardActor).options(max_concurrency=SHARDS_AN_ACTOR + 1, **options)
+        options = {"max_restarts": 0, "max_concurrency": SHARDS_AN_ACTOR + 1, **self.resources.takes}
+        actor = ray.remote(ShardActor).options(**options)
         handle = actor.remote(self.work, self.checkpoint, self.resources.threads, self.resources.execution)
         self.actors.append(_Actor(handle, handle.ready.remote()))
 

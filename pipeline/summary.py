@@ -14,6 +14,7 @@ from pipeline.actors import RECONSTRUCTIONS
 from pipeline.errors import writing
 from pipeline.generate import IMAGES
 from pipeline.latents import LATENTS, committed, read_rejects, shard_metadata
+from pipeline.log import note
 from pipeline.metrics import statistics
 from pipeline.records import ERROR_SCHEMA
 from pipeline.run import Failure
@@ -102,6 +103,7 @@ def error_statistics(rows: pa.Table) -> dict[str, Any]:
 
 def put_summary(run: Folder, summary: dict[str, Any], failures: Sequence[Failure]) -> None:
     failed = [{"shard": f.shard.name, "images": f.shard.images, "error": f.error} for f in failures]
+    note(summary=summary, failed_shards=len(failed))
     with writing(f"{run.uri}/summary.json"):
         run.put("summary.json", (json.dumps({**summary, "failed_shards": failed}, indent=2) + "\n").encode())
 

@@ -11,6 +11,7 @@ import torch
 from model import checkpoint
 from pipeline.actors import Model
 from pipeline.decode import Preprocess
+from pipeline.encoded import execution_of
 from pipeline.latents import LATENTS
 from pipeline.metrics import round_trip_error, to_model
 from pipeline.plan import read_plan
@@ -37,7 +38,7 @@ def verify_decoding(run: Folder, manifest: Mapping[str, Any], count: int, accoun
     if loaded.digest != manifest["model_digest"]:
         yield Finding("--deep", f"the model {uri} is another than the run's: digest {loaded.digest[:12]}…")
         return
-    model, levels = Model(loaded), tuple(manifest["levels"])
+    model, levels = Model(loaded, execution=execution_of(manifest)), tuple(manifest["levels"])
     how, collection = Preprocess(**manifest["preprocess"]), Collection(**manifest["collection"])
     for shard, places in _spread(run, account.of_shard, count):
         file = f"{LATENTS}/{shard.name}.parquet"

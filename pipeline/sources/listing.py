@@ -20,6 +20,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import glob_translate
 
 from pipeline.errors import SourceError
+from pipeline.log import say
 from pipeline.storage import Options, open_fs
 
 LISTERS = 16  # requests at once
@@ -283,5 +284,5 @@ def _announced(uri: str, found: Iterator[_Found]) -> Iterator[_Found]:
     for count, file in enumerate(found):
         if count % 1024 == 0 and time.monotonic() - said > EVERY:
             said = time.monotonic()
-            print(f"listing {uri}: {count} files", file=sys.stderr, flush=True)
+            say(f"listing {uri}: {count} files", "listing", stream=sys.stderr, files=count)
         yield file

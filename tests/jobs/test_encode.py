@@ -40,6 +40,7 @@ def mixed(corpus, tmp_path_factory):
 def command(mixed, model, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "mixed"
     flags = {"--images": mixed[0], "--model": model, "--out": out, "--steps": 4, "--shard-size": SHARD, "--measure": ""}
+    flags |= {"--precision": "float32"}  # or a trial would choose by what this machine is good at
     return [
         "encode",
         *PLAIN,

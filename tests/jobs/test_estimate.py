@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from jobs.command import JOBS
+from model import checkpoint
+
 
 @pytest.fixture(scope="module")
 def encoded(palindrome, sample, model, tmp_path_factory):
@@ -94,3 +97,107 @@ def test_a_calibration_says_how_far_off_it_was(palindrome, sample, model, tmp_pa
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert summary["latents"] == 64
     assert "calibrate" not in json.loads((tmp_path / "run/run.json").read_text())["config"]
+
+
+def number(pattern, text):
+    [found] = re.findall(pattern, text)
+    return float(found.replace(",", ""))
+
+
+def bytes_of(amount):
+    value, unit = amount.split()
+    return float(value.replace(",", "")) * {"bytes": 1, "kB": 1e3, "MB": 1e6}[unit]
+
+
+def test_a_dry_run_of_a_training_says_what_it_writes(palindrome, pictures, tmp_path):
+    command = ["train", "--images", pictures, "--preset", "tiny", "--batch-size", 8, "--lr-warmup", 0]
+    command += ["--sample-every", 1000, "--save-every", 2, "--out", tmp_path / "run", "--save-dtype", "float16"]
+    dry = palindrome(*command, "--train-steps", 4, "--dry-run")
+    assert dry.code == 0 and dry.out.endswith("dry run: nothing was done\n"), dry.err
+    assert not list(tmp_path.iterdir())
+    assert "training tiny on 24 images for 4 steps\nof the first 24 images 24 can be decoded\n" in dry.out
+    assert "4 steps of 8 images, 32 images through the network and back, 1.3 epochs" in dry.out
+    written, state = re.search(
+        r"a checkpoint of ([\d.]+ \w+), and every 2 steps a state of ([\d.]+ \w+),", dry.out
+    ).groups()
+    said = palindrome(*command, "--train-steps", 4)
+    assert said.code == 0, said.err
+    weights = (tmp_path / "run/unet/diffusion_pytorch_model.safetensors").stat().st_size
+    *_, saved = (tmp_path / "run/train").rglob("state.pt")
+    assert bytes_of(written) == pytest.approx(weights, rel=0.2)  # tiny: names weigh something beside the values
+    assert bytes_of(state) == pytest.approx(saved.stat().st_size, rel=0.35)
+    parameters = number(r"([\d,]+) parameters", dry.out)
+    assert parameters == sum(value.numel() for value in checkpoint.load(str(tmp_path / "run")).weights.values())
+
+    before = everything(tmp_path)
+    said = palindrome(*command, "--train-steps", 4, "--dry-run")
+    assert said.code == 0 and "is trained already: 4 steps" in said.out
+    said = palindrome(*command, "--train-steps", 10, "--dry-run")
+    assert said.code == 0 and "4 of 10 steps are saved; 6 steps of 8 images, 48 images" in said.out
+    said = palindrome(*command, "--train-steps", 10, "--lr", 0.5, "--dry-run")
+    assert said.code == 2 and f"--out: {tmp_path}/run belongs to another command: --lr was 0.0002" in said.err
+    assert everything(tmp_path) == before
+
+
+def test_a_dry_run_of_a_training_looks_at_images(palindrome, pngs, tmp_path):
+    (tmp_path / "images").mkdir()
+    command = ["train", "--images", tmp_path / "images", "--preset", "tiny", "--out", tmp_path / "run", "--dry-run"]
+    (tmp_path / "images/0.png").write_text("no picture")
+    said = palindrome(*command)
+    assert said.code == 2
+    assert "--images: not one of the first 1 can be decoded: " in said.err and "0.png is " in said.err
+    (tmp_path / "images/1.png").write_bytes(pngs[0])
+    said = palindrome(*command)
+    assert said.code == 0 and "of the first 2 images 1 can be decoded; " in said.out
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_of_a_calibration_counts_its_evaluations(palindrome, sample, model, tmp_path):
+    out = tmp_path / "ladders/three.json"
+    command = ["calibrate", "--images", sample, "--model", model, "--steps", 3, "--limit", 5, "--corrections", 1]
+    dry = palindrome(*command, "--out", out, "--dry-run")
+    assert dry.code == 0 and dry.out.endswith("dry run: nothing was done\n"), dry.err
+    assert not list(tmp_path.iterdir())
+    levels, each = number(r"fitted on ([\d,]+) levels", dry.out), number(r"([\d,]+) network evaluations an", dry.out)
+    assert palindrome(*command, "--out", out).code == 0
+    found = json.loads(out.read_text())
+    assert each == levels + len(found["round_trip"]) * sum(found["nfe"])
+    assert number(r"([\d,]+) in all", dry.out) == found["images"] * each == 5 * each
+    before = everything(tmp_path)
+    assert palindrome(*command, "--out", out, "--dry-run").code == 0
+    (tmp_path / "folder.json").mkdir()
+    for place, words in {
+        tmp_path / "folder.json": f"--out: {tmp_path}/folder.json is a folder",
+        out / "x.json": f"--out: {out} can't be written to",
+        tmp_path / "none": "does not end in .json",
+    }.items():
+        said = palindrome(*command, "--out", place, "--dry-run")
+        assert said.code == 2 and words in said.err
+    assert everything(tmp_path).items() >= before.items()
+
+
+def test_dry_runs_of_what_writes_files(palindrome, encoded, tmp_path):
+    names = ["--pairs", "random:3", "--frames", 4, "--shard-size", 8]
+    assert palindrome("interpolate", "--latents", encoded, "--out", tmp_path / "between", *names).code == 0
+    for job, form, counted in (("export", "png", 12), ("animate", "gif", 3)):
+        out = tmp_path / form
+        command = [job, tmp_path / "between", "--format", form, "--out", out]
+        said = palindrome(*command, "--dry-run")
+        assert said.code == 0 and said.out.endswith("dry run: nothing was done\n") and not out.exists()
+        whole = (r"about ([\d,]+) images", r"3 paths, ([\d,]+) to write")[job == "animate"]
+        assert number(whole, said.out) == counted
+        assert palindrome(*command).code == 0
+        files = {path: path.stat().st_size for path in out.rglob(f"*.{form}")}
+        assert len(files) == counted
+        if job == "export":
+            stored = re.search(r"; about ([\d.]+ \w+) to write", said.out)[1]
+            # Tiny pictures: the heads of Parquet's pages weigh something beside them.
+            assert bytes_of(stored) == pytest.approx(sum(files.values()), rel=0.5)
+        before = everything(out)
+        said = palindrome(*command, "--dry-run")
+        assert said.code == 0 and number(whole, said.out) == 0 and everything(out) == before
+
+
+def test_every_job_that_writes_has_it(palindrome):
+    without = {job for job in JOBS if "--dry-run" not in palindrome(job, "--help").out}
+    assert without == {"status", "verify", "rejects", "submit", "jobs", "logs", "stop"}

@@ -138,7 +138,11 @@ def test_a_job_that_fails_has_its_own_exit_code_and_its_reason_last(cluster, sai
     assert code == 0 and out.splitlines()[0].split() == ["job", "status", "exit", "started", "took", "command"]
     assert newest["id"] in out
     code, out, _ = said("logs", "--address", cluster.address, newest["id"])
-    assert code == 0 and "column 'nosuch' does not exist" in out
+    assert code == 0 and "column 'nosuch' does not exist" in out and '"event"' not in out
+    code, out, _ = said("logs", "--address", cluster.address, "--log", "json", newest["id"])
+    *_, failed, end = [json.loads(line) for line in out.splitlines()]  # `end` is of logs itself
+    assert code == end["exit_code"] == 0 and end["job"] == "logs"
+    assert (failed["event"], failed["job"], failed["exit_code"]) == ("end", "encode", 2)
     code, out, _ = said("stop", "--address", cluster.address, newest["id"])
     assert code == 0 and "had ended: failed" in out
 

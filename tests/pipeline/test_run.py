@@ -17,7 +17,7 @@ import torch
 
 from pipeline import run as run_module
 from pipeline.actors import Receipt
-from pipeline.errors import RunError
+from pipeline.errors import RunError, SettingError
 from pipeline.records import Shard
 from pipeline.run import RETRIES, SHARDS_AN_ACTOR, Failure, Pulse, Resources, run_shards
 
@@ -260,8 +260,10 @@ def test_what_fits_three_cpus(workers, decode, expected):
 
 
 def test_decoding_tasks_need_a_cpu_beside_the_actors():
-    with pytest.raises(RunError, match="3 actors take all 3 CPUs"):
+    with pytest.raises(SettingError, match="3 actors take all 3 CPUs") as e:
         run_module.fit([3], "tasks")
+    assert e.value.field == "decode"
+    assert run_module.fit((1, 8), "tasks") == Resources(8, 0, 1, True, fewest=1)
 
 
 # On a Ray of its own, which kills a process that takes three gigabytes more than are in use as it starts.

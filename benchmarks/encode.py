@@ -1,0 +1,132 @@
+"""A collection encoded by the paper's inversion: `palindrome encode` against scripts on diffusers, and a bare loop.
+
+python -m benchmarks.encode [--model DIR] [--images FILE.parquet] [--limit 512] [--steps 20] [--precision bfloat16]
+                            [--contenders script ray_data palindrome loop]
+
+One after the other in one run, each a process of its own that counts from its start to its end, imports and Ray's start
+included. `script` is benchmarks.diffusers_encode: UNet2DModel and DDIMInverseScheduler, float32, eager; `ray_data` the
+same under Ray Data's map_batches; `loop` our engine, in that precision, over images in memory, without Ray or files:
+its images/s count the loop alone, and its whole process is `loop_process`. All take as many evaluations of the network
+a picture. `error` is the mean squared error (pixels in [0, 1]) of the latents decoded by DDIM on the same levels, in
+float32. Prints one JSON object.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from model import checkpoint
+from model.engine import PRECISIONS, Execution
+from model.schedule import ladder
+from pipeline.actors import Model
+from pipeline.decode import Preprocess
+from pipeline.metrics import round_trip_error, to_model
+from pipeline.read import first_images
+from pipeline.sources import open_collection
+from pipeline.storage import absolute
+
+ROOT = Path(__file__).parent.parent
+CONTENDERS = ("script", "ray_data", "palindrome", "loop")
+BATCH = 64
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(ROOT / "checkpoints/cifar10-32"))
+    parser.add_argument("--images", default=str(ROOT / "samples/cifar10-test-256.parquet"))
+    parser.add_argument("--limit", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--precision", choices=("auto", *PRECISIONS), default="bfloat16")
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--loop", action="store_true", help=argparse.SUPPRESS)  # this process is the loop
+    args = parser.parse_args()
+    if args.loop:
+        print(json.dumps(loop(args)))
+        return
+    x = pictures(args)
+    found: dict[str, dict[str, float]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in args.contenders:
+            out = Path(folder, name)
+            started = time.monotonic()
+            said = subprocess.run(command(name, args, out), cwd=ROOT, check=True, stdout=subprocess.PIPE).stdout
+            seconds = time.monotonic() - started
+            found[name] = {"seconds": seconds, "images_per_second": len(x) / seconds}
+            if name == "loop":
+                found[name + "_process"] = found[name]
+                found[name] = json.loads(said.splitlines()[-1])
+            elif name == "palindrome":
+                found[name]["precision"] = json.loads((out / "run.json").read_text())["precision"]
+            if name != "loop":
+                found[name]["error"] = error_of(out, x, args)
+    ratios = {
+        f"{one} / {other}": found[one]["images_per_second"] / found[other]["images_per_second"]
+        for one, other in (("palindrome", "script"), ("palindrome", "ray_data"), ("palindrome", "loop"))
+        if one in found and other in found
+    }
+    about = {"model": Path(args.model).name, "images": len(x), "steps": args.steps, "batch": BATCH}
+    print(json.dumps({**about, **found, "ratios": ratios}, indent=2))
+
+
+def command(name: str, args: argparse.Namespace, out: Path) -> list[str]:
+    python = [sys.executable, "-m"]
+    common = ["--images", args.images, "--model", args.model, "--steps", str(args.steps), "--limit", str(args.limit)]
+    if name == "loop":
+        return [*python, "benchmarks.encode", "--loop", *common, "--precision", args.precision]
+    if name == "palindrome":
+        plain = ["--ladder", "linear", "--corrections", "0", "--batch-size", str(BATCH), "--precision", args.precision]
+        return [*python, "jobs", "encode", *common, *plain, "--out", str(out)]
+    flags = ["--ray-data"] if name == "ray_data" else []
+    return [*python, "benchmarks.diffusers_encode", *common, "--batch", str(BATCH), *flags, "--out", str(out)]
+
+
+def pictures(args: argparse.Namespace) -> Tensor:
+    """Float32 [N, C, H, W] in [-1, 1]."""
+    config = checkpoint.load(absolute(args.model)).config
+    how = Preprocess(config.sample_size, config.in_channels)
+    return to_model(first_images(open_collection(absolute(args.images)), how, args.limit))
+
+
+def loop(args: argparse.Namespace) -> dict[str, float]:
+    loaded = checkpoint.load(absolute(args.model))
+    precision = "float32" if args.precision == "auto" else args.precision
+    model, x = Model(loaded, execution=Execution(precision)), pictures(args)
+    levels = ladder("linear", args.steps, loaded.schedule.num_train_timesteps)
+    started = time.monotonic()
+    for batch in x.split(BATCH):
+        model.encode(batch, levels)
+    seconds = time.monotonic() - started
+    return {"seconds": seconds, "images_per_second": len(x) / seconds}
+
+
+def error_of(out: Path, x: Tensor, args: argparse.Namespace) -> float:
+    """Of the first 256 pictures, there and back."""
+    loaded = checkpoint.load(absolute(args.model))
+    model, levels = Model(loaded), ladder("linear", args.steps, loaded.schedule.num_train_timesteps)
+    rows = [row for file in sorted(out.rglob("*.parquet")) for row in latents_in(file)]
+    if "image_id" in rows[0]:  # shards are named by what is in them, rows by their numbers
+        rows.sort(key=lambda row: int(row["image_id"].rpartition("#")[2]))
+    latents = np.array([row["latent"] for row in rows], np.float32).reshape(-1, *x.shape[1:])
+    if len(latents) != len(x):
+        raise SystemExit(f"{out.name} wrote {len(latents)} latents of {len(x)} images")
+    first = slice(None, 256)
+    return float(round_trip_error(x[first], model.decode(torch.from_numpy(latents[first]), levels)).mean())
+
+
+def latents_in(file: Path) -> list[dict[str, Any]]:
+    columns = [name for name in ("image_id", "latent") if name in pq.read_schema(file).names]
+    return list(pq.read_table(file, columns=columns).to_pylist()) if "latent" in columns else []
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""One evaluation of the network: diffusers' UNet2DModel as it comes, float32 and eager, against our engine.
+
+python -m benchmarks.evaluation [--presets cifar10-32 cifar10-64] [--batch 64] [--compile] [--rounds 5]
+
+The same weights, random, and the same noise. The contenders take turns; the median of each one's rounds counts, in
+images a second. `error` is the root mean square of the output's difference from diffusers' in deviations of it.
+`flops` is what the convolutions and products of an evaluation take, of `of_matmul`, what a product of large square
+matrices of that precision reaches on this device. On a GPU diffusers' convolutions use TF32, torch's default, and
+the engine's in float32 do not. Prints one JSON object.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from diffusers import UNet2DModel
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from jobs.train import PRESETS
+from model.checkpoint import Checkpoint
+from model.engine import HALVES, PRECISIONS, Execution
+from model.schedule import NoiseSchedule
+from pipeline.actors import Model
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SIDE = {"cuda": 8192, "cpu": 2048}[DEVICE]  # of the square matrices
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--presets", nargs="+", choices=sorted(PRESETS), default=["cifar10-32", "cifar10-64"])
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--compile", action="store_true", help="the engine's contenders compiled, too")
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    found = {preset: measure(preset, args) for preset in args.presets}
+    print(json.dumps({"device": device_name(), "batch": args.batch, "presets": found}, indent=2))
+
+
+@torch.no_grad()
+def measure(preset: str, args: argparse.Namespace) -> dict[str, object]:
+    config = PRESETS[preset]
+    theirs = UNet2DModel(**{k: v for k, v in config.to_dict().items() if not k.startswith("_")}).eval()
+    checkpoint = Checkpoint(config, theirs.state_dict(), NoiseSchedule())
+    theirs.to(DEVICE)
+    x = torch.randn(args.batch, config.in_channels, config.sample_size, config.sample_size, device=DEVICE)
+    with FlopCounterMode(display=False) as counter:
+        expected = theirs(x[:1], 500).sample
+    flops = counter.get_total_flops()
+    contenders: dict[str, Callable[[], Tensor]] = {"diffusers": lambda: theirs(x, 500).sample}
+    errors = {}
+    # A CPU has no TF32, and torch no fast float16 for it.
+    for precision in PRECISIONS if DEVICE == "cuda" else ("float32", "bfloat16"):
+        for compiled in (False, True)[: 1 + args.compile]:
+            # An engine sets whether its process may use TF32, so each is measured before the next is made.
+            engine = Model(checkpoint, execution=Execution(precision, compiled)).network
+            name = precision + ", compiled" * compiled
+            contenders[name] = lambda engine=engine: engine(x, 500)  # type: ignore[misc]
+            errors[name] = ((engine(x[:1], 500) - expected).square().mean().sqrt() / expected.std()).item()
+    seconds = {name: rounds(contender, args.rounds) for name, contender in contenders.items()}
+    baseline = statistics.median(seconds["diffusers"])
+    rows = {}
+    for name, taken in seconds.items():
+        each = statistics.median(taken)
+        dtype = HALVES.get(name.partition(",")[0], torch.float32)
+        rows[name] = {
+            "images_per_second": args.batch / each,
+            "ratio": baseline / each,
+            "of_matmul": flops * args.batch / each / matmul_rate(dtype, name.startswith("tf32")),
+        }
+        if name in errors:
+            rows[name]["error"] = errors[name]
+    return {"gflops": flops / 1e9, "contenders": rows}
+
+
+def rounds(contender: Callable[[], Tensor], count: int) -> list[float]:
+    """Seconds of each, behind two that are not counted."""
+    for _ in range(2):
+        contender()
+    found = []
+    for _ in range(count):
+        wait()
+        started = time.monotonic()
+        contender()
+        wait()
+        found.append(time.monotonic() - started)
+    return found
+
+
+def matmul_rate(dtype: torch.dtype, tf32: bool = False) -> float:
+    """FLOP/s."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    a = torch.randn(SIDE, SIDE, device=DEVICE).to(dtype)
+    best = min(rounds(lambda: a @ a, 5))
+    torch.backends.cuda.matmul.allow_tf32 = before
+    return 2 * SIDE**3 / best
+
+
+def wait() -> None:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def device_name() -> str:
+    if DEVICE == "cuda":
+        return torch.cuda.get_device_name()
+    return f"CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+
+
+if __name__ == "__main__":
+    main()

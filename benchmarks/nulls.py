@@ -1,0 +1,130 @@
+"""A run without a network, for benchmarks of all that is around one: what they share."""
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import ray
+import torch
+from torch import Tensor
+
+import infra.cluster  # noqa: F401, sets Ray up before it is started
+from model.checkpoint import Checkpoint
+from model.engine import FLOAT32, Execution
+from model.schedule import Ladder, NoiseSchedule
+from pipeline.actors import Encode, Reader
+from pipeline.decode import Preprocess
+from pipeline.plan import Totals, write_plan
+from pipeline.run import Resources
+from pipeline.sources import open_collection
+from pipeline.storage import Folder
+
+ROOT = Path(__file__).parent.parent
+TICKS = os.sysconf("SC_CLK_TCK")
+LOOK = 0.2  # seconds between two looks at what the processes have computed
+
+
+class NullNetwork(torch.nn.Module):
+    """Epsilon is 0, after so many seconds an evaluation."""
+
+    def __init__(self, sleep: float = 0.0) -> None:
+        super().__init__()
+        self.sleep = sleep
+
+    def forward(self, x: Tensor, timestep: int) -> Tensor:
+        if self.sleep:
+            time.sleep(self.sleep)
+        return torch.zeros_like(x)
+
+
+@dataclass(frozen=True)
+class NullCheckpoint(Checkpoint):
+    sleep: float = 0.0
+
+    def engine(self, device: Any = "cpu", execution: Execution = FLOAT32) -> Any:
+        return NullNetwork(self.sleep)
+
+
+def null_checkpoint(sleep: float = 0.0) -> NullCheckpoint:
+    """On diffusers' default schedule."""
+    return NullCheckpoint(None, {}, NoiseSchedule(), sleep=sleep)  # type: ignore[arg-type]
+
+
+@contextmanager
+def local_ray(cpus: int) -> Iterator[None]:
+    """A Ray of this machine with so many logical CPUs, which pipeline.run and Ray Data then both use."""
+    ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def write_files(folder: Path, count: int, pictures: Sequence[tuple[bytes, str]]) -> None:
+    """So many files with names of their own, of those contents and suffixes by turns."""
+    folder.mkdir()
+    for i in range(count):
+        content, suffix = pictures[i % len(pictures)]
+        Path(folder, f"{i:06d}{suffix}").write_bytes(content)
+
+
+def pictures_of(parquet: str) -> list[tuple[bytes, str]]:
+    """The contents of a Parquet file in the layout of the bundled samples, and their suffix."""
+    return [(row["bytes"], Path(row["path"]).suffix) for row in pq.read_table(parquet).column("img").to_pylist()]
+
+
+def encode_work(
+    files: Path, size: int, out: Path, resources: Resources, *, shard_size: int, batch_size: int, dtype: str,
+    levels: Ladder = (-1, 0),
+) -> tuple[Encode, Totals]:  # fmt: skip
+    """What `palindrome encode` does before its run: the files recognised, listed and planned; and the run's work."""
+    collection, run = open_collection(str(files)), Folder(str(out))
+    totals = write_plan(run, collection, shard_size)
+    reader = Reader(collection, Preprocess(size), batch_size, resources.read_by_tasks)
+    return Encode(run, reader, levels, 0, 0.0, False, dtype, False, {}), totals
+
+
+@contextmanager
+def cpu_meter() -> Iterator[Callable[[], float]]:
+    """For the time of the `with`, what tells the seconds that this process and all below it have computed since. A look
+    now and then at /proc counts those that are killed, too, but for their last moment."""
+    seen: dict[str, int] = {}
+    before, over = _ticks(), threading.Event()
+
+    def look() -> None:
+        while not over.wait(LOOK):
+            seen.update(_ticks())
+
+    def spent() -> float:
+        seen.update(_ticks())
+        return sum(ticks - before.get(process, 0) for process, ticks in seen.items()) / TICKS
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield spent
+    finally:
+        over.set()
+        thread.join()
+
+
+def _ticks() -> dict[str, int]:
+    """What each process from this one downwards has computed itself."""
+    parents: dict[str, str] = {}
+    ticks: dict[str, int] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            words = stat.read_text().rpartition(")")[2].split()
+            parents[stat.parent.name], ticks[stat.parent.name] = words[1], int(words[11]) + int(words[12])
+
+    def ours(process: str | None) -> bool:
+        return process is not None and (process == str(os.getpid()) or ours(parents.get(process)))
+
+    return {process: spent for process, spent in ticks.items() if ours(process)}

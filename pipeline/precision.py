@@ -1,0 +1,90 @@
+"""Which precision a run's network computes in: the fastest whose round trips are as good as float32's, by trial."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from torch import Tensor
+
+from model.checkpoint import Checkpoint
+from model.engine import FLOAT32, Execution
+from model.schedule import Ladder, ladder
+from pipeline.actors import Model
+from pipeline.metrics import round_trip_error, to_model
+from pipeline.run import Resources
+
+CANDIDATES = {"cuda": ("tf32", "bfloat16", "float16"), "cpu": ("bfloat16",)}  # torch has no fast float16 for CPUs
+WORTH = 1000  # images of a run for which a trial pays
+IMAGES, FEW = 16, 4  # of a trial, and of a first look that shows what is far off
+FASTER, WORSE = 1.1, 1.1  # than float32: how much a candidate must be, and how much its mean error may be
+SECONDS = 1.0  # of measuring how fast one is, behind a batch that is not counted
+
+
+@dataclass(frozen=True)
+class RoundTrip:
+    """How a run encodes; its decoder is DDIM on the same levels."""
+
+    levels: Ladder
+    corrections: int
+    tolerance: float
+    dtype: str
+
+
+def try_precisions(
+    checkpoint: Checkpoint, pixels: np.ndarray, how: RoundTrip, batch_size: int, resources: Resources
+) -> dict[str, Any]:
+    """`precision` is the fastest that is as good as float32 on images, uint8 [N, H, W, C]; `tried` says by precision
+    the network evaluations a second, `per_second`, and of those that are fast enough the mean error on so many `images`
+    of the round trip, and of the latents decoded by float32, as anyone may."""
+    task = ray.remote(_trial).options(**resources.takes)
+    return dict(ray.get(task.remote(checkpoint, pixels, how, batch_size, resources.threads)))
+
+
+def _trial(
+    checkpoint: Checkpoint, pixels: np.ndarray, how: RoundTrip, batch_size: int, threads: int | None
+) -> dict[str, Any]:
+    def model(precision: str) -> Model:  # made anew for each use: TF32 is a setting of the process
+        return Model(checkpoint, threads, execution=Execution(precision))
+
+    def errors(precision: str, x: Tensor) -> dict[str, Any]:
+        latents = model(precision).encode(x, how.levels, how.corrections, how.tolerance)[0]
+        stored = latents.to(getattr(torch, how.dtype)).float()
+        decoders = {"round_trip": precision, "decoded_by_float32": FLOAT32.precision}
+        back = {name: model(decoder).decode(stored, how.levels) for name, decoder in decoders.items()}
+        return {"images": len(x), **{name: float(round_trip_error(x, y).mean()) for name, y in back.items()}}
+
+    exact = FLOAT32.precision
+    x, device = to_model(pixels), model(exact).device.type
+    tried: dict[str, dict[str, Any]] = {
+        precision: {"per_second": _per_second(model(precision), batch_size)}
+        for precision in (exact, *CANDIDATES[device])
+    }
+    slow = tried[exact]["per_second"]
+    for precision in sorted(CANDIDATES[device], key=lambda p: -tried[p]["per_second"]):
+        if tried[precision]["per_second"] < FASTER * slow:
+            continue
+        for part in (x[:FEW], x):
+            if tried[exact].get("images") != len(part):
+                tried[exact] |= errors(exact, part)
+            tried[precision] |= errors(precision, part)
+            most = WORSE * tried[exact]["round_trip"]
+            if max(tried[precision]["round_trip"], tried[precision]["decoded_by_float32"]) > most:
+                break
+        else:
+            return {"precision": precision, "tried": tried}
+    return {"precision": exact, "tried": tried}
+
+
+def _per_second(model: Model, batch_size: int) -> float:
+    """Network evaluations a second, of images."""
+    c, levels = model.checkpoint.config, ladder("linear", 2, model.checkpoint.schedule.num_train_timesteps)
+    x = torch.randn(batch_size, c.in_channels, c.sample_size, c.sample_size)
+    model.decode(x, levels)
+    started, evaluations = time.monotonic(), 0
+    while (seconds := time.monotonic() - started) < SECONDS:
+        model.decode(x, levels)
+        evaluations += len(x) * (len(levels) - 1)
+    return evaluations / seconds

@@ -1,0 +1,128 @@
+"""Clusters of several kinds of nodes, of their own, with GPUs that are but numbers: which of them a run takes."""
+
+import time
+from collections import Counter
+
+import pytest
+from ray._raylet import GcsClient
+from ray.cluster_utils import Cluster
+from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+
+
+@pytest.fixture(scope="module")
+def cluster(ray_here):
+    """A head without CPUs, a node of GPU and `a100`, one of a GPU of another kind, and one of CPUs. `ray_here` only so
+    that Ray is set up as the other tests have it."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    cluster.kinds = {
+        cluster.add_node(num_cpus=3, num_gpus=1, resources={"a100": 1}).node_id: "a100",
+        cluster.add_node(num_cpus=3, num_gpus=1).node_id: "other",
+        cluster.add_node(num_cpus=2).node_id: "cpus",
+    }
+    yield cluster
+    cluster.shutdown()
+
+
+@pytest.fixture
+def encode(cluster, start, sample, model, tmp_path):
+    """encode(flags...) -> exit code, output, errors, and how many actors were on nodes of which kind."""
+
+    def encode(*flags):
+        before = cluster.global_state.actor_table(None).keys()
+        places = ["--images", sample, "--model", model, "--out", tmp_path / "run", "--address", cluster.address]
+        process = start("encode", *places, "--shard-size", 4, "--steps", 10, *flags)
+        out, err = process.communicate(timeout=300)
+        actors = [a for name, a in cluster.global_state.actor_table(None).items() if name not in before]
+        return process.returncode, out, err, Counter(cluster.kinds.get(a["Address"]["NodeID"]) for a in actors)
+
+    return encode
+
+
+def test_two_share_a_gpu(encode):
+    code, out, err, actors = encode("--gpus-per-worker", 0.5)
+    assert code == 0 and "64/64 shards, 256 images" in out, err
+    assert actors == {"a100": 2, "other": 2}
+
+
+def test_without_it_each_gpu_has_one(encode):
+    code, _, err, actors = encode("--decode", "tasks")
+    assert code == 0 and actors == {"a100": 1, "other": 1}, err
+
+
+def test_actors_are_on_nodes_of_the_resources_they_take(encode):
+    code, _, err, actors = encode("--resources", '{"a100": 0.5}', "--gpus-per-worker", 0.25)
+    assert code == 0 and actors == {"a100": 2}, err
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--resources", '{"h100": 1}'], "--resources: no node of the cluster has 1 h100 and 1 GPU and 1 CPU, and "),
+        (["--resources", '{"h100": 1}'], "could start one; there is CPU, GPU, a100"),
+        (["--resources", '{"a100": 2}'], "--resources: no node of the cluster has 2 a100 and 1 GPU and 1 CPU, and "),
+        (
+            ["--decode", "tasks", "--workers", 8],
+            "--decode: 8 actors take all 8 CPUs of the cluster, and tasks need one",
+        ),
+    ],
+)
+def test_what_no_node_has_is_refused(encode, flags, words):
+    code, _, err, actors = encode(*flags)
+    assert code == 2 and not actors
+    assert err.startswith("palindrome encode: error: --") and words in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--gpus-per-worker", 2], "--gpus-per-worker: 2.0 is out of range; it takes 0.01 to 1"),
+        (["--gpus-per-worker", 0], "--gpus-per-worker: 0.0 is out of range"),
+        (["--resources", "a100"], "--resources: a100 is no JSON of names and numbers"),
+        (["--resources", '["a100"]'], "is no JSON of names and numbers"),
+        (["--resources", '{"a100": "1"}'], "is no JSON of names and numbers"),
+        (["--resources", '{"a100": 0}'], "is no JSON of names and numbers"),
+        (["--resources", '{"GPU": 1}'], "--resources: GPU is none of your own; for GPUs there is --gpus-per-worker"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(palindrome, sample, model, tmp_path, flags, words):
+    said = palindrome("encode", "--images", sample, "--model", model, "--out", tmp_path / "run", *flags)
+    assert said.code == 2 and words in said.err and not (tmp_path / "run").exists()
+
+
+def test_a_gpu_that_nothing_can_start_is_refused(palindrome, sample, model, tmp_path):
+    flags = ["--gpus-per-worker", 0.5]
+    said = palindrome("encode", "--images", sample, "--model", model, "--out", tmp_path / "run", *flags)
+    assert said.code == 2 and "--gpus-per-worker: no node of the cluster has a GPU, and there is no auto" in said.err
+
+
+def test_a_node_that_is_leaving_gets_none(cluster, encode, tmp_path):
+    leaving = next(node for node, kind in cluster.kinds.items() if kind == "other")
+    soon = int((time.time() + 600) * 1000)
+    taken, why = GcsClient(cluster.address).drain_node(
+        leaving, DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION"), "", soon
+    )
+    assert taken, why
+    code, _, err, actors = encode("--gpus-per-worker", 0.5)
+    assert code == 0 and actors == {"a100": 2}, err
+    code, _, err, actors = encode(
+        "--gpus-per-worker", 0.5, "--workers", 1, 4, "--steps", 11, "--out", tmp_path / "more"
+    )
+    assert code == 0 and actors["a100"] >= 2 and not actors["other"], err
+
+
+def test_a_cluster_scaled_to_zero_is_waited_for_and_tasks_keep_a_cpu(ray_here, start, sample, model, tmp_path):
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    try:
+        places = ["--images", sample, "--model", model, "--out", tmp_path / "run", "--address", cluster.address]
+        flags = ["--decode", "tasks", "--workers", 1, 8, "--shard-size", 8, "--steps", 2]
+        process = start("encode", *places, *flags)
+        assert process.stdout.readline() == "256 images in 32 shards, 32 to encode\n"
+        while not cluster.global_state.actor_table(None):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.2)
+        cluster.add_node(num_cpus=3)
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 0 and "256 latents and 0 rejects" in out, err
+        assert len(cluster.global_state.actor_table(None)) == 2, "the third CPU is for the tasks"
+    finally:
+        cluster.shutdown()
