@@ -16,7 +16,7 @@ lint: .venv/.installed-test
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
-BENCHMARKS = evaluation encode null_model scaling precision
+BENCHMARKS = evaluation encode null_model scaling precision memory
 bench: .venv/.installed-test
 	@mkdir -p bench
 	@for name in $(BENCHMARKS); do echo "benchmarks.$$name -> bench/$$name.json" && \

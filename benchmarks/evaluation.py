@@ -5,7 +5,8 @@ python -m benchmarks.evaluation [--presets cifar10-32 cifar10-64] [--batch 64] [
 The same weights, random, and the same noise. The contenders take turns; the median of each one's rounds counts, in
 images a second. `error` is the root mean square of the output's difference from diffusers' in deviations of it.
 `flops` is what the convolutions and products of an evaluation take, of `of_matmul`, what a product of large square
-matrices of that precision reaches on this device. On a GPU diffusers' convolutions use TF32, torch's default, and
+matrices of that precision reaches on this device; `where` is the share of the time of each of torch's operators, of
+5 % and more, as its profiler has it. On a GPU diffusers' convolutions use TF32, torch's default, and
 the engine's in float32 do not. Prints one JSON object.
 """
 
@@ -18,6 +19,7 @@ from collections.abc import Callable
 import torch
 from diffusers import UNet2DModel
 from torch import Tensor
+from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from jobs.train import PRESETS
@@ -63,7 +65,7 @@ def measure(preset: str, args: argparse.Namespace) -> dict[str, object]:
             errors[name] = ((engine(x[:1], 500) - expected).square().mean().sqrt() / expected.std()).item()
     seconds = {name: rounds(contender, args.rounds) for name, contender in contenders.items()}
     baseline = statistics.median(seconds["diffusers"])
-    rows = {}
+    rows: dict[str, dict[str, object]] = {}
     for name, taken in seconds.items():
         each = statistics.median(taken)
         dtype = HALVES.get(name.partition(",")[0], torch.float32)
@@ -74,6 +76,8 @@ def measure(preset: str, args: argparse.Namespace) -> dict[str, object]:
         }
         if name in errors:
             rows[name]["error"] = errors[name]
+        if "compiled" not in name:
+            rows[name]["where"] = where(contenders[name])
     return {"gflops": flops / 1e9, "contenders": rows}
 
 
@@ -89,6 +93,17 @@ def rounds(contender: Callable[[], Tensor], count: int) -> list[float]:
         wait()
         found.append(time.monotonic() - started)
     return found
+
+
+def where(contender: Callable[[], Tensor]) -> dict[str, float]:
+    """Share by operator, the largest first."""
+    with profile() as prof:
+        contender()
+        wait()
+    on = "self_device_time_total" if DEVICE == "cuda" else "self_cpu_time_total"
+    spent = {event.key.removeprefix("aten::"): getattr(event, on) for event in prof.key_averages()}
+    shares = {name: round(seconds / sum(spent.values()), 3) for name, seconds in spent.items()}
+    return {name: share for name, share in sorted(shares.items(), key=lambda item: -item[1]) if share >= 0.05}
 
 
 def matmul_rate(dtype: torch.dtype, tf32: bool = False) -> float:

@@ -23,13 +23,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
-import torch
 from PIL import Image
-from torch import Tensor
 
+from benchmarks.nulls import null_checkpoint
 from infra.cluster import connect
-from model.checkpoint import Checkpoint
-from model.schedule import NoiseSchedule
 from pipeline import plan
 from pipeline.actors import Encode, Model, Reader, Receipt
 from pipeline.decode import Preprocess
@@ -104,25 +101,12 @@ class Nothing:
         return Receipt(shard.name, 1, 0, 0.0, 0.0, 0)
 
 
-class NullNetwork(torch.nn.Module):
-    """Epsilon is 0."""
-
-    def forward(self, x: Tensor, timestep: int) -> Tensor:
-        return torch.zeros_like(x)
-
-
-@dataclass(frozen=True)
-class NullCheckpoint(Checkpoint):
-    def engine(self, device: Any, execution: Any) -> Any:
-        return NullNetwork()
-
-
 def driving(shards: int) -> dict[str, Any]:
     """The driver's own seconds on the CPU, and those that pass, for each of so many shards."""
     ray.cloudpickle.register_pickle_by_value(__import__(__name__, fromlist=["_"]))
     listed = (Shard(f"{i:024x}", "files", 1, ()) for i in range(shards))
     with connect("local"):
-        outcomes = run_shards(Nothing(), NullCheckpoint(None, {}, NoiseSchedule()), listed, Resources(1, 0, 1, False))  # type: ignore[arg-type]
+        outcomes = run_shards(Nothing(), null_checkpoint(), listed, Resources(1, 0, 1, False))
         next(outcome for outcome in outcomes if isinstance(outcome, Receipt))  # the actor is up
         cpu, wall = time.process_time(), time.monotonic()
         done = sum(isinstance(outcome, Receipt) for outcome in outcomes)
@@ -160,8 +144,7 @@ def encoding(folder: Path, images: int) -> dict[str, Any]:
     work = Encode(run, reader, (-1, 0), 0, 0.0, False, "float32", False, {})
     with connect("local"):
         measured = Measured(work, folder / "peak")
-        checkpoint = NullCheckpoint(None, {}, NoiseSchedule())  # type: ignore[arg-type]
-        outcomes = list(run_shards(measured, checkpoint, read_plan(run), Resources(1, 0, 1, False)))
+        outcomes = list(run_shards(measured, null_checkpoint(), read_plan(run), Resources(1, 0, 1, False)))
         assert sum(isinstance(outcome, Receipt) for outcome in outcomes) == totals.shards, outcomes
     assert latents_summary(run, measured=False)["latents"] == images
     worker = float((folder / "peak").read_text())

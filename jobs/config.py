@@ -139,7 +139,7 @@ class Config(OutOptions):
     address: str | None = None
     """A Ray cluster's address (default: $RAY_ADDRESS, else a Ray started on this machine)."""
 
-    APART: ClassVar[frozenset[str]] = frozenset({"out", "address", "dry_run", "calibrate"})
+    APART: ClassVar[frozenset[str]] = frozenset({"out", "address", "dry_run", "calibrate", "calibration"})
     """Fields that are no settings of a run."""
 
     def settings(self, **resolved: Any) -> dict[str, Any]:
@@ -182,6 +182,9 @@ class ShardedConfig(Config):
     calibrate: bool = False
     """Measure first, for some seconds, how fast a device of this cluster is, and estimate the time; behind the run, say
     how far off that was."""
+    calibration: str | None = None
+    """A JSON file of such measurements of one cluster: --calibrate adds its own, and without it the estimate is from
+    what the file says of this model; a path or an fsspec URI."""
 
     def execution(self, encoded_in: str | None = None) -> "Execution":
         """How the network is evaluated, where the latents were encoded in that precision, or were by float32."""

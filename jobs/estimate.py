@@ -12,7 +12,7 @@ from typing import TypeVar
 from infra.cluster import ClusterError, connect
 from jobs.config import ConfigError, OutOptions, Planned, ShardedConfig, blame
 from model.checkpoint import Checkpoint
-from pipeline.calibration import seconds_an_evaluation
+from pipeline.calibration import Speed, measure, recall, record
 from pipeline.errors import SettingError
 from pipeline.latents import REJECTS
 from pipeline.manifest import NAME, read_manifest
@@ -64,13 +64,25 @@ def on_cluster(
     cluster."""
     if config.dry_run or config.calibrate:
         print(cost.words(), flush=True)
+    recorded = None
+    if config.calibration and cost.images and not config.calibrate:
+        with blame("--calibration"):
+            recorded = recall(config.calibration, model)
+        if config.dry_run:
+            _forecast(cost, recorded, config.workers[-1] if config.workers else 1)
     if config.dry_run and not (config.calibrate and cost.images):
         raise Planned
     with blame("--address", ClusterError), connect(config.address):
         with blame("--workers", SettingError):
             resources = fit(config.workers, decode, config.gpus_per_worker, config.custom())
         resources = replace(resources, execution=config.execution(encoded_in(resources)))
-        forecast = _forecast(config, model, cost, resources) if config.calibrate else None
+        if config.calibrate:
+            recorded = measure(model, config.batch_size, resources)
+            if config.calibration:
+                with blame("--calibration"):
+                    record(config.calibration, model, recorded)
+        # Those that share a GPU are no faster than one.
+        forecast = _forecast(cost, recorded, resources.workers, resources.gpus or 1) if recorded else None
         if config.dry_run:
             raise Planned
         started = time.monotonic()
@@ -80,15 +92,17 @@ def on_cluster(
             print(f"estimated {duration(forecast)}, took {duration(took)}: {took / forecast - 1:+.0%}")
 
 
-def _forecast(config: ShardedConfig, model: Checkpoint, cost: Cost, resources: Resources) -> float:
-    """Seconds that the run will take, by a measurement, of which it tells."""
-    each, up = seconds_an_evaluation(model, config.batch_size, resources)
-    workers = min(resources.workers, cost.shards)
-    device = cost.evaluations * each
-    seconds = up + device / max(1, workers * (resources.gpus or 1))  # those that share a GPU are no faster than one
+def _forecast(cost: Cost, speed: Speed, most: int, share: float = 1) -> float:
+    """Seconds that the run will take with so many workers at most, each with that share of a device; it tells of
+    them."""
+    workers = min(most, cost.shards)
+    device = cost.evaluations / speed.evaluations_per_second
+    seconds = speed.seconds_to_start + device / max(1, workers * share)
     print(
-        f"measured: {1 / each:,.0f} network evaluations a second on a device; estimated: {device / 3600:,.3g} device"
-        f" hours, {duration(seconds)} with {workers} worker" + "s" * (workers > 1),
+        f"{speed.origin}: {speed.evaluations_per_second:,.0f} network evaluations a second on a device, in"
+        f" {speed.precision}; estimated: {device / 3600:,.3g} device hours, {duration(seconds)} with {workers} worker"
+        + "s"
+        * (workers > 1),
         flush=True,
     )
     return seconds

@@ -1,8 +1,11 @@
 """How fast this cluster's devices evaluate a model: a few seconds of the real actor on noise."""
 
+import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from typing import Any
 
 import torch
 
@@ -12,6 +15,7 @@ from pipeline.actors import Model, Receipt, stopwatch
 from pipeline.errors import RunError
 from pipeline.records import Shard
 from pipeline.run import Failure, Resources, run_shards
+from pipeline.storage import Folder, absolute
 
 SECONDS = 6.0  # of measurement, after one batch that is not counted
 STEPS = 4  # a batch goes in and comes out that often, as in a run
@@ -34,8 +38,19 @@ class Calibration:
         return Receipt(shard.name, evaluations, 0, **spent(), bytes=0)
 
 
-def seconds_an_evaluation(model: Checkpoint, batch_size: int, resources: Resources) -> tuple[float, float]:
-    """Seconds of a device for one image through the network once; and those until an actor was up. Raises RunError."""
+@dataclass(frozen=True)
+class Speed:
+    """Of one device, in network evaluations of an image; and the seconds until an actor was up. `origin` is `measured`,
+    or when it was."""
+
+    evaluations_per_second: float
+    seconds_to_start: float
+    precision: str
+    origin: str = "measured"
+
+
+def measure(model: Checkpoint, batch_size: int, resources: Resources) -> Speed:
+    """By an actor as the run's will be. Raises RunError."""
     started = time.monotonic()
     shards: Iterator[Shard] = iter([Shard("calibration", "noise", batch_size, ())])
     for outcome in run_shards(Calibration(batch_size), model, shards, replace(resources, workers=1, fewest=1)):
@@ -43,5 +58,43 @@ def seconds_an_evaluation(model: Checkpoint, batch_size: int, resources: Resourc
             raise RunError(f"--calibrate: {outcome.error}")
         if isinstance(outcome, Receipt):
             up = max(0.0, time.monotonic() - started - outcome.seconds)
-            return outcome.device_seconds / outcome.images, up
+            return Speed(outcome.images / outcome.device_seconds, up, resources.execution.precision)
     raise RunError("--calibrate: nothing was measured")
+
+
+def record(uri: str, model: Checkpoint, speed: Speed) -> None:
+    """Adds a measurement to a file, in place of an earlier one of this model. Raises ValueError where the file is
+    another."""
+    folder, name = _place(uri)
+    content = _recorded(folder, name) if folder.exists(name) else {}
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    content[model.digest] = {k: v for k, v in asdict(speed).items() if k != "origin"} | {"measured": now}
+    folder.put(name, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def recall(uri: str, model: Checkpoint) -> Speed:
+    """What `record` wrote of this model. Raises ValueError where there is nothing, or no such file."""
+    folder, name = _place(uri)
+    if not folder.exists(name):
+        raise ValueError(f"{uri} does not exist; --calibrate writes it")
+    found = _recorded(folder, name).get(model.digest)
+    if found is None:
+        raise ValueError(f"{uri} has no measurement of this model, digest {model.digest[:12]}…; --calibrate adds one")
+    figures = {name: found[name] for name in ("evaluations_per_second", "seconds_to_start", "precision")}
+    return Speed(**figures, origin=f"measured at {found['measured']}")
+
+
+def _place(uri: str) -> tuple[Folder, str]:
+    folder, _, name = absolute(uri).rpartition("/")
+    return Folder(folder or "/"), name
+
+
+def _recorded(folder: Folder, name: str) -> dict[str, Any]:
+    try:
+        content = json.loads(folder.read(name))
+        known = isinstance(content, dict) and all("evaluations_per_second" in found for found in content.values())
+    except (ValueError, TypeError):
+        known = False
+    if not known:
+        raise ValueError(f"{name} is no file of calibrations")
+    return dict(content)

@@ -88,7 +88,10 @@ def test_what_is_wrong_is_said_as_without_it(palindrome, sample, model, tmp_path
 def test_a_calibration_says_how_far_off_it_was(palindrome, sample, model, tmp_path):
     command = ["encode", "--images", sample, "--model", model, "--out", tmp_path / "run", "--limit", 64, "--steps", 20]
     dry = palindrome(*command, "--dry-run", "--calibrate")
-    measured = re.search(r"measured: ([\d,]+) network evaluations a second on a device; estimated: (\S+) dev", dry.out)
+    measured = re.search(
+        r"measured: ([\d,]+) network evaluations a second on a device, in float32; estimated: (\S+) dev",
+        dry.out,
+    )
     assert dry.code == 0 and measured and not (tmp_path / "run").exists()
     rate, hours = float(measured[1].replace(",", "")), float(measured[2])
     assert hours * 3600 == pytest.approx(64 * 61 / rate, rel=0.02)
@@ -97,6 +100,37 @@ def test_a_calibration_says_how_far_off_it_was(palindrome, sample, model, tmp_pa
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert summary["latents"] == 64
     assert "calibrate" not in json.loads((tmp_path / "run/run.json").read_text())["config"]
+
+
+def test_a_recorded_calibration_estimates_without_a_device(palindrome, sample, model, tmp_path):
+    record = tmp_path / "speeds.json"
+    command = ["encode", "--images", sample, "--model", model, "--out", tmp_path / "run", "--steps", 20, "--dry-run"]
+    said = palindrome(*command, "--limit", 64, "--calibrate", "--calibration", record)
+    assert said.code == 0, said.err
+    [[digest, found]] = json.loads(record.read_text()).items()
+    assert digest == checkpoint.load(str(model)).digest and found["precision"] == "float32"
+    rate = found["evaluations_per_second"]
+    for workers in (1, 4):
+        flags = ["--shard-size", 32, "--calibration", record, "--workers", workers]
+        again = palindrome(*command, *flags)
+        assert again.code == 0 and again.out.endswith("dry run: nothing was done\n"), again.err
+        hours = number(r"estimated: (\S+) device hours", again.out)
+        assert hours * 3600 == pytest.approx(256 * 61 / rate, rel=0.02)
+        assert f"measured at {found['measured']}: " in again.out and f"with {workers} worker" in again.out
+    assert list(tmp_path.iterdir()) == [record]
+    ran = palindrome(*command[:-1], "--limit", 64, "--calibration", record)
+    assert ran.code == 0 and re.search(r"estimated 0:00:\d\d, took 0:0\d:\d\d: [+-]\d+%", ran.out)
+
+
+def test_a_record_that_tells_nothing_is_named(palindrome, sample, model, tmp_path):
+    command = ["encode", "--images", sample, "--model", model, "--out", tmp_path / "run", "--dry-run", "--calibration"]
+    other = tmp_path / "other.json"
+    for content, words in (("{}", "no measurement of this model"), ("[1]", "is no file of calibrations")):
+        other.write_text(content)
+        said = palindrome(*command, other)
+        assert said.code == 2 and "--calibration: " in said.err and words in said.err
+    said = palindrome(*command, tmp_path / "none.json")
+    assert said.code == 2 and "--calibration: " in said.err and "does not exist" in said.err
 
 
 def number(pattern, text):
