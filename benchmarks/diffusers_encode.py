@@ -67,6 +67,7 @@ def with_ray_data(args: argparse.Namespace) -> None:
     import infra.cluster  # noqa: F401, quietens Ray
 
     ray.init(address="local", include_dashboard=False, log_to_driver=False)
+    ray.data.DataContext.get_current().execution_options.preserve_order = True  # by which benchmarks.encode knows them
     data = ray.data.read_parquet(args.images, columns=["img"]).limit(args.limit)
     gpus = {"num_gpus": 1} if torch.cuda.is_available() else {"num_cpus": 1}
     options: dict[str, Any] = {"batch_size": args.batch, "concurrency": 1, **gpus}

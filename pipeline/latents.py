@@ -111,8 +111,9 @@ def latent_writer(
     """For rows of records.latent_schema."""
     # Bytes split by significance compress better, but DuckDB (2.0) can't read that encoding of float16.
     split = ["latent.list.element"] if schema.field("latent").type.value_type == pa.float32() else False
-    texts = [f.name for f in schema if f.name != "latent"]
-    return ShardWriter(run, LATENTS, shard, schema, metadata, once, use_dictionary=texts, use_byte_stream_split=split)
+    others = [f.name for f in schema if f.name != "latent"]  # the least and the most of a latent tell nothing
+    how = {"use_dictionary": others, "write_statistics": others, "use_byte_stream_split": split}
+    return ShardWriter(run, LATENTS, shard, schema, metadata, once, **how)
 
 
 def committed(run: Folder, below: str = LATENTS) -> set[str]:
