@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 
 import ray
 from ray._private.state import state
+from ray._private.worker import global_worker
 from ray.autoscaler.v2.sdk import get_cluster_status
-from ray.experimental.internal_kv import _internal_kv_get
 
 from pipeline.errors import SettingError
 
@@ -43,7 +43,8 @@ def refusal(nodes: Sequence[Node], gpus: float, custom: Mapping[str, float]) -> 
 def grows() -> bool:
     """Whether an autoscaler starts nodes for what waits for room: of either version, the one that there is says which
     types its nodes are of."""
-    status = json.loads(_internal_kv_get("__autoscaling_status") or "{}")  # of the first version alone
+    gcs = global_worker.gcs_client  # ray.experimental.internal_kv loses its own when another Ray of the process ends
+    status = json.loads(gcs.internal_kv_get(b"__autoscaling_status", None) or "{}")  # of the first version alone
     types = set((status.get("autoscaler_report") or {}).get("active_nodes") or ())
     found = get_cluster_status(ray.get_runtime_context().gcs_address)
     types |= {node.ray_node_type_name for node in [*found.active_nodes, *found.idle_nodes]}
