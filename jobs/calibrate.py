@@ -21,7 +21,7 @@ from pipeline.metrics import round_trip_error, statistics, to_model
 from pipeline.read import first_images
 from pipeline.run import fit
 from pipeline.sources import open_collection
-from pipeline.storage import Folder, absolute, options_for
+from pipeline.storage import absolute, file_at, options_for
 
 BATCH = 64  # images on the device at once
 
@@ -86,9 +86,9 @@ def run(config: CalibrateConfig) -> int:
         "round_trip": errors,
         "preprocess": how.record(),
     }
-    folder, _, name = absolute(config.out).rpartition("/")
     with blame("--out"):
-        Folder(folder or "/").put(name, (json.dumps(content, indent=2) + "\n").encode())
+        folder, name = file_at(config.out)
+        folder.put(name, (json.dumps(content, indent=2) + "\n").encode())
     note(summary={name: content[name] for name in ("kind", "nfe", "images", "round_trip")})
     print(f"{best} ladder, calibrated on {len(pixels)} images, in {config.out}")
     return 0

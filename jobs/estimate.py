@@ -19,7 +19,7 @@ from pipeline.manifest import NAME, read_manifest
 from pipeline.plan import Totals
 from pipeline.run import Resources, fit
 from pipeline.state import FOLDERS, duration, size
-from pipeline.storage import Folder, absolute
+from pipeline.storage import Folder, absolute, file_at
 
 # By job, of what a run's folder holds: the folders whose files' names say what is done, and the files that say it.
 DONE = {**{job: (below,) for job, below in FOLDERS.items()}, "export": ("data", "index"), "animate": ("paths",)}
@@ -115,7 +115,7 @@ def dry(config: C) -> Iterator[C]:
     where = absolute(config.out)
     if config.OUT_IS_FILE:
         with blame("--out"):
-            _check_writable(Folder(where.rpartition("/")[0] or "/"))
+            _check_writable(file_at(where)[0])
             if Folder(where).is_local and Path(where).is_dir():
                 raise ConfigError(f"--out: {where} is a folder")
         yield config

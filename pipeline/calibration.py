@@ -15,7 +15,7 @@ from pipeline.actors import Model, Receipt, stopwatch
 from pipeline.errors import RunError
 from pipeline.records import Shard
 from pipeline.run import Failure, Resources, run_shards
-from pipeline.storage import Folder, absolute
+from pipeline.storage import Folder, file_at
 
 SECONDS = 6.0  # of measurement, after one batch that is not counted
 STEPS = 4  # a batch goes in and comes out that often, as in a run
@@ -28,14 +28,21 @@ class Calibration:
     batch_size: int
 
     def process(self, model: Model, shard: Shard) -> Receipt:
-        c, levels = model.checkpoint.config, ladder("linear", STEPS, model.checkpoint.schedule.num_train_timesteps)
-        x = torch.randn(self.batch_size, c.in_channels, c.sample_size, c.sample_size)
+        evaluations, spent = decode_noise(model, self.batch_size, SECONDS)
+        return Receipt(shard.name, evaluations, 0, **spent, bytes=0)
+
+
+def decode_noise(model: Model, batch_size: int, seconds: float) -> tuple[int, dict[str, float]]:
+    """Network evaluations, of an image each, in at least so many seconds, and what `stopwatch` says of them; behind a
+    batch that is not counted."""
+    c, levels = model.checkpoint.config, ladder("linear", STEPS, model.checkpoint.schedule.num_train_timesteps)
+    x = torch.randn(batch_size, c.in_channels, c.sample_size, c.sample_size)
+    model.decode(x, levels)
+    spent, until, evaluations = stopwatch(model), time.monotonic() + seconds, 0
+    while time.monotonic() < until:
         model.decode(x, levels)
-        spent, until, evaluations = stopwatch(model), time.monotonic() + SECONDS, 0
-        while time.monotonic() < until:
-            model.decode(x, levels)
-            evaluations += len(x) * STEPS
-        return Receipt(shard.name, evaluations, 0, **spent(), bytes=0)
+        evaluations += len(x) * STEPS
+    return evaluations, spent()
 
 
 @dataclass(frozen=True)
@@ -65,7 +72,7 @@ def measure(model: Checkpoint, batch_size: int, resources: Resources) -> Speed:
 def record(uri: str, model: Checkpoint, speed: Speed) -> None:
     """Adds a measurement to a file, in place of an earlier one of this model. Raises ValueError where the file is
     another."""
-    folder, name = _place(uri)
+    folder, name = file_at(uri)
     content = _recorded(folder, name) if folder.exists(name) else {}
     now = datetime.now(UTC).isoformat(timespec="seconds")
     content[model.digest] = {k: v for k, v in asdict(speed).items() if k != "origin"} | {"measured": now}
@@ -74,7 +81,7 @@ def record(uri: str, model: Checkpoint, speed: Speed) -> None:
 
 def recall(uri: str, model: Checkpoint) -> Speed:
     """What `record` wrote of this model. Raises ValueError where there is nothing, or no such file."""
-    folder, name = _place(uri)
+    folder, name = file_at(uri)
     if not folder.exists(name):
         raise ValueError(f"{uri} does not exist; --calibrate writes it")
     found = _recorded(folder, name).get(model.digest)
@@ -82,11 +89,6 @@ def recall(uri: str, model: Checkpoint) -> Speed:
         raise ValueError(f"{uri} has no measurement of this model, digest {model.digest[:12]}…; --calibrate adds one")
     figures = {name: found[name] for name in ("evaluations_per_second", "seconds_to_start", "precision")}
     return Speed(**figures, origin=f"measured at {found['measured']}")
-
-
-def _place(uri: str) -> tuple[Folder, str]:
-    folder, _, name = absolute(uri).rpartition("/")
-    return Folder(folder or "/"), name
 
 
 def _recorded(folder: Folder, name: str) -> dict[str, Any]:

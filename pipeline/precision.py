@@ -1,6 +1,5 @@
 """Which precision a run's network computes in: the fastest whose round trips are as good as float32's, by trial."""
 
-import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +10,9 @@ from torch import Tensor
 
 from model.checkpoint import Checkpoint
 from model.engine import FLOAT32, Execution
-from model.schedule import Ladder, ladder
+from model.schedule import Ladder
 from pipeline.actors import Model
+from pipeline.calibration import decode_noise
 from pipeline.metrics import round_trip_error, to_model
 from pipeline.run import Resources
 
@@ -71,7 +71,7 @@ def _trial(
                 tried[exact] |= errors(exact, part)
             tried[precision] |= errors(precision, part)
             most = WORSE * tried[exact]["round_trip"]
-            if max(tried[precision]["round_trip"], tried[precision]["decoded_by_float32"]) > most:
+            if not all(tried[precision][name] <= most for name in ("round_trip", "decoded_by_float32")):  # NaN is not
                 break
         else:
             return {"precision": precision, "tried": tried}
@@ -80,11 +80,5 @@ def _trial(
 
 def _per_second(model: Model, batch_size: int) -> float:
     """Network evaluations a second, of images."""
-    c, levels = model.checkpoint.config, ladder("linear", 2, model.checkpoint.schedule.num_train_timesteps)
-    x = torch.randn(batch_size, c.in_channels, c.sample_size, c.sample_size)
-    model.decode(x, levels)
-    started, evaluations = time.monotonic(), 0
-    while (seconds := time.monotonic() - started) < SECONDS:
-        model.decode(x, levels)
-        evaluations += len(x) * (len(levels) - 1)
-    return evaluations / seconds
+    evaluations, spent = decode_noise(model, batch_size, SECONDS)
+    return evaluations / spent["seconds"]

@@ -202,6 +202,12 @@ class Folder:
                 self.fs.abort_uploads(self.path())
 
 
+def file_at(uri: str) -> tuple[Folder, str]:
+    """The folder that a single file is in, and the file's name there."""
+    folder, _, name = absolute(uri).rpartition("/")
+    return Folder(folder or "/"), name
+
+
 class NewObject(Protocol):
     """An object under way: `file` takes its bytes. Without `commit` by the end of the `with`, nothing is there."""
 

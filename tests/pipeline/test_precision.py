@@ -72,6 +72,20 @@ def test_where_inversion_is_exact_it_is_refused_on_a_few_images(bundled, pixels)
     assert found["tried"]["bfloat16"]["round_trip"] > 10 * found["tried"]["float32"]["round_trip"]
 
 
+def test_what_overflows_is_refused(bundled, pixels, monkeypatch):
+    """Of NaN neither `above` nor `below` is true."""
+    error = precision.round_trip_error
+    calls = []
+
+    def overflows(x, y):
+        calls.append(1)
+        return error(x, y) * (np.nan if len(calls) > 2 else 1)  # float32's two come first
+
+    monkeypatch.setattr(precision, "round_trip_error", overflows)
+    found, _ = trial(bundled, pixels, corrections=0)
+    assert found["precision"] == "float32" and np.isnan(found["tried"]["bfloat16"]["round_trip"])
+
+
 def test_what_is_not_faster_is_not_tried(bundled, pixels, monkeypatch):
     monkeypatch.setattr(precision, "FASTER", 1e9)
     found, _ = trial(bundled, pixels, corrections=0)
