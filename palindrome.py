@@ -21,8 +21,9 @@ from pyarrow.dataset import Dataset
 from torch import Tensor
 
 from model.interpolate import slerp
-from pipeline.actors import Model, latents_of
+from pipeline.actors import latents_of
 from pipeline.decode import Preprocess, Rejected, decode, from_pillow
+from pipeline.device import Model
 from pipeline.encoded import encode_run, execution_of, ladders_of, latents_dataset, model_of
 from pipeline.metrics import to_model, to_pixels
 from pipeline.pictures import to_pillow

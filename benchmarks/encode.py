@@ -28,8 +28,8 @@ from torch import Tensor
 from model import checkpoint
 from model.engine import PRECISIONS, Execution
 from model.schedule import ladder
-from pipeline.actors import Model
 from pipeline.decode import Preprocess
+from pipeline.device import Model
 from pipeline.metrics import round_trip_error, to_model
 from pipeline.read import first_images
 from pipeline.sources import open_collection

@@ -26,7 +26,7 @@ from jobs.train import PRESETS
 from model.checkpoint import Checkpoint
 from model.engine import HALVES, PRECISIONS, Execution
 from model.schedule import NoiseSchedule
-from pipeline.actors import Model
+from pipeline.device import Model
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIDE = {"cuda": 8192, "cpu": 2048}[DEVICE]  # of the square matrices

@@ -24,8 +24,9 @@ from benchmarks.scale import _peak
 from infra.cluster import connect
 from model import checkpoint
 from model.engine import PRECISIONS, Execution
-from pipeline.actors import Encode, Model, Reader, Receipt
+from pipeline.actors import Encode, Reader, Receipt
 from pipeline.decode import Preprocess
+from pipeline.device import Model
 from pipeline.plan import read_plan, write_plan
 from pipeline.records import Shard
 from pipeline.run import fit, run_shards

@@ -21,8 +21,8 @@ from torch import Tensor
 from model import checkpoint
 from model.engine import PRECISIONS, Execution
 from model.schedule import Ladder
-from pipeline.actors import Model
 from pipeline.decode import Preprocess
+from pipeline.device import Model
 from pipeline.ladders import KINDS, resolve
 from pipeline.metrics import round_trip_error, to_model
 from pipeline.read import first_images

@@ -28,8 +28,9 @@ from PIL import Image
 from benchmarks.nulls import null_checkpoint
 from infra.cluster import connect
 from pipeline import plan
-from pipeline.actors import Encode, Model, Reader, Receipt
+from pipeline.actors import Encode, Reader, Receipt
 from pipeline.decode import Preprocess
+from pipeline.device import Model
 from pipeline.latents import committed
 from pipeline.plan import extend_plan, plan_totals, read_plan, write_plan
 from pipeline.records import Piece, Shard

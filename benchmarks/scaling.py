@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.nulls import ROOT, encode_work, local_ray, null_checkpoint, pictures_of, write_files
-from pipeline.actors import Encode, Model, Receipt
+from pipeline.actors import Encode, Receipt
+from pipeline.device import Model
 from pipeline.ladders import resolve
 from pipeline.plan import read_plan
 from pipeline.records import Shard

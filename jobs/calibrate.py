@@ -14,7 +14,7 @@ from model import checkpoint
 from model.fit import candidates, fit_ladder
 from model.inversion import evaluations
 from model.schedule import Ladder
-from pipeline.actors import Model
+from pipeline.device import Model
 from pipeline.ladders import KINDS, ladder_of_kind
 from pipeline.log import note
 from pipeline.metrics import round_trip_error, statistics, to_model

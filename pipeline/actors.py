@@ -1,12 +1,10 @@
 """What runs where the model is: a shard in, a committed file out."""
 
-import ctypes
 import hashlib
 import re
 import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -17,12 +15,10 @@ import torch
 from torch import Tensor
 
 from model.checkpoint import Checkpoint
-from model.ddim import Network, noise_stream, sample
-from model.engine import FLOAT32, Execution
-from model.fit import epsilon_products
-from model.inversion import invert_exactly
+from model.engine import Execution
 from model.schedule import Ladder
 from pipeline.decode import Preprocess
+from pipeline.device import Flight, Model, compute_alone, stopwatch
 from pipeline.latents import ShardWriter, check_made, latent_rows, latent_writer, read_latents
 from pipeline.meters import Meters
 from pipeline.metrics import psnr, round_trip_error, to_model, to_pixels
@@ -33,7 +29,6 @@ from pipeline.sources import Collection
 from pipeline.storage import Folder
 
 RECONSTRUCTIONS = "reconstructions"
-Walk = Callable[[Network, Tensor], tuple[Tensor, ...]]  # along a ladder, of a batch: each result is [B, ...]
 STRICTER = (1e-4, 1e-6)  # tolerances of the further tries of an image that is to come back to the bit
 MOST_CORRECTIONS = 50  # a step, in those
 READ_AHEAD = 2  # batches that a reader may be ahead of the device
@@ -51,167 +46,9 @@ class Receipt:
     bytes: int
 
 
-@dataclass
-class Flight:
-    """How far a shard is: images done, and how often anything has happened to it; `queued` where it waits for the
-    device, while what happens to the other shard counts for it too."""
-
-    shard: str
-    images: int = 0
-    events: int = 0
-    queued: bool = False
-
-
-class _Clock(threading.local):
-    """Seconds on the device, of the thread that asks: two shards overlap in a process, one a thread."""
-
-    seconds = 0.0
-
-
-def _keep_memory() -> None:
-    """Has glibc keep what a layer's activations took for the next layer's: to give it back to the system and take it
-    again, page by page, costs a CPU up to a fifth of its time."""
-    settings = {-8: 1, -3: 32 << 20, -1: 2**31 - 1, -2: 256 << 20}  # M_ARENA_MAX, M_MMAP_THRESHOLD, _TRIM_, M_TOP_PAD
-    with suppress(OSError, AttributeError):  # another C library
-        mallopt = ctypes.CDLL(None).mallopt
-        for parameter, value in settings.items():
-            mallopt(parameter, value)
-
-
-class Model:
-    """A network on this process's device. Latents and images go in and come out as float32 [B, C, H, W]."""
-
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        threads: int | None = None,
-        meters: Meters | None = None,
-        execution: Execution = FLOAT32,
-    ) -> None:
-        if torch.cuda.is_available():
-            device = "cuda"
-        else:
-            device = "cpu"
-            _keep_memory()
-            torch.set_num_threads(threads or torch.get_num_threads())
-        self.network = checkpoint.engine(device, execution)
-        self.checkpoint, self.device = checkpoint, torch.device(device)
-        self.lock = threading.Lock()  # shards overlap in this process, and the device takes one batch at a time
-        self.clock = _Clock()
-        self.flights: dict[int, Flight] = {}  # by the shard's thread
-        self.largest = 2**31  # the largest batch that is known to fit, once one did not
-        self.meters = meters
-
-    def advance(self, images: int) -> None:
-        """Tells the driver that one more batch of this thread's shard is done, with so many images."""
-        flight = self._flight()
-        flight.images, flight.events = flight.images + images, flight.events + 1
-        if self.meters:
-            self.meters.batch(images)
-
-    def _flight(self) -> Flight:
-        """Of this thread's shard; one that nobody asks for where a shard is not what is worked on."""
-        return self.flights.get(threading.get_ident()) or Flight("")
-
-    def encode(
-        self, x: Tensor, levels: Ladder, corrections: int = 0, tolerance: float = 0.0
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Images in [-1, 1] -> x at the ladder's top, the residuals [B] and the network evaluations [B], as
-        model.inversion says; the paper's inversion is `corrections` = 0."""
-        along = self._along(levels)
-        return self._on_device(
-            lambda net, x: invert_exactly(net, x, corrections=corrections, tolerance=tolerance, **along), x
-        )
-
-    def epsilon_products(self, x: Tensor, levels: Ladder) -> Tensor:
-        """As model.fit says, of images in [-1, 1]."""
-        along = self._along(levels)
-        return self._on_device(lambda net, x: (epsilon_products(net, x, **along),), x)[0]
-
-    def decode(self, x: Tensor, levels: Ladder) -> Tensor:
-        """x at the ladder's top -> images about [-1, 1], by DDIM with eta = 0."""
-        along = self._along(levels)
-        return self._on_device(lambda net, x: (sample(net, x, **along),), x)[0]
-
-    def generate(self, seed: int, indices: Sequence[int], levels: Ladder, **how: Any) -> tuple[Tensor, Tensor]:
-        """x_T of the samples of that seed with those indices, and their images about [-1, 1]; `how` goes to
-        model.ddim.sample (eta, use_sigma_hat, clip). The noise of a sample depends on seed and index alone."""
-        along, c = self._along(levels), self.checkpoint.config
-        shape = (c.in_channels, c.sample_size, c.sample_size)
-
-        def walk(net: Network, indices: Tensor) -> tuple[Tensor, Tensor]:
-            noise = noise_stream(seed, indices.tolist(), shape)
-            x = next(noise).to(self.device)
-            return x, sample(net, x, noise=noise, **along, **how)
-
-        return self._on_device(walk, torch.tensor(indices))
-
-    def vary(self, x: Tensor, levels: Ladder, seed: int, indices: Sequence[int], **how: Any) -> Tensor:
-        """x at the ladder's top -> images about [-1, 1], with the noise of the samples of that seed with those indices,
-        one for each x; `how` goes to model.ddim.sample."""
-        along = self._along(levels)
-
-        def walk(net: Network, rows: Tensor) -> tuple[Tensor]:
-            noise = noise_stream(seed, [indices[row] for row in rows.tolist()], x.shape[1:])
-            return (sample(net, x[rows.cpu()].to(self.device), noise=noise, **along, **how),)
-
-        return self._on_device(walk, torch.arange(len(x)))[0]
-
-    def _along(self, levels: Ladder) -> dict[str, Any]:
-        """What the functions of `model` are told of a ladder and this checkpoint."""
-        return {
-            "levels": levels,
-            "schedule": self.checkpoint.schedule,
-            "prediction_type": self.checkpoint.prediction_type,
-        }
-
-    def _on_device(self, walk: Walk, batch: Tensor) -> Any:
-        flight = self._flight()
-        flight.queued = True
-        with self.lock:
-            flight.queued = False
-            started = time.monotonic()
-            try:
-                return self._in_parts(walk, batch)
-            finally:
-                seconds = time.monotonic() - started
-                self.clock.seconds += seconds
-                if self.meters:
-                    self.meters.device(seconds)
-
-    def _in_parts(self, walk: Walk, batch: Tensor) -> tuple[Tensor, ...]:
-        """The whole batch at once, or halves where the device has not enough memory for it."""
-        if len(batch) > self.largest:
-            parts = [self._in_parts(walk, part) for part in batch.split(self.largest)]
-            return tuple(torch.cat(results) for results in zip(*parts, strict=True))
-        flight = self._flight()
-
-        def network(x: Tensor, timestep: int) -> Tensor:
-            flight.events += 1
-            return self.network(x, timestep)
-
-        try:
-            return tuple(result.cpu() for result in walk(network, batch.to(self.device)))
-        except torch.OutOfMemoryError:
-            if len(batch) == 1:
-                raise
-        torch.cuda.empty_cache()
-        self.largest = len(batch) // 2
-        return self._in_parts(walk, batch)
-
-
 def noise_index(name: str) -> int:
     """The index of the noise of what is named so: from the name alone, as no shard or batch may change it."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
-
-
-def stopwatch(model: Model) -> Callable[[], dict[str, float]]:
-    """Called later, it gives the seconds since, and those of them that this thread had the device."""
-    started, device = time.monotonic(), model.clock.seconds
-    return lambda: {
-        "seconds": round(time.monotonic() - started, 3),
-        "device_seconds": round(model.clock.seconds - device, 3),
-    }
 
 
 class Work(Protocol):
@@ -231,6 +68,7 @@ class ShardActor:
         """Returns once the constructor has."""
 
     def process(self, shard: Shard) -> Receipt:
+        compute_alone()
         self.model.flights[threading.get_ident()] = Flight(shard.name)
         try:
             receipt = self.work.process(self.model, shard)
@@ -251,9 +89,19 @@ def _read_task(collection: Collection, shard: Shard, how: Preprocess, batch_size
     yield from read_batches(collection, shard, how, batch_size)
 
 
+def _ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """Each is read while the one before it is worked on."""
+    with ThreadPoolExecutor(1, "reader") as thread:
+        coming = thread.submit(next, batches, None)
+        while (batch := coming.result()) is not None:
+            coming = thread.submit(next, batches, None)
+            yield batch
+
+
 @dataclass(frozen=True)
 class Reader:
-    """How a shard's images come to the actor: read and decoded by streaming CPU tasks, or in the actor's own thread."""
+    """How a shard's images come to the actor, which has the next while it works on these: read and decoded by streaming
+    CPU tasks, or in a thread of its own."""
 
     collection: Collection
     how: Preprocess
@@ -262,7 +110,7 @@ class Reader:
 
     def batches(self, shard: Shard) -> Iterator[Batch]:
         if not self.by_tasks:
-            yield from read_batches(self.collection, shard, self.how, self.batch_size)
+            yield from _ahead(read_batches(self.collection, shard, self.how, self.batch_size))
             return
         task = _read_task.options(name=f"read {shard.name}")
         for ref in task.remote(self.collection, shard, self.how, self.batch_size):

@@ -11,7 +11,8 @@ import torch
 
 from model.checkpoint import Checkpoint
 from model.schedule import ladder
-from pipeline.actors import Model, Receipt, stopwatch
+from pipeline.actors import Receipt
+from pipeline.device import Model, stopwatch
 from pipeline.errors import RunError
 from pipeline.records import Shard
 from pipeline.run import Failure, Resources, run_shards

@@ -8,7 +8,8 @@ import numpy as np
 import pyarrow as pa
 
 from model.schedule import Ladder
-from pipeline.actors import Model, Receipt, stopwatch
+from pipeline.actors import Receipt
+from pipeline.device import Model, stopwatch
 from pipeline.latents import ShardWriter, tensor_array
 from pipeline.metrics import to_pixels
 from pipeline.pictures import png

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from model.interpolate import lerp, slerp
 from model.schedule import Ladder
-from pipeline.actors import Model, Receipt, stopwatch
+from pipeline.actors import Receipt
+from pipeline.device import Model, stopwatch
 from pipeline.generate import IMAGES
 from pipeline.latents import ShardWriter, check_made, read_latents
 from pipeline.metrics import to_pixels

@@ -11,8 +11,8 @@ from torch import Tensor
 from model.checkpoint import Checkpoint
 from model.engine import FLOAT32, Execution
 from model.schedule import Ladder
-from pipeline.actors import Model
 from pipeline.calibration import decode_noise
+from pipeline.device import Model
 from pipeline.metrics import round_trip_error, to_model
 from pipeline.run import Resources
 

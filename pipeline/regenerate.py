@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from model.schedule import Ladder
-from pipeline.actors import Model, Receipt, noise_index, stopwatch
+from pipeline.actors import Receipt, noise_index
+from pipeline.device import Model, stopwatch
 from pipeline.generate import IMAGES
 from pipeline.latents import ShardWriter, check_made, committed, read_latents
 from pipeline.metrics import round_trip_error, to_pixels

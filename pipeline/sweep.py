@@ -16,7 +16,8 @@ from torch import Tensor
 from model.ddim import sample_noise
 from model.inversion import evaluations
 from model.schedule import Ladder
-from pipeline.actors import Model, Reader, Receipt, measure, noise_index, stopwatch
+from pipeline.actors import Reader, Receipt, measure, noise_index
+from pipeline.device import Model, stopwatch
 from pipeline.latents import ShardWriter, committed, shard_metadata
 from pipeline.metrics import moments, statistics, to_model
 from pipeline.records import Image, Shard

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from model import checkpoint
-from pipeline.actors import Model
 from pipeline.decode import Preprocess
+from pipeline.device import Model
 from pipeline.encoded import execution_of
 from pipeline.latents import LATENTS
 from pipeline.metrics import round_trip_error, to_model

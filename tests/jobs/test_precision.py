@@ -10,8 +10,8 @@ import torch
 
 import palindrome as interface
 from model.engine import Execution
-from pipeline.actors import Model
 from pipeline.decode import Preprocess, decode
+from pipeline.device import Model
 from pipeline.ladders import resolve
 
 BUNDLED = Path(__file__).parents[2] / "checkpoints/cifar10-32"

@@ -1,144 +1,42 @@
-"""What holds the model: batches that do not fit, and the clock. Shards are worked on in tests/jobs."""
+"""How batches come to the actor. Shards are worked on in tests/jobs."""
 
 import threading
-from dataclasses import dataclass
 
 import pytest
-import torch
 
-from model.checkpoint import Checkpoint
-from model.ddim import invert, sample
-from model.schedule import NoiseSchedule, ladder
-from pipeline.actors import Model
-
-LEVELS = ladder("linear", 4)
+from pipeline.actors import _ahead
 
 
-class Tight(torch.nn.Module):
-    """A network of one multiplication, on a device that has room for `room` images."""
+def test_the_next_batch_is_read_while_one_is_worked_on():
+    reading = [threading.Event() for _ in range(4)]
 
-    def __init__(self, room):
-        super().__init__()
-        self.room, self.batches = room, []
+    def batches():
+        for i, event in enumerate(reading):
+            event.set()
+            yield i
 
-    def forward(self, x, timestep):
-        if len(x) > self.room:
-            raise torch.OutOfMemoryError(f"{len(x)} images do not fit")
-        self.batches.append(len(x))
-        return x.sin() * (1 + timestep / 1000)
-
-
-@dataclass(frozen=True)
-class TightCheckpoint(Checkpoint):
-    room: int = 1
-
-    def engine(self, device, execution):
-        return Tight(self.room)
-
-
-def model(room):
-    return Model(TightCheckpoint(None, {}, NoiseSchedule(), room=room), threads=1)
-
-
-@pytest.fixture
-def x():
-    return torch.randn(13, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture(autouse=True)
-def threads():
-    """Model sets torch's threads for the process it is in."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.parametrize("room", [1, 2, 3, 5, 12])
-def test_a_batch_that_does_not_fit_is_halved_until_it_does(x, room):
-    tight = model(room)
-    latents = tight.encode(x, LEVELS)[0]
-    assert torch.equal(latents, model(100).encode(x, LEVELS)[0])
-    assert torch.equal(tight.decode(latents, LEVELS), model(100).decode(latents, LEVELS))
-    assert max(tight.network.batches) <= room
-
-
-def test_the_size_that_fits_is_kept(x):
-    tight = model(3)
-    tight.encode(x, LEVELS)[0]
-    assert tight.largest == 3
-    tight.network.batches.clear()
-    tight.network.room = 100  # one that asked for more would get it now
-    tight.encode(x, LEVELS)[0]
-    assert set(tight.network.batches) == {3, 1}
-
-
-def test_a_batch_that_fits_is_not_cut(x):
-    roomy = model(13)
-    roomy.encode(x, LEVELS)[0]
-    assert set(roomy.network.batches) == {13}
-
-
-def test_one_image_that_does_not_fit_raises(x):
-    with pytest.raises(torch.OutOfMemoryError):
-        model(0).encode(x, LEVELS)[0]
-
-
-def test_other_errors_are_not_taken_for_memory(x):
-    broken = model(100)
-    broken.network.register_forward_hook(lambda network, inputs, output: output @ torch.zeros(7, 7))
-    with pytest.raises(RuntimeError, match="shape"):
-        broken.encode(x, LEVELS)[0]
-    assert broken.largest > 100
-
-
-def test_a_failure_leaves_the_device_free(x):
-    tight = model(0)
-    with pytest.raises(torch.OutOfMemoryError):
-        tight.encode(x, LEVELS)[0]
-    tight.network.room = 100
-    assert tight.encode(x[:1], LEVELS)[0].shape == (1, 3, 4, 4)
-
-
-def test_encode_and_decode_are_ddim(tiny):
-    x = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    held, network = Model(tiny, threads=1), tiny.network()
-    latents = held.encode(x, LEVELS)[0]
-    torch.testing.assert_close(latents, invert(network, x, LEVELS, tiny.schedule), rtol=1e-3, atol=1e-3)
-    again = sample(network, latents, LEVELS, tiny.schedule)
-    torch.testing.assert_close(held.decode(latents, LEVELS), again, rtol=1e-3, atol=1e-3)
-
-
-def test_the_prediction_type_is_the_checkpoints(x):
-    as_epsilon = model(100).encode(x, LEVELS)[0]
-    as_v = Model(TightCheckpoint(None, {}, NoiseSchedule(), "v_prediction", room=100), 1).encode(x, LEVELS)[0]
-    assert not torch.allclose(as_epsilon, as_v)
-
-
-def test_the_device_takes_one_batch_at_a_time_from_two_threads(x):
-    shared, overlap, inside = model(100), [], threading.Semaphore()
-    enter = lambda *_: overlap.append(not inside.acquire(blocking=False))  # noqa: E731
-    shared.network.register_forward_pre_hook(enter)
-    shared.network.register_forward_hook(lambda *_: inside.release())
-    expected = model(100).encode(x, LEVELS)[0]
     found = []
-    threads = [threading.Thread(target=lambda: found.append(shared.encode(x, LEVELS)[0])) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not any(overlap)
-    assert len(found) == 8 and all(torch.equal(each, expected) for each in found)
+    for i in _ahead(batches()):
+        found.append(i)
+        assert all(event.wait(10) for event in reading[: i + 2])  # nobody has asked for it yet
+        assert not any(event.is_set() for event in reading[i + 3 :])
+    assert found == [0, 1, 2, 3]
 
 
-def test_the_clock_counts_the_thread_that_asks(x):
-    shared, seconds = model(100), []
+def test_what_reading_raises_comes_after_the_batches_before_it():
+    def batches():
+        yield 1
+        raise OSError("the disk is gone")
 
-    def work():
-        shared.encode(x, LEVELS)[0]
-        seconds.append(shared.clock.seconds)
+    coming = _ahead(batches())
+    assert next(coming) == 1
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(coming)
 
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    assert seconds[0] > 0
-    assert shared.clock.seconds == 0
+
+def test_who_stops_early_leaves_no_thread_behind():
+    before = threading.active_count()
+    coming = _ahead(iter(range(100)))
+    assert next(coming) == 0
+    coming.close()
+    assert threading.active_count() == before

@@ -9,8 +9,8 @@ import torch
 from model import checkpoint
 from model.engine import Execution
 from pipeline import precision
-from pipeline.actors import Model
 from pipeline.decode import Preprocess
+from pipeline.device import Model
 from pipeline.ladders import resolve
 from pipeline.metrics import round_trip_error, to_model
 from pipeline.precision import RoundTrip, _trial
