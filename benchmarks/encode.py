@@ -1,30 +1,38 @@
 """A collection encoded by the paper's inversion: `palindrome encode` against scripts on diffusers, and a bare loop.
 
 python -m benchmarks.encode [--model DIR] [--images FILE.parquet] [--limit 512] [--steps 20] [--precision bfloat16]
-                            [--contenders script ray_data palindrome loop]
+                            [--contenders script ray_data palindrome standing loop lanes]
 
 One after the other in one run, each a process of its own that counts from its start to its end, imports and Ray's start
 included. `script` is benchmarks.diffusers_encode: UNet2DModel and DDIMInverseScheduler, float32, eager; `ray_data` the
-same under Ray Data's map_batches; `loop` our engine, in that precision, over images in memory, without Ray or files:
-its images/s count the loop alone, and its whole process is `loop_process`. All take as many evaluations of the network
-a picture. `error` is the mean squared error (pixels in [0, 1]) of the latents decoded by DDIM on the same levels, in
-float32. Prints one JSON object.
+same under Ray Data's map_batches; `palindrome` starts its own Ray and ends it, `standing` finds one that is up, as on a
+cluster. `loop` is our engine, in that precision, over images in memory, without Ray or files, torch's threads sharing
+each layer; `lanes` is the same with the threads of our actors, each with its part of a batch. Their images/s count the
+loop alone; `loop_process` and `lanes_process` are the whole processes, as of the others. All take as many evaluations
+of the network a picture. `error` is the mean squared error (pixels in [0, 1]) of the latents decoded by DDIM on the
+same levels, in float32. Prints one JSON object.
 """
 
 import argparse
 import json
+import logging
+import os
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+import ray
 import torch
 from torch import Tensor
 
+import infra.cluster  # noqa: F401, sets Ray up before it is started
 from model import checkpoint
 from model.engine import PRECISIONS, Execution
 from model.schedule import ladder
@@ -36,7 +44,8 @@ from pipeline.sources import open_collection
 from pipeline.storage import absolute
 
 ROOT = Path(__file__).parent.parent
-CONTENDERS = ("script", "ray_data", "palindrome", "loop")
+CONTENDERS = ("script", "ray_data", "palindrome", "standing", "loop", "lanes")
+OURS, LOOPS = ("palindrome", "standing"), ("loop", "lanes")
 BATCH = 64
 
 
@@ -48,7 +57,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--precision", choices=("auto", *PRECISIONS), default="bfloat16")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
-    parser.add_argument("--loop", action="store_true", help=argparse.SUPPRESS)  # this process is the loop
+    parser.add_argument("--loop", choices=LOOPS, help=argparse.SUPPRESS)  # this process is it
     args = parser.parse_args()
     if args.loop:
         print(json.dumps(loop(args)))
@@ -58,32 +67,50 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name in args.contenders:
             out = Path(folder, name)
-            started = time.monotonic()
-            said = subprocess.run(command(name, args, out), cwd=ROOT, check=True, stdout=subprocess.PIPE).stdout
-            seconds = time.monotonic() - started
+            with cluster() if name == "standing" else nullcontext({}) as environment:
+                started = time.monotonic()
+                said = run(command(name, args, out), environment)
+                seconds = time.monotonic() - started
             found[name] = {"seconds": seconds, "images_per_second": len(x) / seconds}
-            if name == "loop":
+            if name in LOOPS:
                 found[name + "_process"] = found[name]
                 found[name] = json.loads(said.splitlines()[-1])
-            elif name == "palindrome":
+                continue
+            found[name]["error"] = error_of(out, x, args)
+            if name in OURS:
                 found[name]["precision"] = json.loads((out / "run.json").read_text())["precision"]
-            if name != "loop":
-                found[name]["error"] = error_of(out, x, args)
+    others = [name for name in found if name not in OURS]
     ratios = {
-        f"{one} / {other}": found[one]["images_per_second"] / found[other]["images_per_second"]
-        for one, other in (("palindrome", "script"), ("palindrome", "ray_data"), ("palindrome", "loop"))
-        if one in found and other in found
+        f"{ours} / {other}": found[ours]["images_per_second"] / found[other]["images_per_second"]
+        for ours in OURS
+        for other in others
+        if ours in found
     }
     about = {"model": Path(args.model).name, "images": len(x), "steps": args.steps, "batch": BATCH}
     print(json.dumps({**about, **found, "ratios": ratios}, indent=2))
 
 
+@contextmanager
+def cluster() -> Iterator[dict[str, str]]:
+    """A Ray that is up: what a command's environment says of it."""
+    ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    try:
+        yield {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    finally:
+        ray.shutdown()
+
+
+def run(command: list[str], environment: dict[str, str]) -> bytes:
+    """What it printed."""
+    return subprocess.run(command, cwd=ROOT, env=os.environ | environment, check=True, stdout=subprocess.PIPE).stdout
+
+
 def command(name: str, args: argparse.Namespace, out: Path) -> list[str]:
     python = [sys.executable, "-m"]
     common = ["--images", args.images, "--model", args.model, "--steps", str(args.steps), "--limit", str(args.limit)]
-    if name == "loop":
-        return [*python, "benchmarks.encode", "--loop", *common, "--precision", args.precision]
-    if name == "palindrome":
+    if name in LOOPS:
+        return [*python, "benchmarks.encode", "--loop", name, *common, "--precision", args.precision]
+    if name in OURS:
         plain = ["--ladder", "linear", "--corrections", "0", "--batch-size", str(BATCH), "--precision", args.precision]
         return [*python, "jobs", "encode", *common, *plain, "--out", str(out)]
     flags = ["--ray-data"] if name == "ray_data" else []
@@ -100,7 +127,8 @@ def pictures(args: argparse.Namespace) -> Tensor:
 def loop(args: argparse.Namespace) -> dict[str, float]:
     loaded = checkpoint.load(absolute(args.model))
     precision = "float32" if args.precision == "auto" else args.precision
-    model, x = Model(loaded, execution=Execution(precision)), pictures(args)
+    threads = torch.get_num_threads() if args.loop == "lanes" else None
+    model, x = Model(loaded, threads, execution=Execution(precision)), pictures(args)
     levels = ladder("linear", args.steps, loaded.schedule.num_train_timesteps)
     started = time.monotonic()
     for batch in x.split(BATCH):

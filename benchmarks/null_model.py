@@ -7,13 +7,13 @@ Both read the same files of this machine's disk and write, of each image, its na
 in one Ray with a CPU for each core. `seconds` are from the call to the last file, with what each side starts in it;
 Ray's own start is not in them. They take turns, every second round the other way round, and the best of each one's
 rounds counts. `cpu_seconds` are those that all processes of this Ray compute meanwhile: where others use the machine,
-they tell more than what passes. The network's zeros leave of a picture 256 values of float, which compress better than
-latents do, and best as the dictionary that Ray Data's Parquet makes of them.
+they tell more than what passes. The network of nothing says the same noise of every image, so that what is written has
+as many different values as latents have, and compresses no better.
 
-palindrome: the run of `encode`, with a network of nothing and a ladder of one step. It recognises and lists the
+palindrome: the run of `encode`, with that network and a ladder of one step. It recognises and lists the
 collection, writes a plan, reads, hashes, checks and decodes each file, crops, resizes by Lanczos, and takes the step;
 rows have width, height and hash besides; Parquet is compressed by zstd, with checksums, and synced to the disk.
-ray: read_images(size=..., mode="RGB", include_paths=True), map_batches that makes the floats, write_parquet; all else
+ray: read_images(size=..., mode="RGB", include_paths=True), map_batches to the same floats, write_parquet; all else
 is left at what Ray Data sets: no hash, no crop, bilinear where a file has another size, Parquet compressed by snappy.
 
 Files of the pictures' own size, 32 pixels, are those of the Parquet file as they are, by turns. Of other sizes they are
@@ -39,7 +39,19 @@ import ray
 from ray.data import DataContext
 
 from benchmarks.decoding import make_pictures
-from benchmarks.nulls import ROOT, cpu_meter, encode_work, local_ray, null_checkpoint, pictures_of, write_files
+from benchmarks.nulls import (
+    ROOT,
+    STEP,
+    cpu_meter,
+    encode_work,
+    local_ray,
+    null_checkpoint,
+    null_epsilon,
+    pictures_of,
+    write_files,
+)  # fmt: skip
+from model.ddim import coefficients
+from model.schedule import NoiseSchedule
 from pipeline.actors import Receipt
 from pipeline.plan import read_plan
 from pipeline.run import fit, run_shards
@@ -136,8 +148,10 @@ def ray_data(files: Path, size: int, dtype: str, out: Path) -> None:
 
 
 def to_floats(batch: dict[str, np.ndarray], dtype: str) -> dict[str, np.ndarray]:
-    """Pixels [B, H, W, C] -> what a model would take, [B, C, H, W] in [-1, 1]."""
+    """Pixels [B, H, W, C] -> [B, C, H, W] in [-1, 1], and the step that the null network takes, eq. 12."""
     x = batch["image"].transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1
+    scale, gain = coefficients(*map(NoiseSchedule().alpha_bar, STEP))
+    x = np.float32(scale) * x + np.float32(gain) * null_epsilon(*x.shape[1:])
     return {"path": batch["path"], "latent": np.ascontiguousarray(x, dtype)}
 
 

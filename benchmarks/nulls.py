@@ -7,9 +7,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import ray
 import torch
@@ -18,7 +20,7 @@ from torch import Tensor
 import infra.cluster  # noqa: F401, sets Ray up before it is started
 from model.checkpoint import Checkpoint
 from model.engine import FLOAT32, Execution
-from model.schedule import Ladder, NoiseSchedule
+from model.schedule import CLEAN, Ladder, NoiseSchedule
 from pipeline.actors import Encode, Reader
 from pipeline.decode import Preprocess
 from pipeline.plan import Totals, write_plan
@@ -28,11 +30,19 @@ from pipeline.storage import Folder
 
 ROOT = Path(__file__).parent.parent
 TICKS = os.sysconf("SC_CLK_TCK")
+STEP = (CLEAN, 0)  # the ladder of a single step
 LOOK = 0.2  # seconds between two looks at what the processes have computed
 
 
+@cache
+def null_epsilon(*shape: int) -> np.ndarray:
+    """What a null network says of every image, float32: noise, since what a pipeline writes are as many different
+    numbers as latents have."""
+    return np.random.default_rng(0).standard_normal(shape, np.float32)
+
+
 class NullNetwork(torch.nn.Module):
-    """Epsilon is 0, after so many seconds an evaluation."""
+    """Epsilon is the same for all, after so many seconds an evaluation."""
 
     def __init__(self, sleep: float = 0.0) -> None:
         super().__init__()
@@ -41,7 +51,7 @@ class NullNetwork(torch.nn.Module):
     def forward(self, x: Tensor, timestep: int) -> Tensor:
         if self.sleep:
             time.sleep(self.sleep)
-        return torch.zeros_like(x)
+        return torch.from_numpy(null_epsilon(*x.shape[1:])).expand_as(x)
 
 
 @dataclass(frozen=True)
@@ -82,7 +92,7 @@ def pictures_of(parquet: str) -> list[tuple[bytes, str]]:
 
 def encode_work(
     files: Path, size: int, out: Path, resources: Resources, *, shard_size: int, batch_size: int, dtype: str,
-    levels: Ladder = (-1, 0),
+    levels: Ladder = STEP,
 ) -> tuple[Encode, Totals]:  # fmt: skip
     """What `palindrome encode` does before its run: the files recognised, listed and planned; and the run's work."""
     collection, run = open_collection(str(files)), Folder(str(out))

@@ -179,8 +179,11 @@ def _in_words(tried: dict[str, dict[str, Any]]) -> str:
     """A trial's figures."""
     words = []
     for precision, figures in tried.items():
-        error = f", round-trip error {figures['round_trip']:.3g}" if "round_trip" in figures else ""
-        words.append(f"{precision}: {figures['per_second']:,.0f} network evaluations a second{error}")
+        said = f"{precision}: {figures['per_second']:,.0f} network evaluations a second"
+        if "round_trip" in figures:
+            error = figures["round_trip"]
+            said += ", its round trips fail" if error is None else f", round-trip error {error:.3g}"
+        words.append(said)
     return "; ".join(words)
 
 

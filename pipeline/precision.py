@@ -1,6 +1,7 @@
 """Which precision a run's network computes in: the fastest whose round trips are as good as float32's, by trial."""
 
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,7 @@ def try_precisions(
 ) -> dict[str, Any]:
     """`precision` is the fastest that is as good as float32 on images, uint8 [N, H, W, C]; `tried` says by precision
     the network evaluations a second, `per_second`, and of those that are fast enough the mean error on so many `images`
-    of the round trip, and of the latents decoded by float32, as anyone may."""
+    of the round trip, and of the latents decoded by float32, as anyone may; None is no number."""
     task = ray.remote(_trial).options(**resources.takes)
     return dict(ray.get(task.remote(checkpoint, pixels, how, batch_size, resources.threads)))
 
@@ -74,8 +75,14 @@ def _trial(
             if not all(tried[precision][name] <= most for name in ("round_trip", "decoded_by_float32")):  # NaN is not
                 break
         else:
-            return {"precision": precision, "tried": tried}
-    return {"precision": exact, "tried": tried}
+            return _found(precision, tried)
+    return _found(exact, tried)
+
+
+def _found(precision: str, tried: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """As JSON can say it: an error that is no number, as of latents that overflow, is None."""
+    told = {p: {k: v if isfinite(v) else None for k, v in figures.items()} for p, figures in tried.items()}
+    return {"precision": precision, "tried": told}
 
 
 def _per_second(model: Model, batch_size: int) -> float:
