@@ -47,12 +47,8 @@ class _Clock(threading.local):
 def _keep_memory(threads: int) -> None:
     """Has glibc keep what a layer's activations took for the next layer's, of so many threads that compute: to give it
     back to the system and take it again, page by page, costs a CPU up to a fifth of its time."""
-    settings = {
-        -8: threads,
-        -3: 32 << 20,
-        -1: 2**31 - 1,
-        -2: 256 << 20,
-    }  # M_ARENA_MAX, M_MMAP_THRESHOLD, _TRIM_, M_TOP_PAD
+    arenas, mmap_threshold, trim_threshold, top_pad = -8, -3, -1, -2  # M_ARENA_MAX and so on, of malloc.h
+    settings = {arenas: threads, mmap_threshold: 32 << 20, trim_threshold: 2**31 - 1, top_pad: 256 << 20}
     with suppress(OSError, AttributeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
         for parameter, value in settings.items():
@@ -62,11 +58,12 @@ def _keep_memory(threads: int) -> None:
 class _Lanes:
     """Threads of a CPU that walk along the ladder side by side, each with its part of a batch, and with as many threads
     more as are left. Parts with a thread each wait for each other once a batch; threads that share each layer, after
-    each layer."""
+    each layer. The thread that asks computes alone from then on."""
 
     def __init__(self, threads: int, most: int) -> None:
         self.count = min(threads, most)
         sys.setswitchinterval(SWITCH)
+        compute_alone()
         self._pool = ThreadPoolExecutor(self.count, "lane", _compute_with, (threads // self.count,))
 
     def __call__(self, walk: Callable[[Tensor], tuple[Tensor, ...]], batch: Tensor) -> tuple[Tensor, ...]:
@@ -106,15 +103,11 @@ class Model:
         meters: Meters | None = None,
         execution: Execution = FLOAT32,
     ) -> None:
-        if torch.cuda.is_available():
-            device = "cuda"
-        else:
-            device = "cpu"
-            _keep_memory(MOST_LANES + 1)
-        self.lanes = None
-        if threads and device == "cpu":
-            self.lanes = _Lanes(threads, 1 if execution.compiled else MOST_LANES)
-            compute_alone()
+        device, self.lanes = "cuda" if torch.cuda.is_available() else "cpu", None
+        if device == "cpu":
+            if threads:
+                self.lanes = _Lanes(threads, 1 if execution.compiled else MOST_LANES)
+            _keep_memory(self.lanes.count + 1 if self.lanes else 1)
         self.network = checkpoint.engine(device, execution)
         self.checkpoint, self.device = checkpoint, torch.device(device)
         self.lock = threading.Lock()  # shards overlap in this process, and the device takes one batch at a time
