@@ -55,7 +55,8 @@ def expected(forms, palindrome, model, tmp_path_factory, read_run):
 
 
 def encode(palindrome, model, images, out, *flags):
-    settings = ["--steps", 2, "--corrections", 1, "--shard-size", SHARD, "--batch-size", 50]
+    how = ["--steps", 2, "--corrections", 1, "--precision", "float32"]  # `auto` would take what is faster at the moment
+    settings = [*how, "--shard-size", SHARD, "--batch-size", 50]
     said = palindrome("encode", "--images", images, "--model", model, "--out", out, *settings, *flags)
     assert said.code == 0, said.err
     assert f"{COUNT} latents and 0 rejects" in said.out
