@@ -49,7 +49,7 @@ from benchmarks.nulls import (
     null_epsilon,
     pictures_of,
     write_files,
-)  # fmt: skip
+)
 from model.ddim import coefficients
 from model.schedule import NoiseSchedule
 from pipeline.actors import Receipt
