@@ -15,7 +15,6 @@ same levels, in float32. Prints one JSON object.
 
 import argparse
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -32,7 +31,7 @@ import ray
 import torch
 from torch import Tensor
 
-import infra.cluster  # noqa: F401, sets Ray up before it is started
+from benchmarks.nulls import local_ray
 from model import checkpoint
 from model.engine import PRECISIONS, Execution
 from model.schedule import ladder
@@ -93,11 +92,8 @@ def main() -> None:
 @contextmanager
 def cluster() -> Iterator[dict[str, str]]:
     """A Ray that is up: what a command's environment says of it."""
-    ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-    try:
+    with local_ray(os.cpu_count() or 1):
         yield {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
-    finally:
-        ray.shutdown()
 
 
 def run(command: list[str], environment: dict[str, str]) -> bytes:
