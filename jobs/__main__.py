@@ -1,5 +1,7 @@
 """The command line: `palindrome JOB --flags`, or `python -m jobs JOB --flags`."""
 
+import atexit
+import gc
 import importlib
 import os
 import signal
@@ -26,6 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     argv = sys.argv[1:] if arguments is None else arguments
     if arguments is None:
         _hide_options(argv)
+        atexit.register(gc.freeze)  # all goes now: no rings need be found
     try:
         as_json = logs_json(argv, sys.stdout.isatty())
     except ConfigError as e:

@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import Any, NoReturn
 
 from jobs.config import ConfigError, LogOptions, Options, StorageOptions, add_arguments, from_arguments
+from pipeline.lasting import lasting
 from pipeline.log import say
 
 JOBS = {
@@ -61,7 +62,8 @@ def parse(argv: Sequence[str]) -> Command:
     for name, summary in JOBS.items():
         sub = jobs.add_parser(name, help=summary, allow_abbrev=False)
         if name in words:  # a job's module is imported only to run it or to show its help
-            module = importlib.import_module(f"jobs.{name}")
+            with lasting():
+                module = importlib.import_module(f"jobs.{name}")
             config = getattr(module, f"{name.capitalize()}Config")
             sub.description = config.__doc__
             add_arguments(sub, config)
