@@ -24,7 +24,7 @@ from benchmarks.scale import _peak
 from infra.cluster import connect
 from model import checkpoint
 from model.engine import PRECISIONS, Execution
-from pipeline.actors import Encode, Reader, Receipt
+from pipeline.actors import Encode, Reader
 from pipeline.decode import Preprocess
 from pipeline.device import Model
 from pipeline.plan import read_plan, write_plan
@@ -32,6 +32,7 @@ from pipeline.records import Shard
 from pipeline.run import fit, run_shards
 from pipeline.sources import open_collection
 from pipeline.storage import Folder, absolute
+from pipeline.worker import Receipt
 
 ROOT = Path(__file__).parent.parent
 

@@ -52,9 +52,9 @@ from benchmarks.nulls import (
 )
 from model.ddim import coefficients
 from model.schedule import NoiseSchedule
-from pipeline.actors import Receipt
 from pipeline.plan import read_plan
 from pipeline.run import fit, run_shards
+from pipeline.worker import Receipt
 
 SIDE = 32  # of the pictures in the Parquet file
 

@@ -28,7 +28,7 @@ from PIL import Image
 from benchmarks.nulls import null_checkpoint
 from infra.cluster import connect
 from pipeline import plan
-from pipeline.actors import Encode, Reader, Receipt
+from pipeline.actors import Encode, Reader
 from pipeline.decode import Preprocess
 from pipeline.device import Model
 from pipeline.latents import committed
@@ -38,6 +38,7 @@ from pipeline.run import Resources, run_shards
 from pipeline.sources import PARQUET, Collection, open_collection
 from pipeline.storage import Folder
 from pipeline.summary import latents_summary
+from pipeline.worker import Receipt
 
 ROWS = 4000  # images a shard, of the simulated listing
 SIZE = 8  # pixels of a side, of the images that memory is measured with

@@ -1,12 +1,11 @@
-"""What runs where the model is: a shard in, a committed file out."""
+"""What a worker does with a shard of images: encode it, or reconstruct it; and how the images come to it."""
 
 import hashlib
 import re
-import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,19 +13,17 @@ import ray
 import torch
 from torch import Tensor
 
-from model.checkpoint import Checkpoint
-from model.engine import Execution
 from model.schedule import Ladder
 from pipeline.decode import Preprocess
-from pipeline.device import Flight, Model, compute_alone, stopwatch
+from pipeline.device import Model, stopwatch
 from pipeline.latents import ShardWriter, check_made, latent_rows, latent_writer, read_latents
-from pipeline.meters import Meters
 from pipeline.metrics import psnr, round_trip_error, to_model, to_pixels
 from pipeline.pictures import png
 from pipeline.read import Batch, read_batches
 from pipeline.records import ERROR_SCHEMA, Image, Shard, latent_schema
 from pipeline.sources import Collection
 from pipeline.storage import Folder
+from pipeline.worker import Receipt
 
 RECONSTRUCTIONS = "reconstructions"
 STRICTER = (1e-4, 1e-6)  # tolerances of the further tries of an image that is to come back to the bit
@@ -34,54 +31,9 @@ MOST_CORRECTIONS = 50  # a step, in those
 READ_AHEAD = 2  # batches that a reader may be ahead of the device
 
 
-@dataclass(frozen=True)
-class Receipt:
-    """What the driver learns of a committed shard: counts, seconds, bytes written."""
-
-    shard: str
-    images: int
-    rejects: int
-    seconds: float
-    device_seconds: float
-    bytes: int
-
-
 def noise_index(name: str) -> int:
     """The index of the noise of what is named so: from the name alone, as no shard or batch may change it."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
-
-
-class Work(Protocol):
-    """What a job does with one shard."""
-
-    def process(self, model: "Model", shard: Shard) -> Receipt: ...
-
-
-class ShardActor:
-    """The Ray actor of every job: holds the model, works on a shard or two at a time."""
-
-    def __init__(self, work: Work, checkpoint: Checkpoint, threads: int | None, execution: Execution) -> None:
-        self.meters = Meters(type(work).__name__.lower())
-        self.work, self.model = work, Model(checkpoint, threads, self.meters, execution)
-
-    def ready(self) -> None:
-        """Returns once the constructor has."""
-
-    def process(self, shard: Shard) -> Receipt:
-        compute_alone()
-        self.model.flights[threading.get_ident()] = Flight(shard.name)
-        try:
-            receipt = self.work.process(self.model, shard)
-            self.meters.shard(receipt.rejects, receipt.bytes)
-            return receipt
-        finally:
-            del self.model.flights[threading.get_ident()]
-
-    def in_flight(self) -> list[Flight]:
-        """How far the shards are that are not done."""
-        flights = list(self.model.flights.values())
-        events = sum(flight.events for flight in flights)
-        return [replace(flight, events=events if flight.queued else flight.events) for flight in flights]
 
 
 @ray.remote(num_cpus=1, num_returns="streaming", max_retries=3, _generator_backpressure_num_objects=READ_AHEAD)

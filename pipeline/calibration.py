@@ -11,12 +11,12 @@ import torch
 
 from model.checkpoint import Checkpoint
 from model.schedule import ladder
-from pipeline.actors import Receipt
 from pipeline.device import Model, stopwatch
 from pipeline.errors import RunError
 from pipeline.records import Shard
 from pipeline.run import Failure, Resources, run_shards
 from pipeline.storage import Folder, file_at
+from pipeline.worker import Receipt
 
 SECONDS = 6.0  # of measurement, after one batch that is not counted
 STEPS = 4  # a batch goes in and comes out that often, as in a run

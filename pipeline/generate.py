@@ -8,13 +8,13 @@ import numpy as np
 import pyarrow as pa
 
 from model.schedule import Ladder
-from pipeline.actors import Receipt
 from pipeline.device import Model, stopwatch
 from pipeline.latents import ShardWriter, tensor_array
 from pipeline.metrics import to_pixels
 from pipeline.pictures import png
 from pipeline.records import DTYPES, Piece, Shard
 from pipeline.storage import Folder
+from pipeline.worker import Receipt
 
 IMAGES = "images"
 KIND = "samples"  # of the plan's shards

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from model.interpolate import lerp, slerp
 from model.schedule import Ladder
-from pipeline.actors import Receipt
 from pipeline.device import Model, stopwatch
 from pipeline.generate import IMAGES
 from pipeline.latents import ShardWriter, check_made, read_latents
@@ -21,6 +20,7 @@ from pipeline.pictures import png
 from pipeline.records import REASONS, Piece, Reject, Shard
 from pipeline.selection import Selection
 from pipeline.storage import Folder
+from pipeline.worker import Receipt
 
 METHODS = {"slerp": slerp, "linear": lerp}
 

@@ -8,11 +8,11 @@ from contextlib import closing
 from dataclasses import dataclass
 
 from pipeline import interrupt
-from pipeline.actors import Receipt
 from pipeline.log import say
 from pipeline.plan import Totals
 from pipeline.run import Failure, Pulse
 from pipeline.state import duration
+from pipeline.worker import Receipt
 
 EVERY = 10.0  # seconds between lines where there is no terminal
 

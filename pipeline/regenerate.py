@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from model.schedule import Ladder
-from pipeline.actors import Receipt, noise_index
+from pipeline.actors import noise_index
 from pipeline.device import Model, stopwatch
 from pipeline.generate import IMAGES
 from pipeline.latents import ShardWriter, check_made, committed, read_latents
@@ -24,6 +24,7 @@ from pipeline.pictures import grid, pixels_of, png
 from pipeline.records import Shard
 from pipeline.selection import Selection
 from pipeline.storage import Folder
+from pipeline.worker import Receipt
 
 SHOWN = 12  # images in the report
 

@@ -12,10 +12,10 @@ from ray.exceptions import OutOfMemoryError, RayError, RayTaskError, Unserializa
 
 from model.checkpoint import Checkpoint
 from model.engine import FLOAT32, Execution
-from pipeline.actors import Receipt, ShardActor, Work
 from pipeline.errors import RunError, SettingError
 from pipeline.records import Shard
 from pipeline.room import actors_on, grows, nodes_up, refusal
+from pipeline.worker import Receipt, ShardActor, Work
 
 SHARDS_AN_ACTOR = 2  # the next shard is read while this one is on the device
 RETRIES = 2  # of a failing shard
@@ -105,7 +105,7 @@ class _Run:
     def __init__(
         self, work: Work, checkpoint: Checkpoint, shards: Iterator[Shard], resources: Resources, stall: float
     ) -> None:
-        self.work, self.checkpoint, self.resources = work, ray.put(checkpoint), resources
+        self.given, self.resources = ray.put((work, checkpoint, resources.threads, resources.execution)), resources
         self.shards, self.stall = shards, stall
         self.ahead: deque[Shard] = deque()  # read from the plan: enough to know how many actors there is work for
         self.retries: deque[Shard] = deque()
@@ -171,7 +171,7 @@ class _Run:
             time.sleep(BACKOFF * 2 ** (self.failed_starts - 1))
         options = {"max_restarts": 0, "max_concurrency": SHARDS_AN_ACTOR + 1, **self.resources.takes}
         actor = ray.remote(ShardActor).options(**options)
-        handle = actor.remote(self.work, self.checkpoint, self.resources.threads, self.resources.execution)
+        handle = actor.remote([self.given])
         self.actors.append(_Actor(handle, handle.ready.remote()))
 
     def _give(self, actor: _Actor, shard: Shard, alone: bool = False) -> None:

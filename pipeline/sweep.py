@@ -16,12 +16,13 @@ from torch import Tensor
 from model.ddim import sample_noise
 from model.inversion import evaluations
 from model.schedule import Ladder
-from pipeline.actors import Reader, Receipt, measure, noise_index
+from pipeline.actors import Reader, measure, noise_index
 from pipeline.device import Model, stopwatch
 from pipeline.latents import ShardWriter, committed, shard_metadata
 from pipeline.metrics import moments, statistics, to_model
 from pipeline.records import Image, Shard
 from pipeline.storage import Folder
+from pipeline.worker import Receipt
 
 SWEPT = "sweep"
 TABLE_2 = {10: 0.014, 20: 0.0065, 50: 0.0023, 100: 0.0009, 200: 0.0004, 500: 0.0001, 1000: 0.0001}  # by steps

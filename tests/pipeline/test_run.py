@@ -16,10 +16,10 @@ import ray
 import torch
 
 from pipeline import run as run_module
-from pipeline.actors import Receipt
 from pipeline.errors import RunError, SettingError
 from pipeline.records import Shard
 from pipeline.run import RETRIES, SHARDS_AN_ACTOR, Failure, Pulse, Resources, run_shards
+from pipeline.worker import Receipt
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's workers can't import a test module
 pytestmark = pytest.mark.usefixtures("ray_here")
@@ -276,7 +276,7 @@ os.environ |= {"RAY_memory_usage_threshold": str(threshold), "RAY_memory_monitor
 import ray, torch
 from dataclasses import dataclass
 from pipeline import run
-from pipeline.actors import Receipt
+from pipeline.worker import Receipt
 from pipeline.records import Shard
 
 @dataclass(frozen=True)
