@@ -240,6 +240,9 @@ class NewLocalFile:
     def commit(self) -> None:
         self.file.flush()
         os.fsync(self.file.fileno())
+        if self.file.tell() >= GROUP_BYTES and hasattr(os, "posix_fadvise"):
+            # On the disk by now. A run writes more than memory holds: kept there, it would push out what is read.
+            os.posix_fadvise(self.file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         os.replace(self.temporary, self.path)
         directory = os.open(os.path.dirname(self.path), os.O_RDONLY)
         try:
