@@ -54,7 +54,7 @@ def coefficients(alpha_from: float, alpha_to: float, sigma: float = 0.0) -> tupl
 def move(x: Tensor, epsilon: Tensor, alpha_from: float, alpha_to: float, sigma: float = 0.0) -> Tensor:
     """The deterministic part of eq. 12, in either direction along the ladder."""
     scale, gain = coefficients(alpha_from, alpha_to, sigma)
-    return torch.add(scale * x, epsilon, alpha=gain)
+    return (scale * x).add_(epsilon, alpha=gain)
 
 
 def sigma_eta(alpha_from: float, alpha_to: float, eta: float) -> float:

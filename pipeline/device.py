@@ -86,7 +86,8 @@ def compute_alone() -> None:
 
 
 def _joined(parts: Iterable[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    return tuple(torch.cat(results) for results in zip(*parts, strict=True))
+    first, *others = parts
+    return tuple(map(torch.cat, zip(first, *others, strict=True))) if others else first
 
 
 class Model:
