@@ -59,14 +59,19 @@ def store(request):
 
 @pytest.fixture(scope="session")
 def ray_here():
-    """One Ray on this machine for all tests, without GPUs; a job called in this process runs on it."""
+    """One Ray on this machine for all tests, without GPUs; a job called in this process runs on it. It leaves the port
+    that Ray's agent wants to those that commands start beside it, which would lose seconds in trying for it."""
     import ray
+    from ray.cluster_utils import Cluster
 
-    import infra.cluster  # noqa: F401, sets Ray up before it is imported
+    import infra.cluster  # noqa: F401, sets Ray up before it is started
 
-    ray.init(address="local", num_cpus=3, num_gpus=0, include_dashboard=False, log_to_driver=False)
+    head = {"num_cpus": 3, "num_gpus": 0, "object_store_memory": 2**30, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args={**head, "dashboard_agent_listen_port": 0})
+    ray.init(address=cluster.address, log_to_driver=False)
     yield
     ray.shutdown()
+    cluster.shutdown()
 
 
 @pytest.fixture(scope="session")
