@@ -9,15 +9,12 @@ from contextlib import contextmanager
 
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # CPU workers keep the environment as it is
 os.environ.setdefault("RAY_DEDUP_LOGS", "1")
+# A node's scheduler looks twenty times a second, not once, whether the object store that starts beside it is up.
+os.environ.setdefault("RAY_raylet_client_connect_timeout_milliseconds", "50")
+os.environ.setdefault("RAY_raylet_client_num_connect_attempts", "200")
 
 import ray
 from ray._private.worker import global_worker
-
-# A Ray of our own: its scheduler looks twenty times a second, not once, whether the object store beside it is up.
-LOCAL = {
-    "include_dashboard": False,
-    "_system_config": {"raylet_client_connect_timeout_milliseconds": 50, "raylet_client_num_connect_attempts": 200},
-}
 
 
 class ClusterError(ConnectionError):
@@ -34,7 +31,7 @@ def connect(address: str | None = None) -> Iterator[None]:
         yield
         return
     where = address or os.environ.get("RAY_ADDRESS") or "local"
-    local = LOCAL if where == "local" else {}
+    local = {"include_dashboard": False} if where == "local" else {}
     _answers(where)
     before = signal.getsignal(signal.SIGTERM)
     try:
@@ -46,7 +43,7 @@ def connect(address: str | None = None) -> Iterator[None]:
     try:
         yield
     finally:
-        if local:  # its autoscaler's monitor would take a second to end, after the server that it says goodbye to
+        if local and global_worker.node:  # the monitor, told to end after the server that it says goodbye to, takes 1 s
             global_worker.node.kill_monitor(check_alive=False)
         ray.shutdown()
 
