@@ -1,5 +1,7 @@
 """Objects put whole or not at all, on a disk, in memory and on S3, also when the writer is killed."""
 
+import ctypes
+import mmap
 import os
 import pickle
 import random
@@ -18,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
-from pipeline.storage import TEMPORARY, Folder, absolute, open_fs, using
+from pipeline.storage import GROUP_BYTES, TEMPORARY, Folder, absolute, open_fs, using
 
 ROOT = Path(__file__).parents[2]
 TABLE = pa.table({"id": ["a", "b", "c"], "n": [1, 2, 3], "bytes": [b"x", None, b""]})
@@ -120,6 +122,34 @@ def test_put_leaves_nothing_else_behind(tmp_path):
     folder.put("a", b"1")
     folder.put("a", b"2")
     assert os.listdir(tmp_path) == ["a"]
+
+
+def resident(path):
+    """The part of a file that is in the page cache."""
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as view:
+        pages = (ctypes.c_ubyte * -(-len(view) // mmap.PAGESIZE))()
+        start = ctypes.c_char.from_buffer(view)
+        where, size = ctypes.c_void_p(ctypes.addressof(start)), ctypes.c_size_t(len(view))
+        assert ctypes.CDLL(None).mincore(where, size, pages) == 0
+        del start
+    return sum(page & 1 for page in pages) / len(pages)
+
+
+def test_large_files_leave_the_page_cache_and_small_ones_stay(tmp_path):
+    large, small = os.urandom(GROUP_BYTES), os.urandom(1 << 20)
+    with open(tmp_path / "tried", "wb") as file:
+        file.write(large)
+        file.flush()
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if resident(tmp_path / "tried"):
+        pytest.skip("this file system is in memory")
+    folder = Folder(str(tmp_path))
+    folder.put("large", large)
+    folder.put("small", small)
+    assert resident(tmp_path / "large") < 0.01
+    assert resident(tmp_path / "small") == 1
+    assert folder.read("large") == large and folder.read("small") == small
 
 
 def test_failed_put_leaves_what_was_there(tmp_path):
