@@ -116,7 +116,7 @@ def run(config: EncodeConfig) -> int:
         worth = cost.images >= WORTH and not (done or exact)
         settle = partial(_precision, config, out, model, collection, how, tried if worth else None)
         with on_cluster(config, model, cost, config.decode, settle) as resources:
-            reader = Reader(collection, how, config.batch_size, resources.read_by_tasks)
+            reader = Reader(collection, how, resources.batch_size, resources.read_by_tasks)
             corrected = (levels, config.corrections, tolerance, exact)
             about = {**facts, "precision": resources.execution.precision}
             work = Encode(out, reader, *corrected, config.dtype, config.measure, about, config.retry_rejects)
@@ -169,7 +169,7 @@ def _precision(
         except ValueError:  # the first of them are all rejects
             pixels = None
         if pixels is not None:
-            found = try_precisions(model, pixels, tried, config.batch_size, resources)
+            found = try_precisions(model, pixels, tried, resources)
             print(f"precision: {found['precision']} ({_in_words(found['tried'])})", flush=True)
     note(out, **found)
     return str(found["precision"])

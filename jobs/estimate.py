@@ -12,11 +12,13 @@ from typing import TypeVar
 from infra.cluster import ClusterError, connect
 from jobs.config import ConfigError, OutOptions, Planned, ShardedConfig, blame
 from model.checkpoint import Checkpoint
+from pipeline.batch_size import try_batch_sizes
 from pipeline.calibration import Speed, measure, recall, record
 from pipeline.errors import SettingError
 from pipeline.latents import REJECTS
 from pipeline.manifest import NAME, read_manifest
 from pipeline.plan import Totals
+from pipeline.precision import WORTH
 from pipeline.run import Resources, fit
 from pipeline.state import FOLDERS, duration, size
 from pipeline.storage import Folder, absolute, file_at
@@ -75,9 +77,10 @@ def on_cluster(
     with blame("--address", ClusterError), connect(config.address):
         with blame("--workers", SettingError):
             resources = fit(config.workers, decode, config.gpus_per_worker, config.custom())
+        resources = replace(resources, batch_size=_batch_size(config, model, cost, resources))
         resources = replace(resources, execution=config.execution(encoded_in(resources)))
         if config.calibrate:
-            recorded = measure(model, config.batch_size, resources)
+            recorded = measure(model, resources.batch_size, resources)
             if config.calibration:
                 with blame("--calibration"):
                     record(config.calibration, model, recorded)
@@ -90,6 +93,18 @@ def on_cluster(
         if forecast:
             took = time.monotonic() - started
             print(f"estimated {duration(forecast)}, took {duration(took)}: {took / forecast - 1:+.0%}")
+
+
+def _batch_size(config: ShardedConfig, model: Checkpoint, cost: Cost, resources: Resources) -> int:
+    """As asked for; else by trial, where that pays. More than the default makes no CPU faster."""
+    if config.batch_size or not resources.gpus or cost.images < WORTH:
+        return config.batch_size or resources.batch_size
+    workers = min(resources.workers, cost.shards)
+    fast = config.execution("bfloat16")  # where the precision is open, the one that takes the most to keep a GPU busy
+    size, tried = try_batch_sizes(model, fast, cost.evaluations / workers, cost.images / cost.shards, resources)
+    speeds = "; ".join(f"{size}: {speed:,.0f} network evaluations a second" for size, speed in tried.items())
+    print(f"batch size: {size} ({speeds})", flush=True)
+    return size
 
 
 def _forecast(cost: Cost, speed: Speed, most: int, share: float = 1) -> float:

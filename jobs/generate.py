@@ -81,7 +81,7 @@ def run(config: GenerateConfig) -> int:
             how = {"eta": config.eta, "use_sigma_hat": config.sigma_hat, "clip": config.clip}
             dtype = None if config.latents == "none" else config.latents
             facts |= {"seed": config.seed, **how}
-            work = Generate(out, config.seed, levels, how, dtype, config.batch_size, facts)
+            work = Generate(out, config.seed, levels, how, dtype, resources.batch_size, facts)
             progress = Progress("generate", totals, totals.shards - left)
             failures = follow(progress, run_shards(work, model, todo, resources))
             out.clear_unfinished()

@@ -122,7 +122,7 @@ def run(config: InterpolateConfig) -> int:
         todo = (shard for shard in read_plan(out) if shard.name not in done)
         with on_cluster(config, model, cost, "actor", lambda _: encoded.get("precision")) as resources:
             about = {**facts, "method": config.method, "frames": config.frames}
-            work = Interpolate(out, latents, config.method, config.frames, levels, config.batch_size, about)
+            work = Interpolate(out, latents, config.method, config.frames, levels, resources.batch_size, about)
             progress = Progress("interpolate", totals, len(done))
             failures = follow(progress, run_shards(work, model, todo, resources))
             out.clear_unfinished()

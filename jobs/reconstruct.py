@@ -61,7 +61,7 @@ def run(config: ReconstructConfig) -> int:
         cost = Cost.of(totals, len(left), decoding, len(ladders) * model.config.values)
         todo = (shard for shard in read_plan(latents) if shard.name in left)
         with on_cluster(config, model, cost, config.decode, lambda _: encoded.get("precision")) as resources:
-            reader = Reader(collection, how, config.batch_size, resources.read_by_tasks)
+            reader = Reader(collection, how, resources.batch_size, resources.read_by_tasks)
             work = Reconstruct(out, latents, reader, ladders, {"model_digest": model.digest})
             failures = follow(Progress("reconstruct", totals, len(done)), run_shards(work, model, todo, resources))
             out.clear_unfinished()

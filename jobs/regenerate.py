@@ -75,7 +75,7 @@ def run(config: RegenerateConfig) -> int:
         with on_cluster(config, model, cost, "actor", lambda _: encoded.get("precision")) as resources:
             about = {**facts, **how, "seed": config.seed}
             noise = (config.variations, config.seed, how)
-            work = Regenerate(out, latents, which, ladders, *noise, config.batch_size, about)
+            work = Regenerate(out, latents, which, ladders, *noise, resources.batch_size, about)
             progress = Progress("regenerate", totals, len(done), alike=which == Selection())
             failures = follow(progress, run_shards(work, model, todo, resources))
             out.clear_unfinished()

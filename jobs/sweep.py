@@ -86,7 +86,7 @@ def run(config: SweepConfig) -> int:
         nfe = sum(setting.most_nfe for setting in settings) / len(settings)
         cost = Cost.of(totals, left, nfe, 0)
         with on_cluster(config, model, cost, config.decode) as resources:
-            reader = Reader(collection, how, config.batch_size, resources.read_by_tasks)
+            reader = Reader(collection, how, resources.batch_size, resources.read_by_tasks)
             seed = config.seed if config.recover_noise else None
             work = Sweep(out, reader, {s.name: s for s in settings}, seed, {"model_digest": model.digest})
             progress = Progress("sweep", totals, finished, alike=False)

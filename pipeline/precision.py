@@ -34,14 +34,12 @@ class RoundTrip:
     dtype: str
 
 
-def try_precisions(
-    checkpoint: Checkpoint, pixels: np.ndarray, how: RoundTrip, batch_size: int, resources: Resources
-) -> dict[str, Any]:
+def try_precisions(checkpoint: Checkpoint, pixels: np.ndarray, how: RoundTrip, resources: Resources) -> dict[str, Any]:
     """`precision` is the fastest that is as good as float32 on images, uint8 [N, H, W, C]; `tried` says by precision
     the network evaluations a second, `per_second`, and of those that are fast enough the mean error on so many `images`
     of the round trip, and of the latents decoded by float32, as anyone may; None is no number."""
     task = ray.remote(_trial).options(**resources.takes)
-    return dict(ray.get(task.remote(checkpoint, pixels, how, batch_size, resources.threads)))
+    return dict(ray.get(task.remote(checkpoint, pixels, how, resources.batch_size, resources.threads)))
 
 
 def _trial(

@@ -43,7 +43,8 @@ class Pulse:
 @dataclass(frozen=True)
 class Resources:
     """At most `workers` actors, at least `fewest`, and what each takes of the cluster: `gpus` 1 or a part of one, or on
-    CPUs `threads` computing threads, and of `custom` resources so much; and how it evaluates the network."""
+    CPUs `threads` computing threads, and of `custom` resources so much; and how it evaluates the network, for how many
+    images at once."""
 
     workers: int
     gpus: float
@@ -52,6 +53,7 @@ class Resources:
     fewest: int = 1
     execution: Execution = FLOAT32
     custom: Mapping[str, float] = field(default_factory=dict)
+    batch_size: int = 64
 
     @property
     def takes(self) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Clusters of several kinds of nodes, of their own, with GPUs that are but numbers: which of them a run takes."""
 
+import re
 import time
 from collections import Counter
 
@@ -52,6 +53,17 @@ def test_without_it_each_gpu_has_one(encode):
 def test_actors_are_on_nodes_of_the_resources_they_take(encode):
     code, _, err, actors = encode("--resources", '{"a100": 0.5}', "--gpus-per-worker", 0.25)
     assert code == 0 and actors == {"a100": 2}, err
+
+
+@pytest.mark.parametrize(
+    ("flags", "tried"),
+    [(["--count", 1000], True), (["--count", 999], False), (["--count", 1000, "--batch-size", 32], False)],
+)
+def test_how_many_a_gpu_is_given_at_once_is_tried(cluster, start, model, tmp_path, flags, tried):
+    places = ["--model", model, "--out", tmp_path / "run", "--address", cluster.address]
+    out, err = start("generate", *places, "--steps", 2, *flags).communicate(timeout=300)
+    assert f"{flags[1]} samples in " in out, err
+    assert bool(re.search(r"^batch size: 64 \(64: [\d,]+ network evaluations a second\)$", out, re.M)) == tried
 
 
 @pytest.mark.parametrize(

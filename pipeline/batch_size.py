@@ -1,0 +1,52 @@
+"""How many images go onto a device at once where nobody says: as few as keep it busy, found by trial."""
+
+from collections.abc import Callable
+
+import ray
+
+from model.checkpoint import Checkpoint
+from model.engine import Execution
+from pipeline.calibration import decode_noise
+from pipeline.device import Model
+from pipeline.run import Resources
+
+SIZES = (64, 128, 256, 512, 1024)
+MOST_BYTES = 512 << 20  # of a batch as float32, of which a worker holds several in its memory
+ENOUGH = 0.95  # of the fastest, and of twice a batch's size in the time of two
+SECONDS = 1.0  # of measuring how fast one is, behind a batch that is not counted
+WORTH = 60.0  # seconds that a run must have left for a trial of the next size to pay
+
+
+def try_batch_sizes(
+    checkpoint: Checkpoint, execution: Execution, evaluations: float, most: float, resources: Resources
+) -> tuple[int, dict[int, float]]:
+    """The batch size for a run of so many network evaluations on each device, no larger than `most` images where the
+    smallest of SIZES is not; and by size the evaluations a second, of an image each, that the trial measured."""
+    task = ray.remote(_trial).options(**resources.takes)
+    size, tried = ray.get(task.remote(checkpoint, execution, evaluations, most, resources.threads))
+    return int(size), dict(tried)
+
+
+def _trial(
+    checkpoint: Checkpoint, execution: Execution, evaluations: float, most: float, threads: int | None
+) -> tuple[int, dict[int, float]]:
+    model = Model(checkpoint, threads, execution=execution)
+    fits = min(most, MOST_BYTES / (4 * checkpoint.config.values))
+
+    def speed(size: int) -> float:  # of one that has no room: that of the halves that it is cut into
+        done, spent = decode_noise(model, size, SECONDS)
+        return done / spent["seconds"]
+
+    return smallest(speed, [size for size in SIZES if size <= fits] or [SIZES[0]], evaluations)
+
+
+def smallest(speed: Callable[[int], float], sizes: list[int], evaluations: float) -> tuple[int, dict[int, float]]:
+    """Of growing sizes the first that is about as fast as the fastest, and what was measured: up to the first size that
+    is no faster than the one before it, or that leaves the run too short for another to pay."""
+    tried: dict[int, float] = {}
+    for size in sizes:
+        tried[size] = speed(size)
+        before = max((of for s, of in tried.items() if s < size), default=0.0)
+        if ENOUGH * tried[size] <= before or evaluations < WORTH * tried[size]:
+            break
+    return next(size for size in sizes if tried[size] >= ENOUGH * max(tried.values())), tried
