@@ -164,8 +164,8 @@ class ShardedConfig(Config):
     )
 
     batch_size: Annotated[int, Range(1)] | None = None
-    """Images on the device at once; halved where they do not fit (default: 64; on a GPU, for runs of 1,000 images or
-    more, as few as make it as fast as it gets, by trial)."""
+    """Images on the device at once (default: 64); halved where they do not fit. On a GPU, a run of 1,000 images or more
+    for which nobody says it takes as few as make it as fast as it gets, by trial."""
     workers: tuple[Annotated[int, Range(1)], ...] = ()
     """Processes that hold the model, at most (default: one a GPU; without GPUs, one a node). Of two numbers the first
     is the fewest to go on with: where the cluster has no room for so many for half an hour, the run ends."""
