@@ -101,10 +101,10 @@ def _batch_size(config: ShardedConfig, model: Checkpoint, cost: Cost, resources:
         return config.batch_size or resources.batch_size
     workers = min(resources.workers, cost.shards)
     fast = config.execution("bfloat16")  # where the precision is open, the one that takes the most to keep a GPU busy
-    size, tried = try_batch_sizes(model, fast, cost.evaluations / workers, cost.images / cost.shards, resources)
-    speeds = "; ".join(f"{size}: {speed:,.0f} network evaluations a second" for size, speed in tried.items())
-    print(f"batch size: {size} ({speeds})", flush=True)
-    return size
+    found, tried = try_batch_sizes(model, fast, cost.evaluations / workers, cost.images / cost.shards, resources)
+    speeds = "; ".join(f"{images}: {speed:,.0f} network evaluations a second" for images, speed in tried.items())
+    print(f"batch size: {found} ({speeds})", flush=True)
+    return found
 
 
 def _forecast(cost: Cost, speed: Speed, most: int, share: float = 1) -> float:
