@@ -1,6 +1,7 @@
 """For every test: real pictures, which are the bundled sample and the corpus of odd files made from it; stores; a small
 model; and commands as a person gives them, run in this process on the tests' Ray."""
 
+import gc
 import io
 import runpy
 from contextlib import redirect_stderr, redirect_stdout
@@ -13,6 +14,12 @@ from hypothesis import settings
 
 settings.register_profile("palindrome", deadline=None, derandomize=True)  # no failure by a busy machine or by chance
 settings.load_profile("palindrome")
+
+
+def pytest_unconfigure():
+    """Commands run in this process leave what is there to its end (pipeline/lasting.py), which libraries of the tests
+    would report as lost."""
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")
