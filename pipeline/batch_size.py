@@ -1,19 +1,19 @@
 """How many images go onto a device at once where nobody says: as few as keep it busy, found by trial."""
 
 from collections.abc import Callable
+from functools import partial
 
 import ray
 
 from model.checkpoint import Checkpoint
 from model.engine import Execution
-from pipeline.calibration import decode_noise
+from pipeline.calibration import evaluations_per_second
 from pipeline.device import Model
 from pipeline.run import Resources
 
 SIZES = (64, 128, 256, 512, 1024)
 MOST_BYTES = 512 << 20  # of a batch as float32, of which a worker holds several in its memory
-ENOUGH = 0.95  # of the fastest, and of twice a batch's size in the time of two
-SECONDS = 1.0  # of measuring how fast one is, behind a batch that is not counted
+ENOUGH = 0.95  # of the fastest: what a larger batch brings beyond that is not worth its memory
 WORTH = 60.0  # seconds that a run must have left for a trial of the next size to pay
 
 
@@ -32,21 +32,19 @@ def _trial(
 ) -> tuple[int, dict[int, float]]:
     model = Model(checkpoint, threads, execution=execution)
     fits = min(most, MOST_BYTES / (4 * checkpoint.config.values))
-
-    def speed(size: int) -> float:  # of one that has no room: that of the halves that it is cut into
-        done, spent = decode_noise(model, size, SECONDS)
-        return done / spent["seconds"]
-
-    return smallest(speed, [size for size in SIZES if size <= fits] or [SIZES[0]], evaluations)
+    sizes = [size for size in SIZES if size <= fits] or [SIZES[0]]
+    # One that has no room is as fast as the halves that it is cut into.
+    return smallest(partial(evaluations_per_second, model), sizes, evaluations)
 
 
 def smallest(speed: Callable[[int], float], sizes: list[int], evaluations: float) -> tuple[int, dict[int, float]]:
     """Of growing sizes the first that is about as fast as the fastest, and what was measured: up to the first size that
     is no faster than the one before it, or that leaves the run too short for another to pay."""
     tried: dict[int, float] = {}
+    before = 0.0
     for size in sizes:
         tried[size] = speed(size)
-        before = max((of for s, of in tried.items() if s < size), default=0.0)
         if ENOUGH * tried[size] <= before or evaluations < WORTH * tried[size]:
             break
+        before = tried[size]
     return next(size for size in sizes if tried[size] >= ENOUGH * max(tried.values())), tried

@@ -19,6 +19,7 @@ from pipeline.storage import Folder, file_at
 from pipeline.worker import Receipt
 
 SECONDS = 6.0  # of measurement, after one batch that is not counted
+GLANCE = 1.0  # where what is compared is far apart
 STEPS = 4  # a batch goes in and comes out that often, as in a run
 
 
@@ -44,6 +45,12 @@ def decode_noise(model: Model, batch_size: int, seconds: float) -> tuple[int, di
         model.decode(x, levels)
         evaluations += len(x) * STEPS
     return evaluations, spent()
+
+
+def evaluations_per_second(model: Model, batch_size: int) -> float:
+    """Network evaluations a second, of an image each, as a trial has them: from GLANCE seconds."""
+    evaluations, spent = decode_noise(model, batch_size, GLANCE)
+    return evaluations / spent["seconds"]
 
 
 @dataclass(frozen=True)

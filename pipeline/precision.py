@@ -12,7 +12,7 @@ from torch import Tensor
 from model.checkpoint import Checkpoint
 from model.engine import FLOAT32, Execution
 from model.schedule import Ladder
-from pipeline.calibration import decode_noise
+from pipeline.calibration import evaluations_per_second
 from pipeline.device import Model
 from pipeline.metrics import round_trip_error, to_model
 from pipeline.run import Resources
@@ -21,7 +21,6 @@ CANDIDATES = {"cuda": ("tf32", "bfloat16", "float16"), "cpu": ("bfloat16",)}  # 
 WORTH = 1000  # images of a run for which a trial pays
 IMAGES, FEW = 16, 4  # of a trial, and of a first look that shows what is far off
 FASTER, WORSE = 1.1, 1.1  # than float32: how much a candidate must be, and how much its mean error may be
-SECONDS = 1.0  # of measuring how fast one is, behind a batch that is not counted
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ def _trial(
     exact = FLOAT32.precision
     x, device = to_model(pixels), model(exact).device.type
     tried: dict[str, dict[str, Any]] = {
-        precision: {"per_second": _per_second(model(precision), batch_size)}
+        precision: {"per_second": evaluations_per_second(model(precision), batch_size)}
         for precision in (exact, *CANDIDATES[device])
     }
     slow = tried[exact]["per_second"]
@@ -81,9 +80,3 @@ def _found(precision: str, tried: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """As JSON can say it: an error that is no number, as of latents that overflow, is None."""
     told = {p: {k: v if isfinite(v) else None for k, v in figures.items()} for p, figures in tried.items()}
     return {"precision": precision, "tried": told}
-
-
-def _per_second(model: Model, batch_size: int) -> float:
-    """Network evaluations a second, of images."""
-    evaluations, spent = decode_noise(model, batch_size, SECONDS)
-    return evaluations / spent["seconds"]

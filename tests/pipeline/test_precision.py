@@ -8,7 +8,7 @@ import torch
 
 from model import checkpoint
 from model.engine import Execution
-from pipeline import precision
+from pipeline import calibration, precision
 from pipeline.decode import Preprocess
 from pipeline.device import Model
 from pipeline.ladders import resolve
@@ -31,7 +31,7 @@ def threads():
 def any_speed(monkeypatch):
     """What is tested is the error's part: how fast a busy machine is, or one without bfloat16, is left out of it."""
     monkeypatch.setattr(precision, "FASTER", 0.0)
-    monkeypatch.setattr(precision, "SECONDS", 0.01)
+    monkeypatch.setattr(calibration, "GLANCE", 0.01)
 
 
 @pytest.fixture(scope="module")
