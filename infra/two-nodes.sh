@@ -39,14 +39,18 @@ stop() {
         kill -0 "$node" 2>/dev/null || tail -n 20 "$folder/nodes.log" >&2 # it has ended by itself: why?
         kill -TERM "$node" 2>/dev/null # it stops the processes of its node
     done
-    for _ in $(seq 100); do
-        kill -0 "${nodes[@]}" 2>/dev/null || break
-        sleep 0.1
-    done
+    gone "${nodes[@]}"
     for node in "${nodes[@]}"; do
         kill -KILL -- "-$node" 2>/dev/null
+        gone "-$node"
     done
     rm -rf "$folder"
+}
+gone() { # waits 10 seconds at most for processes, or for a -group of them
+    for _ in $(seq 100); do
+        kill -0 -- "$@" 2>/dev/null || return
+        sleep 0.1
+    done
 }
 trap stop EXIT
 # shellcheck disable=SC2329 # the traps call it
@@ -58,8 +62,9 @@ trap 'pass INT 130' INT
 trap 'pass TERM 143' TERM
 
 node() {
-    # When it ends no work is left on it that it should wait for.
-    RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0 ray start --block --num-cpus="$cpus" --temp-dir="$folder" "$@" \
+    # When it ends no work is left on it that it should wait for. Its workers stay in its process group, to be stopped.
+    RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0 RAY_process_group_cleanup_enabled=0 \
+        ray start --block --num-cpus="$cpus" --temp-dir="$folder" "$@" \
         >>"$folder/nodes.log" 2>&1 &
     nodes+=($!)
     disown $! # else bash reports its end

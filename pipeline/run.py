@@ -143,11 +143,15 @@ class _Run:
         return self._left() > 0 or any(actor.shards for actor in self.actors)
 
     def _most(self) -> int:
-        """Actors that there may be by now: tasks that read need a CPU too, once the fewest actors have theirs."""
+        """Actors that there may be by now. Tasks that read need a CPU too, once the fewest actors have theirs; actors
+        that the nodes have no room for take none: they wait for an autoscaler."""
         most = self.resources.workers
         if not self.resources.read_by_tasks or len(self.actors) < self.resources.fewest or len(self.actors) == most:
             return most
-        return min(most, int(ray.cluster_resources().get("CPU", 0)) - 1)
+        nodes = nodes_up()
+        room = sum(actors_on(node, self.resources.gpus, self.resources.custom) for node in nodes)
+        cpus = int(sum(node.get("CPU", 0) for node in nodes))
+        return most if room < cpus else min(most, cpus - 1)
 
     def _check_room(self) -> None:
         """Raises RunError where shards have waited too long for the fewest actors to be up."""

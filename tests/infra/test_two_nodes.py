@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -50,20 +51,19 @@ def two_nodes():
 
     yield two_nodes
     ended = [process.poll() is not None for process in started]
-    left = {pid: environment for pid, environment in environments() if marker.encode() in environment.split(b"\0")}
+    left = dict(processes_with(marker))
     for pid in left:
         os.kill(pid, signal.SIGKILL)
     assert all(ended)
     assert left == {}
 
 
-def environments():
-    """Of all processes on this machine."""
+def processes_with(variable):
+    """Those on this machine that have it in their environment, and what they call themselves."""
     for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            yield int(folder.name), (folder / "environ").read_bytes()
-        except OSError:
-            continue
+        with suppress(OSError):  # it has ended meanwhile
+            if variable.encode() in (folder / "environ").read_bytes().split(b"\0"):
+                yield int(folder.name), (folder / "cmdline").read_text().replace("\0", " ")
 
 
 def test_a_command_runs_on_two_nodes_and_its_exit_code_is_handed_on(two_nodes, model, pictures, tmp_path):

@@ -20,11 +20,11 @@ NOTHING = ("initialization_commands", "setup_commands", "head_setup_commands", "
 NOTHING += ("head_start_ray_commands", "worker_start_ray_commands", "cluster_synced_files", "rsync_filter")
 
 
-def processes(folder):
-    """Those that name the folder of a Ray."""
+def processes(session):
+    """Those of a session, all that a Ray started among them, whatever they call themselves."""
     for entry in Path("/proc").iterdir():
         with suppress(OSError):
-            if entry.name.isdigit() and str(folder).encode() in (entry / "cmdline").read_bytes():
+            if entry.name.isdigit() and os.getsid(int(entry.name)) == session:
                 yield int(entry.name)
 
 
@@ -65,6 +65,7 @@ def scaled_to_zero():
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
     try:
         until = time.monotonic() + clusters["READY"]
@@ -76,7 +77,7 @@ def scaled_to_zero():
         time.sleep(2)  # for the first status that the autoscaler puts where all find it
         yield f"127.0.0.1:{port}", token, folder
     finally:
-        for pid in processes(folder):
+        for pid in processes(head.pid):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         head.wait()
@@ -93,7 +94,7 @@ def test_nodes_are_started_for_what_is_asked_for(scaled_to_zero, start, sample, 
     address, environment, folder = scaled_to_zero
     places = ["--images", sample, "--model", model, "--out", tmp_path / "run", "--address", address]
     flags = ["--workers", 1, 3, "--gpus-per-worker", 0.5, "--resources", '{"h100": 0.5}', "--decode", "tasks"]
-    process = start("encode", *places, *flags, "--shard-size", 8, "--steps", 4, **environment)
+    process = start("encode", *places, *flags, "--shard-size", 8, "--steps", 10, **environment)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0 and "256 latents and 0 rejects" in out, err
     assert _said(folder, "session_latest/logs/monitor.log", "Active:\n 1 ray.head.default\n 2 gpu")
