@@ -28,6 +28,11 @@ def actors_on(node: Node, gpus: float, custom: Mapping[str, float]) -> int:
     return int(min(room))
 
 
+def cpus_of(nodes: Sequence[Node]) -> int:
+    """In all."""
+    return int(sum(node.get("CPU", 0) for node in nodes))
+
+
 def refusal(nodes: Sequence[Node], gpus: float, custom: Mapping[str, float]) -> SettingError:
     """Where there is room for none of these actors on any node, what is missing."""
     none = "and there is no autoscaler that could start one"

@@ -14,7 +14,7 @@ from model.checkpoint import Checkpoint
 from model.engine import FLOAT32, Execution
 from pipeline.errors import RunError, SettingError
 from pipeline.records import Shard
-from pipeline.room import actors_on, grows, nodes_up, refusal
+from pipeline.room import actors_on, cpus_of, grows, nodes_up, refusal
 from pipeline.worker import Receipt, ShardActor, Work
 
 SHARDS_AN_ACTOR = 2  # the next shard is read while this one is on the device
@@ -80,11 +80,11 @@ def fit(
         raise refusal(nodes, gpus, custom)
     places = [node for node, actors in zip(nodes, room, strict=True) if actors] or nodes
     count = workers[-1] if workers else (sum(room) if gpus else len(places)) or 1
-    cpus, must = int(sum(node.get("CPU", 0) for node in nodes)), workers[0] if workers else count
+    cpus, must = cpus_of(nodes), workers[0] if workers else count
     if decode == "tasks" and 0 < cpus <= must and not grows():  # of a cluster of no CPU, nodes are to come
         raise SettingError(f"{must} actors take all {cpus} CPUs of the cluster, and tasks need one more", "decode")
     by_tasks = decode == "tasks" or (decode == "auto" and cpus > count)
-    threads = max(1, int(sum(node.get("CPU", 0) for node in places)) // max(count, len(places)))
+    threads = max(1, cpus_of(places) // max(count, len(places)))
     fewest = workers[0] if len(workers) == 2 else 1
     return Resources(count, gpus, None if gpus else threads, by_tasks, fewest, custom=custom)
 
@@ -150,8 +150,7 @@ class _Run:
             return most
         nodes = nodes_up()
         room = sum(actors_on(node, self.resources.gpus, self.resources.custom) for node in nodes)
-        cpus = int(sum(node.get("CPU", 0) for node in nodes))
-        return most if room < cpus else min(most, cpus - 1)
+        return most if room < cpus_of(nodes) else min(most, cpus_of(nodes) - 1)
 
     def _check_room(self) -> None:
         """Raises RunError where shards have waited too long for the fewest actors to be up."""
