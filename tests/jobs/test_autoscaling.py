@@ -20,14 +20,6 @@ NOTHING = ("initialization_commands", "setup_commands", "head_setup_commands", "
 NOTHING += ("head_start_ray_commands", "worker_start_ray_commands", "cluster_synced_files", "rsync_filter")
 
 
-def processes(session):
-    """Those of a session, all that a Ray started among them, whatever they call themselves."""
-    for entry in Path("/proc").iterdir():
-        with suppress(OSError):
-            if entry.name.isdigit() and os.getsid(int(entry.name)) == session:
-                yield int(entry.name)
-
-
 @pytest.fixture(scope="module")
 def scaled_to_zero():
     """Its address, the environment that opens it, and its folder."""
@@ -77,9 +69,8 @@ def scaled_to_zero():
         time.sleep(2)  # for the first status that the autoscaler puts where all find it
         yield f"127.0.0.1:{port}", token, folder
     finally:
-        for pid in processes(head.pid):
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.killpg(head.pid, signal.SIGKILL)  # its nodes are of its group, whatever they call themselves
         head.wait()
         shutil.rmtree(folder, ignore_errors=True)
 
