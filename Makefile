@@ -5,8 +5,8 @@ PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check -c con
 .PHONY: demo test lint bench clean
 
 demo: .venv/.installed
-	@.venv/bin/python -m jobs encode --images samples/cifar10-test-256.parquet --model checkpoints/cifar10-32 --out demo/encoded
-	@.venv/bin/python -m jobs reconstruct --latents demo/encoded --out demo/reconstructed
+	@.venv/bin/palindrome encode --images samples/cifar10-test-256.parquet --model checkpoints/cifar10-32 --out demo/encoded
+	@.venv/bin/palindrome reconstruct --latents demo/encoded --out demo/reconstructed
 
 test: .venv/.installed-test lint
 	.venv/bin/python -m pytest $(PYTEST_ARGS)
@@ -14,6 +14,9 @@ test: .venv/.installed-test lint
 lint: .venv/.installed-test
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+	@mkdir -p .links/palindrome
+	@ln -sfn ../../infra ../../jobs ../../model ../../pipeline .links/palindrome/
+	@for file in api/*.py; do ln -sf ../../$$file .links/palindrome/; done
 	.venv/bin/mypy
 
 BENCHMARKS = evaluation encode null_model scaling precision memory
@@ -36,4 +39,4 @@ bench: .venv/.installed-test
 	@touch $@
 
 clean:
-	rm -rf .venv demo bench
+	rm -rf .venv .links demo bench

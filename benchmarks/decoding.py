@@ -35,13 +35,13 @@ import pyarrow.parquet as pq
 import ray
 from PIL import Image
 
-import infra.cluster  # noqa: F401, sets Ray up before it is imported
+import palindrome.infra.cluster
 from benchmarks.listing import BUCKET, CHECKSUMS, delayed, s3_options, s3_server
-from pipeline.decode import Preprocess
-from pipeline.read import read_batches
-from pipeline.records import Shard
-from pipeline.sources import FILES, Collection, list_pieces, read_raw
-from pipeline.storage import Options, open_fs
+from palindrome.pipeline.images.decode import Preprocess
+from palindrome.pipeline.images.read import read_batches
+from palindrome.pipeline.images.records import Shard
+from palindrome.pipeline.images.sources import FILES, Collection, list_pieces, read_raw
+from palindrome.pipeline.storage.folder import Options, open_fs
 
 ROOT = Path(__file__).parent.parent
 SIDES = (32, 256, 1024)  # pixels of the files

@@ -64,7 +64,7 @@ class Encoder:
 def with_ray_data(args: argparse.Namespace) -> None:
     import ray
 
-    import infra.cluster  # noqa: F401, quietens Ray
+    import palindrome.infra.cluster  # noqa: F401, quietens Ray
 
     ray.init(address="local", include_dashboard=False, log_to_driver=False)
     ray.data.DataContext.get_current().execution_options.preserve_order = True  # by which benchmarks.encode knows them

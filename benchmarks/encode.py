@@ -32,15 +32,15 @@ import torch
 from torch import Tensor
 
 from benchmarks.nulls import local_ray
-from model import checkpoint
-from model.engine import PRECISIONS, Execution
-from model.schedule import ladder
-from pipeline.decode import Preprocess
-from pipeline.device import Model
-from pipeline.metrics import round_trip_error, to_model
-from pipeline.read import first_images
-from pipeline.sources import open_collection
-from pipeline.storage import absolute
+from palindrome.model import checkpoint
+from palindrome.model.engine import PRECISIONS, Execution
+from palindrome.model.schedule import ladder
+from palindrome.pipeline.images.decode import Preprocess
+from palindrome.pipeline.images.metrics import round_trip_error, to_model
+from palindrome.pipeline.images.read import first_images
+from palindrome.pipeline.images.sources import open_collection
+from palindrome.pipeline.runtime.device import Model
+from palindrome.pipeline.storage.folder import absolute
 
 ROOT = Path(__file__).parent.parent
 CONTENDERS = ("script", "ray_data", "palindrome", "standing", "loop", "lanes")
@@ -108,7 +108,7 @@ def command(name: str, args: argparse.Namespace, out: Path) -> list[str]:
         return [*python, "benchmarks.encode", "--loop", name, *common, "--precision", args.precision]
     if name in OURS:
         plain = ["--ladder", "linear", "--corrections", "0", "--batch-size", str(BATCH), "--precision", args.precision]
-        return [*python, "jobs", "encode", *common, *plain, "--out", str(out)]
+        return [*python, "palindrome", "encode", *common, *plain, "--out", str(out)]
     flags = ["--ray-data"] if name == "ray_data" else []
     return [*python, "benchmarks.diffusers_encode", *common, "--batch", str(BATCH), *flags, "--out", str(out)]
 

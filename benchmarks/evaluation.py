@@ -22,11 +22,11 @@ from torch import Tensor
 from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from jobs.train import PRESETS
-from model.checkpoint import Checkpoint
-from model.engine import HALVES, PRECISIONS, Execution
-from model.schedule import NoiseSchedule
-from pipeline.device import Model
+from palindrome.jobs.train import PRESETS
+from palindrome.model.checkpoint import Checkpoint
+from palindrome.model.engine import HALVES, PRECISIONS, Execution
+from palindrome.model.schedule import NoiseSchedule
+from palindrome.pipeline.runtime.device import Model
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIDE = {"cuda": 8192, "cpu": 2048}[DEVICE]  # of the square matrices

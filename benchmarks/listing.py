@@ -32,11 +32,11 @@ from typing import Any
 import fsspec
 import s3fs
 
-from pipeline import sources
-from pipeline.plan import write_plan
-from pipeline.sources import FILES, Collection
-from pipeline.sources.listing import Listed, list_files
-from pipeline.storage import Folder, Options
+from palindrome.pipeline.images import sources
+from palindrome.pipeline.images.sources import FILES, Collection
+from palindrome.pipeline.images.sources.listing import Listed, list_files
+from palindrome.pipeline.runs.plan import write_plan
+from palindrome.pipeline.storage.folder import Folder, Options
 
 SHARD = 1024  # images, the default of `palindrome encode`
 IN_MEMORY = 2_000_000  # entries that are sorted in memory for comparison, at most
@@ -128,7 +128,7 @@ def alone(prepare: Callable[..., Callable[[], int]], *args: Any, **kwargs: Any) 
 
 def _measured(prepare: Callable[..., Callable[[], int]], args: Any, kwargs: Any) -> dict[str, Any]:
     os.environ.update(dict.fromkeys(CHECKSUMS, "when_required"))
-    importlib.import_module("pipeline.s3")  # elsewhere imported where it is first used
+    importlib.import_module("palindrome.pipeline.storage.s3")  # elsewhere imported where it is first used
     call, before = prepare(*args, **kwargs), _peak()
     wall, cpu = time.monotonic(), time.process_time()
     count = call()

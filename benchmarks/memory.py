@@ -21,18 +21,19 @@ import ray
 import torch
 
 from benchmarks.scale import _peak
-from infra.cluster import connect
-from model import checkpoint
-from model.engine import PRECISIONS, Execution
-from pipeline.actors import Encode, Reader
-from pipeline.decode import Preprocess
-from pipeline.device import Model
-from pipeline.plan import read_plan, write_plan
-from pipeline.records import Shard
-from pipeline.run import fit, run_shards
-from pipeline.sources import open_collection
-from pipeline.storage import Folder, absolute
-from pipeline.worker import Receipt
+from palindrome.infra.cluster import connect
+from palindrome.model import checkpoint
+from palindrome.model.engine import PRECISIONS, Execution
+from palindrome.pipeline.images.decode import Preprocess
+from palindrome.pipeline.images.records import Shard
+from palindrome.pipeline.images.sources import open_collection
+from palindrome.pipeline.runs.outcome import Receipt
+from palindrome.pipeline.runs.plan import read_plan, write_plan
+from palindrome.pipeline.runtime.device import Model
+from palindrome.pipeline.runtime.reader import Reader
+from palindrome.pipeline.runtime.scheduler import fit, run_shards
+from palindrome.pipeline.storage.folder import Folder, absolute
+from palindrome.pipeline.tasks.encode import Encode
 
 ROOT = Path(__file__).parent.parent
 

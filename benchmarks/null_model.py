@@ -50,11 +50,11 @@ from benchmarks.nulls import (
     pictures_of,
     write_files,
 )
-from model.ddim import coefficients
-from model.schedule import NoiseSchedule
-from pipeline.plan import read_plan
-from pipeline.run import fit, run_shards
-from pipeline.worker import Receipt
+from palindrome.model.ddim import coefficients
+from palindrome.model.schedule import NoiseSchedule
+from palindrome.pipeline.runs.outcome import Receipt
+from palindrome.pipeline.runs.plan import read_plan
+from palindrome.pipeline.runtime.scheduler import fit, run_shards
 
 SIDE = 32  # of the pictures in the Parquet file
 

@@ -17,16 +17,17 @@ import ray
 import torch
 from torch import Tensor
 
-import infra.cluster  # noqa: F401, sets Ray up before it is started
-from model.checkpoint import Checkpoint
-from model.engine import FLOAT32, Execution
-from model.schedule import CLEAN, Ladder, NoiseSchedule
-from pipeline.actors import Encode, Reader
-from pipeline.decode import Preprocess
-from pipeline.plan import Totals, write_plan
-from pipeline.run import Resources
-from pipeline.sources import open_collection
-from pipeline.storage import Folder
+import palindrome.infra.cluster  # noqa: F401, sets Ray up before it is started
+from palindrome.model.checkpoint import Checkpoint
+from palindrome.model.engine import FLOAT32, Execution
+from palindrome.model.schedule import CLEAN, Ladder, NoiseSchedule
+from palindrome.pipeline.images.decode import Preprocess
+from palindrome.pipeline.images.sources import open_collection
+from palindrome.pipeline.runs.plan import Totals, write_plan
+from palindrome.pipeline.runtime.reader import Reader
+from palindrome.pipeline.runtime.scheduler import Resources
+from palindrome.pipeline.storage.folder import Folder
+from palindrome.pipeline.tasks.encode import Encode
 
 ROOT = Path(__file__).parent.parent
 TICKS = os.sysconf("SC_CLK_TCK")

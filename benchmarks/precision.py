@@ -18,16 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model import checkpoint
-from model.engine import PRECISIONS, Execution
-from model.schedule import Ladder
-from pipeline.decode import Preprocess
-from pipeline.device import Model
-from pipeline.ladders import KINDS, resolve
-from pipeline.metrics import round_trip_error, to_model
-from pipeline.read import first_images
-from pipeline.sources import open_collection
-from pipeline.storage import absolute
+from palindrome.model import checkpoint
+from palindrome.model.engine import PRECISIONS, Execution
+from palindrome.model.schedule import Ladder
+from palindrome.pipeline.images.decode import Preprocess
+from palindrome.pipeline.images.metrics import round_trip_error, to_model
+from palindrome.pipeline.images.read import first_images
+from palindrome.pipeline.images.sources import open_collection
+from palindrome.pipeline.runs.ladders import KINDS, resolve
+from palindrome.pipeline.runtime.device import Model
+from palindrome.pipeline.storage.folder import absolute
 
 ROOT = Path(__file__).parent.parent
 

@@ -26,19 +26,20 @@ import ray
 from PIL import Image
 
 from benchmarks.nulls import null_checkpoint
-from infra.cluster import connect
-from pipeline import plan
-from pipeline.actors import Encode, Reader
-from pipeline.decode import Preprocess
-from pipeline.device import Model
-from pipeline.latents import committed
-from pipeline.plan import extend_plan, plan_totals, read_plan, write_plan
-from pipeline.records import Piece, Shard
-from pipeline.run import Resources, run_shards
-from pipeline.sources import PARQUET, Collection, open_collection
-from pipeline.storage import Folder
-from pipeline.summary import latents_summary
-from pipeline.worker import Receipt
+from palindrome.infra.cluster import connect
+from palindrome.pipeline.images.decode import Preprocess
+from palindrome.pipeline.images.records import Piece, Shard
+from palindrome.pipeline.images.sources import PARQUET, Collection, open_collection
+from palindrome.pipeline.runs import plan
+from palindrome.pipeline.runs.outcome import Receipt
+from palindrome.pipeline.runs.plan import extend_plan, plan_totals, read_plan, write_plan
+from palindrome.pipeline.runs.shards import committed
+from palindrome.pipeline.runs.summary import latents_summary
+from palindrome.pipeline.runtime.device import Model
+from palindrome.pipeline.runtime.reader import Reader
+from palindrome.pipeline.runtime.scheduler import Resources, run_shards
+from palindrome.pipeline.storage.folder import Folder
+from palindrome.pipeline.tasks.encode import Encode
 
 ROWS = 4000  # images a shard, of the simulated listing
 SIZE = 8  # pixels of a side, of the images that memory is measured with

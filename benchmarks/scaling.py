@@ -23,13 +23,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.nulls import ROOT, encode_work, local_ray, null_checkpoint, pictures_of, write_files
-from pipeline.actors import Encode
-from pipeline.device import Model
-from pipeline.ladders import resolve
-from pipeline.plan import read_plan
-from pipeline.records import Shard
-from pipeline.run import SHARDS_AN_ACTOR, Resources, run_shards
-from pipeline.worker import Receipt
+from palindrome.pipeline.images.records import Shard
+from palindrome.pipeline.runs.ladders import resolve
+from palindrome.pipeline.runs.outcome import Receipt
+from palindrome.pipeline.runs.plan import read_plan
+from palindrome.pipeline.runtime.device import Model
+from palindrome.pipeline.runtime.scheduler import SHARDS_AN_ACTOR, Resources, run_shards
+from palindrome.pipeline.tasks.encode import Encode
 
 SIDE = 32  # pixels
 

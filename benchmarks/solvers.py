@@ -30,16 +30,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model import checkpoint
-from model.ddim import Network, epsilon_of, sample, sample_noise
-from model.inversion import invert_exactly
-from model.schedule import CLEAN, Ladder, NoiseSchedule
-from pipeline.decode import Preprocess
-from pipeline.ladders import resolve
-from pipeline.metrics import moments, round_trip_error, statistics, to_model, to_pixels
-from pipeline.read import first_images
-from pipeline.sources import open_collection
-from pipeline.storage import absolute
+from palindrome.model import checkpoint
+from palindrome.model.ddim import Network, epsilon_of, sample, sample_noise
+from palindrome.model.inversion import invert_exactly
+from palindrome.model.schedule import CLEAN, Ladder, NoiseSchedule
+from palindrome.pipeline.images.decode import Preprocess
+from palindrome.pipeline.images.metrics import moments, round_trip_error, statistics, to_model, to_pixels
+from palindrome.pipeline.images.read import first_images
+from palindrome.pipeline.images.sources import open_collection
+from palindrome.pipeline.runs.ladders import resolve
+from palindrome.pipeline.storage.folder import absolute
 
 ROOT = Path(__file__).parent.parent
 

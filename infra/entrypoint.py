@@ -1,4 +1,5 @@
-"""What a cluster runs of a submitted job: `python -m infra.entrypoint encode --images ...` in the package's folder."""
+"""What a cluster runs of a submitted job: `python -m palindrome.infra.entrypoint encode --images ...`, in the folder of
+the job's package."""
 
 import json
 import os
@@ -6,7 +7,7 @@ import runpy
 import sys
 from pathlib import Path
 
-from infra.package import ENVIRONMENT
+from palindrome.infra.package import ENVIRONMENT
 
 
 def load() -> None:
@@ -21,4 +22,4 @@ if __name__ == "__main__":
     load()
     os.environ.setdefault("PALINDROME_LOG", "json")  # for what collects the cluster's logs; `palindrome logs` reads it
     sys.argv[0] = "palindrome"
-    runpy.run_module("jobs", run_name="__main__", alter_sys=False)
+    runpy.run_module("palindrome", run_name="__main__", alter_sys=False)

@@ -3,10 +3,14 @@
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 
-CODE = ("model", "pipeline", "jobs", "infra", "palindrome.py")  # as they lie beside one another wherever installed
+import palindrome
+
+CODE = "palindrome"  # the folder of the package that holds Palindrome itself
+ROOMS = ("infra", "jobs", "model", "pipeline")  # its parts
 ENVIRONMENT = "environment.json"  # in the package: what is set for every process of the job
 LARGEST = 100 << 20  # bytes that Ray takes
 NAMED = 3  # files named where that is too much
@@ -19,11 +23,8 @@ class PackageError(ValueError):
 def build(into: Path, ship: Iterable[str], environment: Mapping[str, str], code: bool = True) -> int:
     """Fills an empty folder: `ship` are files and folders below the current one, which keep their names. Returns the
     bytes. Raises PackageError."""
-    root = Path(__file__).parents[1]
-    for name in CODE if code else ():
-        sources = [root / name] if name.endswith(".py") else (root / name).rglob("*.py")
-        for source in sources:
-            _copy(source, into / source.relative_to(root))
+    for source, target in _own_code() if code else ():
+        _copy(source, into / target)
     for name in ship:
         _ship(Path(name), into)
     if environment:
@@ -42,10 +43,22 @@ def build(into: Path, ship: Iterable[str], environment: Mapping[str, str], code:
     return total
 
 
+def _own_code() -> Iterator[tuple[Path, Path]]:
+    """Palindrome's files, and where each belongs in the package: the folders of an editable install lie elsewhere than
+    they are imported from."""
+    for source in Path(palindrome.__file__).parent.glob("*.py"):
+        yield source, Path(CODE, source.name)
+    for room in ROOMS:
+        spec = find_spec(f"{CODE}.{room}")
+        for folder in (spec and spec.submodule_search_locations) or ():
+            for source in Path(folder).rglob("*.py"):
+                yield source, Path(CODE, room, source.relative_to(folder))
+
+
 def _ship(path: Path, into: Path) -> None:
     if path.is_absolute() or ".." in path.parts or not path.parts:
         raise PackageError(f"{path}: only what lies below the current folder can be sent along")
-    if path.parts[0] in (*CODE, ENVIRONMENT):
+    if path.parts[0] in (CODE, ENVIRONMENT):
         raise PackageError(f"{path}: Palindrome's own files have that name in the package")
     if not path.exists():
         raise PackageError(f"{path} does not exist")

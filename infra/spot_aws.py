@@ -1,7 +1,8 @@
 """EC2 nodes for Ray's cluster launcher: from the spot market, or on demand where it has none. Ray alone asks the spot
 market again and again (its issues 20774 and 53636).
 
-For `provider: {type: external, module: infra.spot_aws.SpotFirst}`; the other fields are those of `type: aws`."""
+For `provider: {type: external, module: palindrome.infra.spot_aws.SpotFirst}`; the other fields
+are those of `type: aws`."""
 
 from typing import Any
 

@@ -1,7 +1,8 @@
 """Compute Engine's nodes for Ray's cluster launcher: Spot VMs, or standard ones where there are none. Ray alone asks
 for Spot VMs again and again (its issues 20774 and 53636).
 
-For `provider: {type: external, module: infra.spot_gcp.SpotFirst}`; the other fields are those of `type: gcp`."""
+For `provider: {type: external, module: palindrome.infra.spot_gcp.SpotFirst}`; the other fields
+are those of `type: gcp`."""
 
 from typing import Any
 

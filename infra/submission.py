@@ -17,7 +17,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 OLDEST = "2.55"  # of Ray, that a cluster may run
 PORT = 8265  # of a cluster's dashboard
-ENTRYPOINT = "python -m infra.entrypoint"
+ENTRYPOINT = "python -m palindrome.infra.entrypoint"
 POLL = 1.0  # seconds
 AGENT = 60.0  # seconds in which a head that has just started has an agent that starts jobs
 RETRIES = 30  # polls without an answer, after which the cluster is taken for gone
@@ -60,7 +60,7 @@ class Cluster:
 
     def submit(self, command: Sequence[str], package: Path | None) -> str:
         """Starts a command of Palindrome there, in the package's folder where it has one; returns the job's id."""
-        runtime_env: dict[str, Any] = {"worker_process_setup_hook": "infra.entrypoint.load"}
+        runtime_env: dict[str, Any] = {"worker_process_setup_hook": "palindrome.infra.entrypoint.load"}
         if package is not None:
             runtime_env["working_dir"] = str(package)
         entrypoint = f"{ENTRYPOINT} {shlex.join(command)}"

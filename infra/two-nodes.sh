@@ -73,7 +73,7 @@ node --head --node-ip-address=127.0.0.1 --port="$port" --ray-client-server-port=
     --include-dashboard=false
 node --address="$RAY_ADDRESS" --node-ip-address=127.0.0.2 --num-gpus=0 # the GPUs are the head's
 
-python -m infra.wait --nodes 2 --timeout 120 -- "$@" &
+python -m palindrome.infra.wait --nodes 2 --timeout 120 -- "$@" &
 run=$!
 code=0
 while true; do # a signal that is passed on ends `wait`, and not yet the command

@@ -1,8 +1,9 @@
-"""Waits for a cluster's nodes, then becomes the command: `python -m infra.wait --gpus 1 -- palindrome encode ...`.
+"""Waits for a cluster's nodes, then becomes the command:
+`python -m palindrome.infra.wait --gpus 1 -- palindrome encode ...`.
 
 A cluster that scales to zero has no GPU when a job begins, and a job that finds none computes on CPUs. What is waited
-for is also asked of the autoscaler, which keeps it until the cluster ends or another `infra.wait` asks for something
-else."""
+for is also asked of the autoscaler, which keeps it until the cluster ends or another `palindrome.infra.wait` asks for
+something else."""
 
 import argparse
 import os
@@ -12,11 +13,11 @@ import time
 import ray
 from ray.autoscaler.sdk import request_resources
 
-from infra.cluster import ClusterError, connect
+from palindrome.infra.cluster import ClusterError, connect
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m infra.wait", description="Wait for a cluster's nodes.")
+    parser = argparse.ArgumentParser(prog="python -m palindrome.infra.wait", description="Wait for a cluster's nodes.")
     parser.add_argument("--nodes", type=int, default=0, help="nodes that must be up, the head among them")
     parser.add_argument("--gpus", type=int, default=0, help="GPUs that must be up")
     parser.add_argument("--cpus", type=int, default=0, help="CPUs that must be up")

@@ -1,4 +1,4 @@
-"""The command line: `palindrome JOB --flags`, or `python -m jobs JOB --flags`."""
+"""The command line: `palindrome JOB --flags`, or `python -m palindrome JOB --flags`."""
 
 import atexit
 import gc
@@ -11,12 +11,12 @@ from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any, NoReturn
 
-from jobs.command import OPTIONS, logs_json, parse, refuse
-from jobs.config import ConfigError, ImagesConfig, OutOptions, Planned
-from pipeline import interrupt
-from pipeline.errors import RunError, StoreError
-from pipeline.log import say, structured
-from pipeline.storage import using
+from palindrome.jobs.command import OPTIONS, logs_json, parse, refuse
+from palindrome.jobs.config import ConfigError, ImagesConfig, OutOptions, Planned
+from palindrome.pipeline.base import interrupt
+from palindrome.pipeline.base.errors import RunError, StoreError
+from palindrome.pipeline.base.log import say, structured
+from palindrome.pipeline.storage.folder import using
 
 
 class Terminated(KeyboardInterrupt):
@@ -57,7 +57,7 @@ def _main(argv: list[str]) -> int:
 
 
 def _dry_run(start: Callable[[Any], int], config: OutOptions) -> int:
-    estimate = importlib.import_module("jobs.estimate")
+    estimate = importlib.import_module("palindrome.jobs.estimate")
     try:
         with estimate.dry(config) as planned:
             return start(planned)
@@ -68,7 +68,7 @@ def _dry_run(start: Callable[[Any], int], config: OutOptions) -> int:
 
 def _export(config: ImagesConfig) -> int:
     """What a job has made, in the format that it was asked for."""
-    export = importlib.import_module("jobs.export")
+    export = importlib.import_module("palindrome.jobs.export")
     out = f"{config.out.rstrip('/')}/{config.format}"
     return int(export.run(export.ExportConfig(run=config.out, out=out, format=config.format)))
 

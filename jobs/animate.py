@@ -5,17 +5,16 @@ from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from typing import Annotated, Any, ClassVar, Literal
 
-from jobs.config import ConfigError, OutOptions, Planned, Range, blame
-from pipeline import interrupt
-from pipeline.animate import ENDS, Film, pixels, whole_paths
-from pipeline.errors import writing
-from pipeline.generate import IMAGES
-from pipeline.latents import committed
-from pipeline.manifest import claim
-from pipeline.plan import read_plan
-from pipeline.state import open_run
-from pipeline.storage import Folder, absolute
-from pipeline.threads import in_threads
+from palindrome.jobs.config import ConfigError, OutOptions, Planned, Range, config_error
+from palindrome.pipeline.base import interrupt
+from palindrome.pipeline.base.errors import writing
+from palindrome.pipeline.base.threads import in_threads
+from palindrome.pipeline.runs.kinds import IMAGES
+from palindrome.pipeline.runs.manifest import claim, open_run
+from palindrome.pipeline.runs.plan import read_plan
+from palindrome.pipeline.runs.shards import committed
+from palindrome.pipeline.storage.folder import Folder, absolute
+from palindrome.pipeline.tasks.animate import ENDS, Film, pixels, whole_paths
 
 BELOW = "paths"
 AT_ONCE = 4  # paths
@@ -43,10 +42,10 @@ def run(config: AnimateConfig) -> int:
     if config.format == "mp4" and find_spec("av") is None:
         raise ConfigError("--format: mp4 takes PyAV, which is not installed: pip install av")
     out = Folder(absolute(config.out))
-    with blame("RUN"):
+    with config_error("RUN"):
         source, manifest = open_run(config.run, "interpolate")
         paths, broken = whole_paths(source, committed(source, IMAGES))
-    with blame("--out"):
+    with config_error("--out"):
         settings = {k: v for k, v in asdict(config).items() if k not in ("out", "dry_run")}
         of = {"source_config": manifest["config"], "model_digest": manifest["model_digest"]}
         claim(out, "animate", {**settings, "run": source.uri}, (), of)

@@ -8,20 +8,20 @@ import numpy as np
 import ray
 import torch
 
-from infra.cluster import ClusterError, connect
-from jobs.config import CollectionOptions, Config, ConfigError, PictureOptions, Planned, Range, blame
-from model import checkpoint
-from model.fit import candidates, fit_ladder
-from model.inversion import evaluations
-from model.schedule import Ladder
-from pipeline.device import Model
-from pipeline.ladders import KINDS, ladder_of_kind
-from pipeline.log import note
-from pipeline.metrics import round_trip_error, statistics, to_model
-from pipeline.read import first_images
-from pipeline.run import fit
-from pipeline.sources import open_collection
-from pipeline.storage import absolute, file_at, options_for
+from palindrome.infra.cluster import ClusterError, connect
+from palindrome.jobs.config import CollectionOptions, Config, ConfigError, PictureOptions, Planned, Range, config_error
+from palindrome.model import checkpoint
+from palindrome.model.fit import candidates, fit_ladder
+from palindrome.model.inversion import evaluations
+from palindrome.model.schedule import Ladder
+from palindrome.pipeline.base.log import note
+from palindrome.pipeline.images.metrics import round_trip_error, statistics, to_model
+from palindrome.pipeline.images.read import first_images
+from palindrome.pipeline.images.sources import open_collection
+from palindrome.pipeline.runs.ladders import KINDS, ladder_of_kind
+from palindrome.pipeline.runtime.device import Model
+from palindrome.pipeline.runtime.scheduler import fit
+from palindrome.pipeline.storage.folder import absolute, file_at, options_for
 
 BATCH = 64  # images on the device at once
 
@@ -50,15 +50,15 @@ def run(config: CalibrateConfig) -> int:
     """Writes the ladder and returns the exit code."""
     if not config.out.endswith(".json"):
         raise ConfigError(f"--out: {config.out} does not end in .json, by which --ladder knows a ladder file")
-    with blame("--model"):
+    with config_error("--model"):
         model = checkpoint.load(absolute(config.model), options_for(config.model))
         how = config.preprocess(model.config.sample_size, model.config.in_channels)
     schedule = model.schedule
     top = max(schedule.num_train_timesteps * 4 // 5, config.steps - 1) if config.top is None else config.top
-    with blame("--steps" if config.top is None else "--top"):
+    with config_error("--steps" if config.top is None else "--top"):
         fine = candidates(schedule, config.steps, top)
         ladders = {kind: ladder_of_kind(kind, config.steps, schedule, top) for kind in KINDS}
-    with blame("--images"):
+    with config_error("--images"):
         collection = open_collection(absolute(config.images), **config.reading())
         pixels = first_images(collection, how, config.limit)
     if config.dry_run:
@@ -69,7 +69,7 @@ def run(config: CalibrateConfig) -> int:
             f" an image, {each * len(pixels):,} in all; one file of some kB to write"
         )
         raise Planned
-    with blame("--address", ClusterError), connect(config.address):
+    with config_error("--address", ClusterError), connect(config.address):
         resources = fit([1], "actor")
         task = ray.remote(_calibrate).options(**resources.takes)
         errors = ray.get(task.remote(model, pixels, fine, ladders, config, resources.threads))
@@ -86,7 +86,7 @@ def run(config: CalibrateConfig) -> int:
         "round_trip": errors,
         "preprocess": how.record(),
     }
-    with blame("--out"):
+    with config_error("--out"):
         folder, name = file_at(config.out)
         folder.put(name, (json.dumps(content, indent=2) + "\n").encode())
     note(summary={name: content[name] for name in ("kind", "nfe", "images", "round_trip")})

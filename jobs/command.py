@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NoReturn
 
-from jobs.config import ConfigError, LogOptions, Options, StorageOptions, add_arguments, from_arguments
-from pipeline.lasting import lasting
-from pipeline.log import say
+from palindrome.jobs.config import ConfigError, LogOptions, Options, StorageOptions, add_arguments, from_arguments
+from palindrome.pipeline.base.frozen_gc import frozen_gc
+from palindrome.pipeline.base.log import say
 
 JOBS = {
     "encode": "images -> latents, by DDIM inversion",
@@ -62,8 +62,8 @@ def parse(argv: Sequence[str]) -> Command:
     for name, summary in JOBS.items():
         sub = jobs.add_parser(name, help=summary, allow_abbrev=False)
         if name in words:  # a job's module is imported only to run it or to show its help
-            with lasting():
-                module = importlib.import_module(f"jobs.{name}")
+            with frozen_gc():
+                module = importlib.import_module(f"palindrome.jobs.{name}")
             config = getattr(module, f"{name.capitalize()}Config")
             sub.description = config.__doc__
             add_arguments(sub, config)

@@ -25,15 +25,15 @@ from typing import (
     get_type_hints,
 )
 
-from pipeline.errors import SettingError
-from pipeline.storage import by_protocol
+from palindrome.pipeline.base.errors import SettingError
+from palindrome.pipeline.storage.folder import by_protocol
 
 if TYPE_CHECKING:
-    from infra.submission import Cluster
-    from model.engine import Execution
-    from pipeline.decode import Preprocess
-    from pipeline.selection import Selection
-    from pipeline.storage import Folder
+    from palindrome.infra.submission import Cluster
+    from palindrome.model.engine import Execution
+    from palindrome.pipeline.images.decode import Preprocess
+    from palindrome.pipeline.runs.selection import Selection
+    from palindrome.pipeline.storage.folder import Folder
 
 STORES = frozenset({"botocore", "aiobotocore", "aiohttp", "google", "gcsfs"})  # whose errors have no common base
 STORAGE_OPTIONS, LOG = "PALINDROME_STORAGE_OPTIONS", "PALINDROME_LOG"  # of the environment
@@ -133,7 +133,7 @@ class OutOptions(Options):
 class Config(OutOptions):
     """Fields that every job has which takes a cluster."""
 
-    FREE: ClassVar[frozenset[str]] = frozenset()
+    MUTABLE: ClassVar[frozenset[str]] = frozenset()
     """Fields that a resume may change: they say where and how fast, not what comes out."""
 
     address: str | None = None
@@ -159,7 +159,7 @@ class Config(OutOptions):
 class ShardedConfig(Config):
     """Fields of the jobs that map shards of images over processes which hold a model."""
 
-    FREE: ClassVar[frozenset[str]] = frozenset(
+    MUTABLE: ClassVar[frozenset[str]] = frozenset(
         {"workers", "batch_size", "model", "compile", "gpus_per_worker", "resources"}
     )
 
@@ -189,7 +189,7 @@ class ShardedConfig(Config):
 
     def execution(self, encoded_in: str | None = None) -> "Execution":
         """How the network is evaluated, where the latents were encoded in that precision, or were by float32."""
-        from model.engine import FLOAT32, Execution  # brings torch
+        from palindrome.model.engine import FLOAT32, Execution  # brings torch
 
         chosen = encoded_in or FLOAT32.precision if self.precision == "auto" else self.precision
         return Execution(chosen, self.compile)
@@ -218,7 +218,7 @@ class ShardedConfig(Config):
 class ReadingConfig(ShardedConfig):
     """Fields of those among them that read images."""
 
-    FREE: ClassVar[frozenset[str]] = ShardedConfig.FREE | {"decode"}
+    MUTABLE: ClassVar[frozenset[str]] = ShardedConfig.MUTABLE | {"decode"}
 
     decode: Literal["auto", "tasks", "actor"] = "auto"
     """Where images are read and decoded: in Ray tasks on free CPUs, or in the model's process."""
@@ -228,7 +228,7 @@ class ReadingConfig(ShardedConfig):
 class ImagesConfig(ShardedConfig):
     """A field of those among them that make images."""
 
-    FREE: ClassVar[frozenset[str]] = ShardedConfig.FREE | {"format"}
+    MUTABLE: ClassVar[frozenset[str]] = ShardedConfig.MUTABLE | {"format"}
 
     format: Literal["png", "webp", "jpeg", "webdataset", "parquet"] | None = None
     """Write the images for others too, in OUT/FORMAT, as the command export does."""
@@ -265,15 +265,15 @@ class SelectionOptions(Options):
 
     def selection(self, latents: "Folder", shard: str) -> "Selection":
         """Of the latents of a run that has that shard. Raises ConfigError."""
-        from pipeline.latents import LATENTS  # few commands need pyarrow's expressions
-        from pipeline.selection import Selection, listed_ids, parse
+        from palindrome.pipeline.runs.kinds import LATENTS  # few commands need pyarrow's expressions
+        from palindrome.pipeline.runs.selection import Selection, listed_ids, parse
 
         if self.where is not None:
-            with blame("--latents"), latents.parquet_file(f"{LATENTS}/{shard}.parquet") as file:
+            with config_error("--latents"), latents.parquet_file(f"{LATENTS}/{shard}.parquet") as file:
                 schema = file.schema_arrow
-            with blame("--where"):
+            with config_error("--where"):
                 parse(self.where, schema)
-        with blame("--ids"):
+        with config_error("--ids"):
             return Selection(None if self.ids is None else listed_ids(self.ids), self.where)
 
 
@@ -286,9 +286,9 @@ class ClusterOptions(Options):
 
     def cluster(self) -> "Cluster":
         """The one that is meant. Raises ConfigError where it can't be used."""
-        from infra.submission import Cluster, SubmissionError, address_of  # brings Ray
+        from palindrome.infra.submission import Cluster, SubmissionError, address_of  # brings Ray
 
-        with blame("--address", SubmissionError):
+        with config_error("--address", SubmissionError):
             return Cluster(address_of(self.address))
 
 
@@ -312,7 +312,9 @@ class PictureOptions(Options):
 
     def preprocess(self, size: int, channels: int) -> "Preprocess":
         """For a model of images of so many pixels a side and so many channels."""
-        from pipeline.decode import Preprocess  # every command imports this module, and few need Pillow
+        from palindrome.pipeline.images.decode import (
+            Preprocess,  # every command imports this module, and few need Pillow
+        )
 
         red, green, blue = self.background
         return Preprocess(size, channels, self.max_pixels, (red, green, blue), self.resample, self.fit)
@@ -323,7 +325,7 @@ def flag_of(name: str) -> str:
 
 
 @contextmanager
-def blame(flag: str, *only: type[Exception]) -> Iterator[None]:
+def config_error(flag: str, *only: type[Exception]) -> Iterator[None]:
     """Errors about what a flag names become a ConfigError that begins with the flag: those of the types in `only`, or
     those that files, stores and wrong values raise."""
     try:

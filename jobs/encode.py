@@ -6,32 +6,36 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
-from jobs.config import CollectionOptions, ConfigError, PictureOptions, Range, ReadingConfig, blame
-from jobs.estimate import Cost, on_cluster
-from model import checkpoint
-from model.engine import FLOAT32
-from model.inversion import evaluations
-from pipeline.actors import Encode, Reader
-from pipeline.decode import Preprocess
-from pipeline.ladders import KINDS, resolve
-from pipeline.latents import REJECTS, committed
-from pipeline.manifest import claim, note, read_manifest
-from pipeline.plan import Totals, extend_plan, plan_totals, read_plan, write_plan
-from pipeline.precision import IMAGES, WORTH, RoundTrip, try_precisions
-from pipeline.progress import Budget, Progress, follow
-from pipeline.read import first_images
-from pipeline.records import DTYPES, REASONS
-from pipeline.run import Failure, Resources, run_shards
-from pipeline.sources import Collection, open_collection
-from pipeline.storage import Folder, absolute, options_for
-from pipeline.summary import latents_summary, put_summary
+from palindrome.jobs.config import CollectionOptions, ConfigError, PictureOptions, Range, ReadingConfig, config_error
+from palindrome.jobs.estimate import Cost, on_cluster
+from palindrome.model import checkpoint
+from palindrome.model.engine import FLOAT32
+from palindrome.model.inversion import evaluations
+from palindrome.pipeline.images.decode import Preprocess
+from palindrome.pipeline.images.read import first_images
+from palindrome.pipeline.images.records import REASONS
+from palindrome.pipeline.images.sources import Collection, open_collection
+from palindrome.pipeline.runs.kinds import REJECTS
+from palindrome.pipeline.runs.ladders import KINDS, resolve
+from palindrome.pipeline.runs.manifest import claim, note, read_manifest
+from palindrome.pipeline.runs.outcome import Failure
+from palindrome.pipeline.runs.plan import Totals, extend_plan, plan_totals, read_plan, write_plan
+from palindrome.pipeline.runs.schemas import DTYPES, LATENT_COLUMNS
+from palindrome.pipeline.runs.shards import committed
+from palindrome.pipeline.runs.summary import latents_summary, put_summary
+from palindrome.pipeline.runtime.precision import IMAGES, MIN_IMAGES_FOR_TRIAL, RoundTrip, try_precisions
+from palindrome.pipeline.runtime.progress import Budget, Progress, follow
+from palindrome.pipeline.runtime.reader import Reader
+from palindrome.pipeline.runtime.scheduler import Resources, run_shards
+from palindrome.pipeline.storage.folder import Folder, absolute, options_for
+from palindrome.pipeline.tasks.encode import Encode
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncodeConfig(CollectionOptions, PictureOptions, ReadingConfig):
     """Encode an image collection to latents by DDIM inversion: one Parquet file a shard in OUT/latents."""
 
-    FREE: ClassVar[frozenset[str]] = ReadingConfig.FREE | {
+    MUTABLE: ClassVar[frozenset[str]] = ReadingConfig.MUTABLE | {
         *("relist", "retry_rejects", "max_failed_shards", "max_reject_fraction", "stall"),
     }
 
@@ -73,18 +77,18 @@ class EncodeConfig(CollectionOptions, PictureOptions, ReadingConfig):
 
 def run(config: EncodeConfig) -> int:
     """Encodes what is not encoded yet and returns the exit code."""
-    with blame("--images"):
+    with config_error("--images"):
         uri = absolute(config.images)
-        collection = open_collection(uri, keep=config.keep, **config.reading())
-    with blame("--model"):
+        collection = open_collection(uri, keep=config.keep, reserved=LATENT_COLUMNS, **config.reading())
+    with config_error("--model"):
         model = checkpoint.load(absolute(config.model), options_for(config.model))
         how = config.preprocess(model.config.sample_size, model.config.in_channels)
-    with blame("--steps" if config.ladder in KINDS else "--ladder"):
+    with config_error("--steps" if config.ladder in KINDS else "--ladder"):
         levels = resolve(config.ladder, config.steps, model.schedule)
     tolerance, exact = _tolerance(config)
     out = Folder(absolute(config.out))
     source = {"uri": uri, "kind": collection.kind, "image_column": collection.image_column}
-    with blame("--out"):
+    with config_error("--out"):
         facts = {
             "model_digest": model.digest,
             "levels": list(levels),
@@ -98,8 +102,8 @@ def run(config: EncodeConfig) -> int:
             "preprocess": how.record(),
         }
         settings = config.settings(images=uri, model=absolute(config.model), steps=len(levels) - 1)
-        claim(out, "encode", settings, config.FREE, {**facts, "collection": source}, config.defaults())
-    with blame("--images"):
+        claim(out, "encode", settings, config.MUTABLE, {**facts, "collection": source}, config.defaults())
+    with config_error("--images"):
         totals = _plan(config, out, collection)
     done = committed(out) - (committed(out, REJECTS) if config.retry_rejects else set())
     left = sum(shard.name not in done for shard in read_plan(out))  # a file there need not be one of the plan's
@@ -113,7 +117,7 @@ def run(config: EncodeConfig) -> int:
         cost = Cost.of(totals, left, up + down, model.config.values * DTYPES[config.dtype].byte_width)
         todo = (shard for shard in read_plan(out) if shard.name not in done)
         tried = RoundTrip(levels, config.corrections, tolerance, config.dtype)
-        worth = cost.images >= WORTH and not (done or exact)
+        worth = cost.images >= MIN_IMAGES_FOR_TRIAL and not (done or exact)
         settle = partial(_precision, config, out, model, collection, how, tried if worth else None)
         with on_cluster(config, model, cost, config.decode, settle) as resources:
             reader = Reader(collection, how, resources.batch_size, resources.read_by_tasks)

@@ -9,19 +9,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from infra.cluster import ClusterError, connect
-from jobs.config import ConfigError, OutOptions, Planned, ShardedConfig, blame
-from model.checkpoint import Checkpoint
-from pipeline.batch_size import try_batch_sizes
-from pipeline.calibration import Speed, measure, recall, record
-from pipeline.errors import SettingError
-from pipeline.latents import REJECTS
-from pipeline.manifest import NAME, read_manifest
-from pipeline.plan import Totals
-from pipeline.precision import WORTH
-from pipeline.run import Resources, fit
-from pipeline.state import FOLDERS, duration, size
-from pipeline.storage import Folder, absolute, file_at
+from palindrome.infra.cluster import ClusterError, connect
+from palindrome.jobs.config import ConfigError, OutOptions, Planned, ShardedConfig, config_error
+from palindrome.model.checkpoint import Checkpoint
+from palindrome.pipeline.base.errors import SettingError
+from palindrome.pipeline.base.text import duration, size
+from palindrome.pipeline.runs.kinds import FOLDERS, REJECTS
+from palindrome.pipeline.runs.manifest import NAME, read_manifest
+from palindrome.pipeline.runs.plan import Totals
+from palindrome.pipeline.runtime.batch_size import try_batch_sizes
+from palindrome.pipeline.runtime.precision import MIN_IMAGES_FOR_TRIAL
+from palindrome.pipeline.runtime.scheduler import Resources, fit
+from palindrome.pipeline.runtime.speed import Speed, measure, recall, record
+from palindrome.pipeline.storage.folder import Folder, absolute, file_at
 
 # By job, of what a run's folder holds: the folders whose files' names say what is done, and the files that say it.
 DONE = {**{job: (below,) for job, below in FOLDERS.items()}, "export": ("data", "index"), "animate": ("paths",)}
@@ -68,21 +68,21 @@ def on_cluster(
         print(cost.words(), flush=True)
     recorded = None
     if config.calibration and cost.images and not config.calibrate:
-        with blame("--calibration"):
+        with config_error("--calibration"):
             recorded = recall(config.calibration, model)
         if config.dry_run:
             _forecast(cost, recorded, config.workers[-1] if config.workers else 1)
     if config.dry_run and not (config.calibrate and cost.images):
         raise Planned
-    with blame("--address", ClusterError), connect(config.address):
-        with blame("--workers", SettingError):
+    with config_error("--address", ClusterError), connect(config.address):
+        with config_error("--workers", SettingError):
             resources = fit(config.workers, decode, config.gpus_per_worker, config.custom())
         resources = replace(resources, batch_size=_batch_size(config, model, cost, resources))
         resources = replace(resources, execution=config.execution(encoded_in(resources)))
         if config.calibrate:
             recorded = measure(model, resources.batch_size, resources)
             if config.calibration:
-                with blame("--calibration"):
+                with config_error("--calibration"):
                     record(config.calibration, model, recorded)
         # Those that share a GPU are no faster than one.
         forecast = _forecast(cost, recorded, resources.workers, resources.gpus or 1) if recorded else None
@@ -97,7 +97,7 @@ def on_cluster(
 
 def _batch_size(config: ShardedConfig, model: Checkpoint, cost: Cost, resources: Resources) -> int:
     """As asked for; else by trial, where that pays. More than the default makes no CPU faster."""
-    if config.batch_size or not resources.gpus or cost.images < WORTH:
+    if config.batch_size or not resources.gpus or cost.images < MIN_IMAGES_FOR_TRIAL:
         return config.batch_size or resources.batch_size
     workers = min(resources.workers, cost.shards)
     fast = config.execution("bfloat16")  # where the precision is open, the one that takes the most to keep a GPU busy
@@ -129,14 +129,14 @@ def dry(config: C) -> Iterator[C]:
     what is done. Raises ConfigError, also where `--out` can't be written to."""
     where = absolute(config.out)
     if config.OUT_IS_FILE:
-        with blame("--out"):
+        with config_error("--out"):
             _check_writable(file_at(where)[0])
             if Folder(where).is_local and Path(where).is_dir():
                 raise ConfigError(f"--out: {where} is a folder")
         yield config
         return
     with tempfile.TemporaryDirectory(prefix="palindrome-") as folder:
-        with blame("--out"):
+        with config_error("--out"):
             out, shadow = Folder(where), Folder(folder)
             _check_writable(out)
             if manifest := read_manifest(out):

@@ -6,10 +6,18 @@ import threading
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
-from jobs.config import ConfigError, OutOptions, Planned, Range, blame
-from pipeline import interrupt
-from pipeline.errors import ManifestError, RunError
-from pipeline.export import (
+from palindrome.jobs.config import ConfigError, OutOptions, Planned, Range, config_error
+from palindrome.pipeline.base import interrupt
+from palindrome.pipeline.base.errors import ManifestError, RunError
+from palindrome.pipeline.base.log import note
+from palindrome.pipeline.base.text import one_line, printable, size
+from palindrome.pipeline.base.threads import in_threads
+from palindrome.pipeline.runs.manifest import claim, open_run
+from palindrome.pipeline.runs.plan import Totals
+from palindrome.pipeline.runs.shards import committed
+from palindrome.pipeline.runtime.progress import Progress, say_failed
+from palindrome.pipeline.storage.folder import Folder, absolute
+from palindrome.pipeline.tasks.export import (
     DATA,
     HOLDS,
     IMAGES,
@@ -21,14 +29,6 @@ from pipeline.export import (
     exported,
     put_index,
 )
-from pipeline.latents import committed
-from pipeline.log import note
-from pipeline.manifest import claim
-from pipeline.plan import Totals
-from pipeline.progress import Progress, say_failed
-from pipeline.state import open_run, printable, size, words
-from pipeline.storage import Folder, absolute
-from pipeline.threads import in_threads
 
 AT_ONCE = 4  # shards; of each, so many pictures as pipeline.export says
 SAMPLE = 32  # shards whose images are counted for the estimate of the time left
@@ -61,7 +61,7 @@ class ExportConfig(OutOptions):
 def run(config: ExportConfig) -> int:
     """Exports what is not exported yet, and returns the exit code."""
     out = Folder(absolute(config.out))
-    with blame("RUN"):
+    with config_error("RUN"):
         source, manifest = open_run(config.run, *HOLDS)
         holds = HOLDS[manifest["job"]]
         shards = committed(source, holds.below)
@@ -70,7 +70,7 @@ def run(config: ExportConfig) -> int:
     variants = [len(levels) - 1 for levels in manifest.get("ladders", [])] if holds.variant else []
     if config.steps is not None and config.steps not in variants:
         raise ConfigError(f"--steps: {config.run} holds images of {' and '.join(map(str, variants)) or 'no'} steps")
-    with blame("--out"):
+    with config_error("--out"):
         settings = {k: v for k, v in asdict(config).items() if k not in ("out", "dry_run")}
         facts = {k: v for k, v in manifest.items() if k not in ("config", "versions", "fields")}
         of = {"source": facts, "source_config": manifest["config"]}
@@ -121,7 +121,7 @@ def _follow(progress: Progress, work: Export, shards: list[str]) -> int:
         except Broken as e:
             return shard, printable(str(e))
         except Exception as e:
-            return shard, words(e)
+            return shard, one_line(e)
 
     try:
         for shard, outcome in in_threads(attempt, shards, AT_ONCE):

@@ -4,20 +4,22 @@ import sys
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from jobs.config import ConfigError, ImagesConfig, Range, blame
-from jobs.estimate import Cost, on_cluster
-from model import checkpoint
-from pipeline.generate import IMAGES, KIND, Generate, ranges
-from pipeline.ladders import KINDS, resolve
-from pipeline.latents import committed
-from pipeline.manifest import claim
-from pipeline.pictures import grid, pixels_of, png
-from pipeline.plan import add_pieces, plan_totals, read_plan
-from pipeline.progress import Progress, follow
-from pipeline.records import DTYPES
-from pipeline.run import Failure, run_shards
-from pipeline.storage import Folder, absolute, options_for
-from pipeline.summary import generated_summary, put_summary
+from palindrome.jobs.config import ConfigError, ImagesConfig, Range, config_error
+from palindrome.jobs.estimate import Cost, on_cluster
+from palindrome.model import checkpoint
+from palindrome.pipeline.images.pixels import grid, pixels_of, png
+from palindrome.pipeline.runs.kinds import IMAGES
+from palindrome.pipeline.runs.ladders import KINDS, resolve
+from palindrome.pipeline.runs.manifest import claim
+from palindrome.pipeline.runs.outcome import Failure
+from palindrome.pipeline.runs.plan import add_pieces, plan_totals, read_plan
+from palindrome.pipeline.runs.schemas import DTYPES
+from palindrome.pipeline.runs.shards import committed
+from palindrome.pipeline.runs.summary import generated_summary, put_summary
+from palindrome.pipeline.runtime.progress import Progress, follow
+from palindrome.pipeline.runtime.scheduler import run_shards
+from palindrome.pipeline.storage.folder import Folder, absolute, options_for
+from palindrome.pipeline.tasks.generate import KIND, Generate, ranges
 
 SHOWN, COLUMNS = 64, 8  # samples in samples.png
 
@@ -56,16 +58,16 @@ def run(config: GenerateConfig) -> int:
         raise ConfigError("--clip: it goes with --eta above 0 or --sigma-hat: DDIM's own samples are not clipped")
     if config.eta and config.sigma_hat:
         raise ConfigError("--sigma-hat: it stands for itself, without --eta")
-    with blame("--model"):
+    with config_error("--model"):
         model = checkpoint.load(absolute(config.model), options_for(absolute(config.model)))
-    with blame("--steps" if config.ladder in KINDS else "--ladder"):
+    with config_error("--steps" if config.ladder in KINDS else "--ladder"):
         steps = config.steps or (min(100, model.schedule.num_train_timesteps) if config.ladder in KINDS else None)
         levels = resolve(config.ladder, steps, model.schedule)
     out = Folder(absolute(config.out))
-    with blame("--out"):
+    with config_error("--out"):
         facts = {"model_digest": model.digest, "levels": list(levels), **model.describe()}
         settings = config.settings(model=absolute(config.model), steps=len(levels) - 1)
-        claim(out, "generate", settings, config.FREE, facts, config.defaults())
+        claim(out, "generate", settings, config.MUTABLE, facts, config.defaults())
         pieces = ranges(config.count, config.seed, config.shard_size)
         totals = plan_totals(out) or add_pieces(out, KIND, pieces, config.shard_size)
     done = committed(out, IMAGES)
@@ -85,7 +87,7 @@ def run(config: GenerateConfig) -> int:
             progress = Progress("generate", totals, totals.shards - left)
             failures = follow(progress, run_shards(work, model, todo, resources))
             out.clear_unfinished()
-    with blame("--out"):
+    with config_error("--out"):
         summary = generated_summary(out)
         put_summary(out, summary, failures)
         _put_samples(out)

@@ -5,15 +5,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from jobs.config import ConfigError, ImagesConfig, Range, SelectionOptions, blame, flag_of
-from jobs.estimate import Cost, on_cluster
-from pipeline.encoded import encode_run, ladders_of, model_of
-from pipeline.generate import IMAGES
-from pipeline.interpolate import Interpolate
-from pipeline.interpolate_report import put_report
-from pipeline.latents import committed
-from pipeline.manifest import claim
-from pipeline.paths import (
+from palindrome.jobs.config import ConfigError, ImagesConfig, Range, SelectionOptions, config_error, flag_of
+from palindrome.jobs.estimate import Cost, on_cluster
+from palindrome.pipeline.images.records import REASONS
+from palindrome.pipeline.reports.interpolation import put_report
+from palindrome.pipeline.runs.encoded import encode_run, ladders_of, model_of
+from palindrome.pipeline.runs.kinds import IMAGES
+from palindrome.pipeline.runs.manifest import claim
+from palindrome.pipeline.runs.outcome import Failure
+from palindrome.pipeline.runs.plan import add_pieces, plan_totals, read_plan
+from palindrome.pipeline.runs.selection import Selection
+from palindrome.pipeline.runs.shards import committed
+from palindrome.pipeline.runs.summary import generated_summary, put_summary, rejects_by_reason
+from palindrome.pipeline.runtime.progress import Progress, follow
+from palindrome.pipeline.runtime.scheduler import run_shards
+from palindrome.pipeline.storage.folder import Folder, absolute
+from palindrome.pipeline.tasks.interpolate import Interpolate
+from palindrome.pipeline.tasks.paths import (
     KIND,
     At,
     digest_of,
@@ -27,13 +35,6 @@ from pipeline.paths import (
     read_pairs,
     sequences,
 )
-from pipeline.plan import add_pieces, plan_totals, read_plan
-from pipeline.progress import Progress, follow
-from pipeline.records import REASONS
-from pipeline.run import Failure, run_shards
-from pipeline.selection import Selection
-from pipeline.storage import Folder, absolute
-from pipeline.summary import generated_summary, put_summary, rejects_by_reason
 
 DRAWN = {"random": random_pairs, "nearest": nearest_pairs}
 WAYS = ("pairs", "path", "grid", "sequence")
@@ -92,24 +93,24 @@ class InterpolateConfig(ImagesConfig, SelectionOptions):
 def run(config: InterpolateConfig) -> int:
     """Makes the frames that are not there yet, summary and report, and returns the exit code."""
     latents, out = Folder(absolute(config.latents)), Folder(absolute(config.out))
-    with blame("--latents"):
+    with config_error("--latents"):
         encoded, plan, done_latents = encode_run(latents)
     if len(done_latents) < plan.shards:
         print(f"the encode run is not complete: {len(done_latents)} of {plan.shards} shards", file=sys.stderr)
     which = config.selection(latents, min(done_latents))
-    with blame("--pairs"):
+    with config_error("--pairs"):
         pairs = read_pairs(config.pairs) if config.pairs and not config.drawn() else None
-    with blame("--model"):
+    with config_error("--model"):
         where, model = model_of(encoded, config.model)
-    with blame("--steps"):
+    with config_error("--steps"):
         [levels] = ladders_of(encoded, () if config.steps is None else (config.steps,), model.schedule)
-    with blame("--out"):
+    with config_error("--out"):
         totals = plan_totals(out)
     paths = _paths(config, latents, sorted(done_latents), which, pairs) if totals is None else []
-    with blame("--out"):
+    with config_error("--out"):
         facts = {"model_digest": model.digest, "levels": list(levels)}
         known = {**facts, "ids_digest": which.ids_digest, "pairs_digest": None if pairs is None else digest_of(pairs)}
-        claim(out, "interpolate", config.settings(latents=latents.uri), config.FREE, known, config.defaults())
+        claim(out, "interpolate", config.settings(latents=latents.uri), config.MUTABLE, known, config.defaults())
     if totals is None:
         pieces = (grid_pieces if config.grid else path_pieces)(paths, config.frames)
         totals = add_pieces(out, KIND, pieces, config.shard_size)
@@ -142,16 +143,16 @@ def _paths(
     pairs: Sequence[Sequence[str]] | None,
 ) -> Sequence[Sequence[At]]:
     """What is asked for. Raises ConfigError."""
-    with blame("--pairs"):
+    with config_error("--pairs"):
         if pairs is not None:
             return located(latents, shards, pairs)
         if drawn := config.drawn():
             how, count = drawn
             return DRAWN[how](latents, shards, which, count, config.seed)
-    with blame("--path"):
+    with config_error("--path"):
         if config.path:
             return located(latents, shards, [ids_of(text, 2) for text in config.path], must=True)
-    with blame("--grid"):
+    with config_error("--grid"):
         if config.grid:
             return located(latents, shards, [ids_of(text, 4, 4) for text in config.grid], must=True)
     found, missing = sequences(every(latents, shards, which))

@@ -4,9 +4,9 @@ import json
 import time
 from dataclasses import asdict, dataclass
 
-from infra.submission import Job, SubmissionError
-from jobs.config import ClusterOptions, blame
-from pipeline.state import duration, printable
+from palindrome.infra.submission import Job, SubmissionError
+from palindrome.jobs.config import ClusterOptions, config_error
+from palindrome.pipeline.base.text import duration, printable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +19,7 @@ class JobsConfig(ClusterOptions):
 
 def run(config: JobsConfig) -> int:
     cluster = config.cluster()
-    with blame("--address", SubmissionError):
+    with config_error("--address", SubmissionError):
         found = cluster.jobs()
     if config.json:
         print(json.dumps([asdict(job) for job in found], indent=2))

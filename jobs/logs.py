@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from infra.submission import SubmissionError
-from jobs.config import ClusterOptions, blame
-from pipeline.log import relay
+from palindrome.infra.submission import SubmissionError
+from palindrome.jobs.config import ClusterOptions, config_error
+from palindrome.pipeline.base.log import relay
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,7 @@ class LogsConfig(ClusterOptions):
 
 def run(config: LogsConfig) -> int:
     cluster = config.cluster()
-    with blame("JOB_ID", SubmissionError), relay() as show:
+    with config_error("JOB_ID", SubmissionError), relay() as show:
         if config.follow:
             cluster.follow(config.job_id, show)
         else:

@@ -4,21 +4,24 @@ import sys
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from jobs.config import Range, ReadingConfig, blame
-from jobs.estimate import Cost, on_cluster
-from pipeline.actors import RECONSTRUCTIONS, Reader, Reconstruct
-from pipeline.comparison import choose_examples, series_at
-from pipeline.decode import Preprocess
-from pipeline.encoded import encode_run, execution_of, ladders_of, model_of
-from pipeline.latents import committed
-from pipeline.manifest import claim
-from pipeline.plan import read_plan
-from pipeline.progress import Progress, follow
-from pipeline.report import reconstruction_report
-from pipeline.run import Failure, run_shards
-from pipeline.sources import Collection
-from pipeline.storage import Folder, absolute
-from pipeline.summary import mean_nfe, put_summary, read_errors, reconstructions_summary
+from palindrome.jobs.config import Range, ReadingConfig, config_error
+from palindrome.jobs.estimate import Cost, on_cluster
+from palindrome.pipeline.images.decode import Preprocess
+from palindrome.pipeline.images.sources import Collection
+from palindrome.pipeline.reports.comparison import choose_examples, series_at
+from palindrome.pipeline.reports.reconstruction import reconstruction_report
+from palindrome.pipeline.runs.encoded import encode_run, execution_of, ladders_of, model_of
+from palindrome.pipeline.runs.kinds import RECONSTRUCTIONS
+from palindrome.pipeline.runs.manifest import claim
+from palindrome.pipeline.runs.outcome import Failure
+from palindrome.pipeline.runs.plan import read_plan
+from palindrome.pipeline.runs.shards import committed
+from palindrome.pipeline.runs.summary import mean_nfe, put_summary, read_errors, reconstructions_summary
+from palindrome.pipeline.runtime.progress import Progress, follow
+from palindrome.pipeline.runtime.reader import Reader
+from palindrome.pipeline.runtime.scheduler import run_shards
+from palindrome.pipeline.storage.folder import Folder, absolute
+from palindrome.pipeline.tasks.reconstruct import Reconstruct
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,15 +40,15 @@ class ReconstructConfig(ReadingConfig):
 def run(config: ReconstructConfig) -> int:
     """Reconstructs what is not reconstructed yet, writes summary and report, and returns the exit code."""
     latents, out = Folder(absolute(config.latents)), Folder(absolute(config.out))
-    with blame("--latents"):
+    with config_error("--latents"):
         encoded, plan, done_latents = encode_run(latents)
-    with blame("--model"):
+    with config_error("--model"):
         _, model = model_of(encoded, config.model)
-    with blame("--steps"):
+    with config_error("--steps"):
         ladders = ladders_of(encoded, config.steps, model.schedule)
-    with blame("--out"):
+    with config_error("--out"):
         facts = {"model_digest": model.digest, "ladders": [list(levels) for levels in ladders]}
-        claim(out, "reconstruct", config.settings(latents=latents.uri), config.FREE, facts, config.defaults())
+        claim(out, "reconstruct", config.settings(latents=latents.uri), config.MUTABLE, facts, config.defaults())
     how = Preprocess(**encoded["preprocess"])
     collection = Collection(**encoded["collection"])
 

@@ -4,19 +4,21 @@ import sys
 from dataclasses import dataclass
 from typing import Annotated
 
-from jobs.config import ConfigError, ImagesConfig, Range, SelectionOptions, blame
-from jobs.estimate import Cost, on_cluster
-from pipeline.encoded import encode_run, ladders_of, model_of
-from pipeline.generate import IMAGES
-from pipeline.latents import committed
-from pipeline.manifest import claim
-from pipeline.plan import read_plan
-from pipeline.progress import Progress, follow
-from pipeline.regenerate import Regenerate, consistency, put_report
-from pipeline.run import Failure, run_shards
-from pipeline.selection import Selection
-from pipeline.storage import Folder, absolute
-from pipeline.summary import generated_summary, put_summary
+from palindrome.jobs.config import ConfigError, ImagesConfig, Range, SelectionOptions, config_error
+from palindrome.jobs.estimate import Cost, on_cluster
+from palindrome.pipeline.reports.regeneration import put_report
+from palindrome.pipeline.runs.encoded import encode_run, ladders_of, model_of
+from palindrome.pipeline.runs.kinds import IMAGES
+from palindrome.pipeline.runs.manifest import claim
+from palindrome.pipeline.runs.outcome import Failure
+from palindrome.pipeline.runs.plan import read_plan
+from palindrome.pipeline.runs.selection import Selection
+from palindrome.pipeline.runs.shards import committed
+from palindrome.pipeline.runs.summary import consistency, generated_summary, put_summary
+from palindrome.pipeline.runtime.progress import Progress, follow
+from palindrome.pipeline.runtime.scheduler import run_shards
+from palindrome.pipeline.storage.folder import Folder, absolute
+from palindrome.pipeline.tasks.regenerate import Regenerate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,18 +50,18 @@ def run(config: RegenerateConfig) -> int:
     if config.eta and config.sigma_hat:
         raise ConfigError("--sigma-hat: it stands for itself, without --eta")
     latents, out = Folder(absolute(config.latents)), Folder(absolute(config.out))
-    with blame("--latents"):
+    with config_error("--latents"):
         encoded, plan, done_latents = encode_run(latents)
     which = config.selection(latents, min(done_latents))
-    with blame("--model"):
+    with config_error("--model"):
         where, model = model_of(encoded, config.model)
-    with blame("--steps"):
+    with config_error("--steps"):
         ladders = ladders_of(encoded, config.steps, model.schedule)
     how = {"eta": config.eta, "use_sigma_hat": config.sigma_hat}
     facts = {"model_digest": model.digest, "ladders": [list(levels) for levels in ladders]}
-    with blame("--out"):
+    with config_error("--out"):
         known = {**facts, "ids_digest": which.ids_digest}
-        claim(out, "regenerate", config.settings(latents=latents.uri), config.FREE, known, config.defaults())
+        claim(out, "regenerate", config.settings(latents=latents.uri), config.MUTABLE, known, config.defaults())
 
     done = committed(out, IMAGES)
     left = done_latents - done

@@ -10,9 +10,12 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any, ClassVar, Literal
 
-from jobs.config import ConfigError, Options, blame
-from pipeline.records import REASONS, REJECT_SCHEMA
-from pipeline.state import open_run, printable, rejects
+from palindrome.jobs.config import ConfigError, Options, config_error
+from palindrome.pipeline.base.text import printable
+from palindrome.pipeline.images.records import REASONS
+from palindrome.pipeline.runs.manifest import open_run
+from palindrome.pipeline.runs.schemas import REJECT_SCHEMA
+from palindrome.pipeline.runs.shards import rejects
 
 ALIGNED = 200  # rows that the table's widths are taken from; those that come later may stand out
 
@@ -34,7 +37,7 @@ class RejectsConfig(Options):
 def run(config: RejectsConfig) -> int:
     if config.reason is not None and config.reason not in REASONS:
         raise ConfigError(f"--reason: {config.reason!r} is none of {', '.join(REASONS)}")
-    with blame("RUN"):
+    with config_error("RUN"):
         folder, manifest = open_run(config.run, "encode", "sweep", "interpolate")
     counts: Counter[str] = Counter()
 

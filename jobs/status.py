@@ -6,8 +6,10 @@ import time
 from dataclasses import dataclass
 from typing import ClassVar
 
-from jobs.config import Options, blame
-from pipeline.state import FOLDERS, State, StateReader, as_json, describe, open_run
+from palindrome.jobs.config import Options, config_error
+from palindrome.pipeline.runs.kinds import FOLDERS
+from palindrome.pipeline.runs.manifest import open_run
+from palindrome.pipeline.runs.status import State, StateReader, as_json, describe
 
 EVERY = 2.0  # seconds
 
@@ -28,14 +30,14 @@ class StatusConfig(Options):
 
 
 def run(config: StatusConfig) -> int:
-    with blame("RUN"):
+    with config_error("RUN"):
         folder, manifest = open_run(config.run, *FOLDERS)
         reader = StateReader(folder, manifest)
         state = reader.read()
     printed = _show(config, state, 0)
     while config.watch and not state.complete:
         time.sleep(EVERY)
-        with blame("RUN"):
+        with config_error("RUN"):
             state = reader.read()
         printed = _show(config, state, printed)
     return 0

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from infra.submission import SubmissionError
-from jobs.config import ClusterOptions, blame
+from palindrome.infra.submission import SubmissionError
+from palindrome.jobs.config import ClusterOptions, config_error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +19,7 @@ class StopConfig(ClusterOptions):
 
 def run(config: StopConfig) -> int:
     cluster = config.cluster()
-    with blame("JOB_ID", SubmissionError):
+    with config_error("JOB_ID", SubmissionError):
         job = cluster.job(config.job_id)
         stopped = cluster.stop(config.job_id)
     print(f"{job.id} is asked to stop" if stopped else f"{job.id} had ended: {job.status.lower()}")

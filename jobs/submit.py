@@ -9,11 +9,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePath
 from typing import ClassVar, Literal
 
-from infra.package import PackageError, build
-from infra.submission import Job, SubmissionError
-from jobs.command import Command, parse
-from jobs.config import STORAGE_OPTIONS, ClusterOptions, Config, ConfigError, blame, flag_of
-from pipeline.log import relay
+from palindrome.infra.package import PackageError, build
+from palindrome.infra.submission import Job, SubmissionError
+from palindrome.jobs.command import Command, parse
+from palindrome.jobs.config import STORAGE_OPTIONS, ClusterOptions, Config, ConfigError, config_error, flag_of
+from palindrome.pipeline.base.log import relay
 
 PLACES = ("images", "model", "out", "latents")  # fields that name files and folders
 FILES = ("ids", "pairs", "ladder")  # and those that may
@@ -52,9 +52,9 @@ def run(config: SubmitConfig) -> int:
     cluster = config.cluster()
     with tempfile.TemporaryDirectory() as folder:
         package = Path(folder)
-        with blame("--ship", PackageError):
+        with config_error("--ship", PackageError):
             size = build(package, config.ship, environment, config.code == "ship")
-        with blame("--address", SubmissionError):
+        with config_error("--address", SubmissionError):
             job_id = cluster.submit(_without_options(config.command), package if size else None)
     print(f"{job_id} submitted to {cluster.address}, {size / 2**20:.1f} MiB with it", flush=True)
     again = f"--address {cluster.address} {job_id}"

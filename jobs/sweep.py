@@ -6,22 +6,24 @@ from itertools import product
 from pathlib import PurePosixPath
 from typing import Annotated, Any, ClassVar, Literal
 
-from jobs.config import CollectionOptions, ConfigError, PictureOptions, Range, ReadingConfig, blame
-from jobs.estimate import Cost, on_cluster
-from model import checkpoint
-from model.schedule import NoiseSchedule
-from pipeline.actors import Reader
-from pipeline.ladders import KINDS, resolve
-from pipeline.latents import committed
-from pipeline.manifest import claim
-from pipeline.plan import Totals, plan_totals, read_plan, write_plan
-from pipeline.progress import Progress, follow
-from pipeline.run import Failure, run_shards
-from pipeline.sources import open_collection
-from pipeline.storage import Folder, absolute, options_for
-from pipeline.summary import put_summary, rejects_by_reason
-from pipeline.sweep import SWEPT, Setting, Sweep, read_sweep, units
-from pipeline.sweep_report import as_csv, error_plot, sweep_report
+from palindrome.jobs.config import CollectionOptions, ConfigError, PictureOptions, Range, ReadingConfig, config_error
+from palindrome.jobs.estimate import Cost, on_cluster
+from palindrome.model import checkpoint
+from palindrome.model.schedule import NoiseSchedule
+from palindrome.pipeline.images.sources import open_collection
+from palindrome.pipeline.reports.sweep import as_csv, error_plot, sweep_report
+from palindrome.pipeline.runs.kinds import SWEPT
+from palindrome.pipeline.runs.ladders import KINDS, resolve
+from palindrome.pipeline.runs.manifest import claim
+from palindrome.pipeline.runs.outcome import Failure
+from palindrome.pipeline.runs.plan import Totals, plan_totals, read_plan, write_plan
+from palindrome.pipeline.runs.shards import committed
+from palindrome.pipeline.runs.summary import put_summary, rejects_by_reason
+from palindrome.pipeline.runtime.progress import Progress, follow
+from palindrome.pipeline.runtime.reader import Reader
+from palindrome.pipeline.runtime.scheduler import run_shards
+from palindrome.pipeline.storage.folder import Folder, absolute, options_for
+from palindrome.pipeline.tasks.sweep import Setting, Sweep, read_sweep, units
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +31,7 @@ class SweepConfig(CollectionOptions, PictureOptions, ReadingConfig):
     """Take a collection there and back under every combination of the settings: a table, a CSV file and a plot of error
     against network evaluations. Other settings into the same folder are added to what is there."""
 
-    FREE: ClassVar[frozenset[str]] = ReadingConfig.FREE | {
+    MUTABLE: ClassVar[frozenset[str]] = ReadingConfig.MUTABLE | {
         *("steps", "corrections", "ladder", "tolerance", "dtype", "max_nfe"),
     }
 
@@ -59,20 +61,20 @@ class SweepConfig(CollectionOptions, PictureOptions, ReadingConfig):
 
 def run(config: SweepConfig) -> int:
     """Measures what is not measured yet, writes table and plot, and returns the exit code."""
-    with blame("--images"):
+    with config_error("--images"):
         uri = absolute(config.images)
         collection = open_collection(uri, **config.reading())
-    with blame("--model"):
+    with config_error("--model"):
         model = checkpoint.load(absolute(config.model), options_for(config.model))
         how = config.preprocess(model.config.sample_size, model.config.in_channels)
     settings = _settings(config, model.schedule)
     out = Folder(absolute(config.out))
     source = {"uri": uri, "kind": collection.kind, "image_column": collection.image_column}
-    with blame("--out"):
+    with config_error("--out"):
         facts = {"model_digest": model.digest, "preprocess": how.record(), "collection": source}
         named = config.settings(images=uri, model=absolute(config.model))
-        claim(out, "sweep", named, config.FREE, facts, config.defaults())
-    with blame("--images"):
+        claim(out, "sweep", named, config.MUTABLE, facts, config.defaults())
+    with config_error("--images"):
         plan = plan_totals(out) or write_plan(out, collection, config.shard_size, config.limit)
     done = committed(out, SWEPT)
     todo = (unit for setting in settings for unit in units(read_plan(out), setting) if unit.name not in done)
@@ -108,7 +110,7 @@ def _settings(config: SweepConfig, schedule: NoiseSchedule) -> list[Setting]:
     """Every combination once, the cheapest first."""
     found: dict[str, Setting] = {}
     for named in config.ladder:
-        with blame("--steps" if named in KINDS else "--ladder"):
+        with config_error("--steps" if named in KINDS else "--ladder"):
             ladders = [resolve(named, steps, schedule) for steps in (config.steps if named in KINDS else (None,))]
         label = PurePosixPath(named).stem if named.endswith(".json") else named
         for levels, count, tolerance, dtype in product(ladders, config.corrections, config.tolerance, config.dtype):

@@ -20,26 +20,26 @@ import torch
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 from torch import Tensor
 
-from infra.cluster import ClusterError, connect
-from jobs.config import CollectionOptions, Config, ConfigError, PictureOptions, Planned, Range, blame
-from model import checkpoint
-from model.checkpoint import Checkpoint
-from model.ddim import sample, sample_noise
-from model.ema import EMA
-from model.loss import DiffusionLoss
-from model.schedule import NoiseSchedule, ladder
-from model.unet import UNet, UNetConfig
-from pipeline.errors import RunError
-from pipeline.log import note, say
-from pipeline.manifest import claim
-from pipeline.metrics import to_pixels
-from pipeline.pictures import grid, png
-from pipeline.plan import Totals, plan_totals, read_plan, write_plan
-from pipeline.read import read_batches
-from pipeline.records import Reject
-from pipeline.sources import Collection, open_collection
-from pipeline.state import size
-from pipeline.storage import Folder, absolute, options_for
+from palindrome.infra.cluster import ClusterError, connect
+from palindrome.jobs.config import CollectionOptions, Config, ConfigError, PictureOptions, Planned, Range, config_error
+from palindrome.model import checkpoint
+from palindrome.model.checkpoint import Checkpoint
+from palindrome.model.ddim import sample, sample_noise
+from palindrome.model.ema import EMA
+from palindrome.model.loss import DiffusionLoss
+from palindrome.model.schedule import NoiseSchedule, ladder
+from palindrome.model.unet import UNet, UNetConfig
+from palindrome.pipeline.base.errors import RunError
+from palindrome.pipeline.base.log import note, say
+from palindrome.pipeline.base.text import size
+from palindrome.pipeline.images.metrics import to_pixels
+from palindrome.pipeline.images.pixels import grid, png
+from palindrome.pipeline.images.read import read_batches
+from palindrome.pipeline.images.records import Reject
+from palindrome.pipeline.images.sources import Collection, open_collection
+from palindrome.pipeline.runs.manifest import claim
+from palindrome.pipeline.runs.plan import Totals, plan_totals, read_plan, write_plan
+from palindrome.pipeline.storage.folder import Folder, absolute, options_for
 
 
 def _unet(size: int, channels: tuple[int, ...], attention: int, **settings: Any) -> UNetConfig:
@@ -76,7 +76,7 @@ FAILURES = 3  # deaths of workers after which a training goes on from its last s
 class TrainConfig(CollectionOptions, PictureOptions, Config):
     """Train a diffusion model on an image collection; --out becomes a checkpoint folder that diffusers opens too."""
 
-    FREE: ClassVar[frozenset[str]] = frozenset(
+    MUTABLE: ClassVar[frozenset[str]] = frozenset(
         {"train_steps", "workers", "sample_every", "save_every", "precision", "save_dtype"}
     )
 
@@ -122,25 +122,25 @@ class TrainConfig(CollectionOptions, PictureOptions, Config):
 
 def run(config: TrainConfig) -> int:
     """Trains to `train_steps`, resuming from the last saved state, and returns the exit code."""
-    with blame("--images"):
+    with config_error("--images"):
         collection = open_collection(absolute(config.images), **config.reading())
-    with blame("--batch-size"):
+    with config_error("--batch-size"):
         if config.batch_size % config.workers:
             raise ConfigError(f"--batch-size: {config.batch_size} is not divisible by --workers {config.workers}")
     out = Folder(absolute(config.out))
-    with blame("--out"):
-        claim(out, "train", config.settings(images=absolute(config.images)), config.FREE, {}, config.defaults())
+    with config_error("--out"):
+        claim(out, "train", config.settings(images=absolute(config.images)), config.MUTABLE, {}, config.defaults())
         trained = json.loads(out.read(RECORD))["steps"] if out.exists(RECORD) else 0
         if trained >= config.train_steps:
             print(f"{config.out} is trained already: {trained} steps")
             return 0
-    with blame("--images"):
+    with config_error("--images"):
         totals = plan_totals(out) or write_plan(out, collection, 512, config.limit)
     print(f"training {config.preset} on {totals.images} images for {config.train_steps} steps", flush=True)
     if config.dry_run:
         _say_cost(config, collection, out, totals)
         raise Planned
-    with blame("--address", ClusterError), connect(config.address):
+    with config_error("--address", ClusterError), connect(config.address):
         gpus = ray.cluster_resources().get("GPU", 0)
         if gpus:
             resources: dict[str, float] = {"CPU": 1, "GPU": 1}

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Annotated, ClassVar
 
-from jobs.config import ConfigError, Options, Range, blame
-from pipeline.state import open_run, printable
-from pipeline.verify import Account, Finding, verify
+from palindrome.jobs.config import ConfigError, Options, Range, config_error
+from palindrome.pipeline.base.text import printable
+from palindrome.pipeline.runs.manifest import open_run
+from palindrome.pipeline.runs.verify import Account, Finding, verify
 
 SAID = 100  # findings printed
 
@@ -28,7 +29,7 @@ class VerifyConfig(Options):
 
 
 def run(config: VerifyConfig) -> int:
-    with blame("RUN"):
+    with config_error("RUN"):
         folder, manifest = open_run(config.run, "encode", "reconstruct")
     if config.deep and manifest["job"] != "encode":
         raise ConfigError(f"--deep: {config.run} is a run of {manifest['job']}, which holds no latents")
@@ -36,10 +37,10 @@ def run(config: VerifyConfig) -> int:
     progress = _Progress(account)
     findings = verify(folder, manifest, account, progress.show)
     if config.deep:
-        from pipeline.verify_deep import verify_decoding  # brings torch, which nothing else here needs
+        from palindrome.pipeline.tasks.verify_deep import verify_decoding  # brings torch, which nothing else here needs
 
         findings = chain(findings, verify_decoding(folder, manifest, config.deep, account))
-    with blame("RUN", OSError):
+    with config_error("RUN", OSError):
         wrong = _say(findings, progress)
     if config.deep:
         errors = account.errors

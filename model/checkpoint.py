@@ -18,10 +18,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from model.ddim import PREDICTION_TYPES, Network
-from model.engine import FLOAT32, Engine, Execution
-from model.schedule import NoiseSchedule
-from model.unet import UNet, UNetConfig
+from palindrome.model.ddim import PREDICTION_TYPES, Network
+from palindrome.model.engine import FLOAT32, Engine, Execution
+from palindrome.model.schedule import NoiseSchedule
+from palindrome.model.unet import UNet, UNetConfig
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 CONFIG = "unet/config.json"

@@ -4,6 +4,7 @@ alpha-bar here is the paper's alpha. Coefficients are float64; the state x is fl
 runs in. x is [B, C, H, W] with pixels in [-1, 1] at the clean end.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from math import sqrt
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.schedule import CLEAN, NoiseSchedule
+from palindrome.model.schedule import CLEAN, NoiseSchedule
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 Network = Callable[[Tensor, int], Tensor]
@@ -155,3 +156,8 @@ def noise_stream(seed: int, indices: Sequence[int], shape: Sequence[int]) -> Ite
 
 def _stream(seed: int, index: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=np.array([seed % 2**64, index], np.uint64)))
+
+
+def noise_index(name: str) -> int:
+    """The index of the noise of what is named so: from the name alone, as no shard or batch may change it."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")

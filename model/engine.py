@@ -8,7 +8,7 @@ from shutil import which
 import torch
 from torch import Tensor
 
-from model.unet import UNet
+from palindrome.model.unet import UNet
 
 HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 PRECISIONS = ("float32", "tf32", *HALVES)

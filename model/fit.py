@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.ddim import Network, as_state, epsilon_of, move
-from model.schedule import CLEAN, Ladder, NoiseSchedule, ladder, logsnr_ladder
+from palindrome.model.ddim import Network, as_state, epsilon_of, move
+from palindrome.model.schedule import CLEAN, Ladder, NoiseSchedule, ladder, logsnr_ladder
 
 FINE = 96  # levels of each kind among the candidates, at least
 FIRST = 0.5  # what a correction leaves in the first step, where kappa is 1 and bounds nothing: as measured

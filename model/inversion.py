@@ -21,8 +21,8 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from model.ddim import Network, as_state, coefficients, epsilon_of, invert, move
-from model.schedule import NoiseSchedule
+from palindrome.model.ddim import Network, as_state, coefficients, epsilon_of, invert, move
+from palindrome.model.schedule import NoiseSchedule
 
 DEPTH = 2  # of the Anderson mixing: differences of residuals kept
 MIXING_LIMIT = 5.0  # of an Anderson weight: two nearly equal residuals must not throw an iterate far away

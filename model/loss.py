@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.ddim import PREDICTION_TYPES
-from model.schedule import NoiseSchedule
+from palindrome.model.ddim import PREDICTION_TYPES
+from palindrome.model.schedule import NoiseSchedule
 
 
 class DiffusionLoss:

@@ -71,7 +71,7 @@ def ray_here():
     import ray
     from ray.cluster_utils import Cluster
 
-    import infra.cluster  # noqa: F401, sets Ray up before it is started
+    import palindrome.infra.cluster  # noqa: F401, sets Ray up before it is started
 
     head = {"num_cpus": 3, "num_gpus": 0, "object_store_memory": 2**30, "include_dashboard": False}
     cluster = Cluster(initialize_head=True, head_node_args={**head, "dashboard_agent_listen_port": 0})
@@ -86,10 +86,10 @@ def tiny():
     """A checkpoint of 16x16 images with random weights, none near zero: its outputs are of order one."""
     import torch
 
-    from jobs.train import PRESETS
-    from model.checkpoint import Checkpoint
-    from model.schedule import NoiseSchedule
-    from model.unet import UNet
+    from palindrome.jobs.train import PRESETS
+    from palindrome.model.checkpoint import Checkpoint
+    from palindrome.model.schedule import NoiseSchedule
+    from palindrome.model.unet import UNet
 
     network = UNet(PRESETS["tiny"])
     generator = torch.Generator().manual_seed(0)
@@ -115,7 +115,7 @@ class Said:
 @pytest.fixture(scope="session")
 def palindrome(ray_here):
     """palindrome("encode", "--images", ...) -> Said, in this process."""
-    from jobs.__main__ import main
+    from palindrome.jobs.__main__ import main
 
     def palindrome(*arguments):
         out, err = io.StringIO(), io.StringIO()
@@ -132,7 +132,7 @@ def palindrome(ray_here):
 @pytest.fixture(scope="session")
 def model(tiny, tmp_path_factory):
     """The folder of the `tiny` checkpoint."""
-    from model import checkpoint
+    from palindrome.model import checkpoint
 
     folder = tmp_path_factory.mktemp("checkpoints") / "tiny"
     checkpoint.save(tiny, str(folder))

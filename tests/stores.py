@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pipeline.storage import open_fs
+from palindrome.pipeline.storage.folder import open_fs
 
 BIN = Path(sys.executable).parent
 KEY, SECRET = "palindrome-key-id", "palindrome-secret-of-the-tests"

@@ -1,25 +1,37 @@
-"""Imports run one way: jobs -> pipeline -> model, jobs -> infra. Read from the source, so none hides in a function."""
+"""Who may import whom, as DESIGN's table of rooms has it. Read from the source, so no import hides in a function."""
 
 import ast
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ALLOWED = {
+BASE = {"pipeline.base"}
+IMAGES = BASE | {"pipeline.storage", "pipeline.images"}
+RUNS = IMAGES | {"pipeline.runs", "model"}
+RUNTIME = RUNS | {"pipeline.runtime"}
+TASKS = RUNTIME | {"pipeline.tasks"}
+PIPELINE = TASKS | {"pipeline.reports"}
+ALLOWED = {  # by room, each itself included
     "model": {"model"},
-    "infra": {"infra"},
-    "pipeline": {"pipeline", "model"},
-    "jobs": {"jobs", "pipeline", "model", "infra"},
-    "palindrome": {"pipeline", "model"},  # a module, for notebooks, which nothing here imports
+    "infra": {"infra", "palindrome"},
+    "pipeline.base": BASE,
+    "pipeline.storage": BASE | {"pipeline.storage"},
+    "pipeline.images": IMAGES,
+    "pipeline.runs": RUNS,
+    "pipeline.runtime": RUNTIME,
+    "pipeline.tasks": TASKS,
+    "pipeline.reports": RUNS | {"pipeline.tasks", "pipeline.reports"},
+    "jobs": PIPELINE | {"jobs", "infra"},
+    "api": PIPELINE | {"api", "jobs"},
 }
-SHARED = {"config", "command", "estimate"}  # what every job may use
-NO_JOBS = SHARED | {"__main__", "__init__"}
-MODULE = Path("palindrome.py")
-FILES = sorted([MODULE, *(path.relative_to(ROOT) for name in ALLOWED for path in (ROOT / name).rglob("*.py"))])
-FOREIGN = {"tests", "benchmarks"}
+SHARED = {"arguments", "config", "command", "estimate", "sharded"}  # what every command may use
+NO_COMMANDS = SHARED | {"__main__", "__init__"}
+ROOMS = ("model", "infra", "pipeline", "jobs", "api")
+FILES = sorted(path.relative_to(ROOT) for name in ROOMS for path in (ROOT / name).rglob("*.py"))
 
 
 def imported(source: str, package: str) -> Iterator[tuple[str, ...]]:
@@ -34,34 +46,61 @@ def imported(source: str, package: str) -> Iterator[tuple[str, ...]]:
 
 
 def imports_of(file: Path) -> set[tuple[str, ...]]:
-    return set(imported((ROOT / file).read_text(), ".".join(file.parent.parts)))
+    return set(imported((ROOT / file).read_text(), ".".join(("palindrome", *file.parent.parts))))
 
 
-def in_house(file: Path) -> str:
-    """Which of ALLOWED a file belongs to."""
-    return file.parts[0].removesuffix(".py")
+def room_of(parts: tuple[str, ...]) -> str:
+    """The room of a file by its path, or of an import by its parts after `palindrome`."""
+    if parts[0] == "pipeline" and len(parts) > 1:
+        return f"pipeline.{parts[1]}"
+    return "api" if parts[0] == "notebook" else parts[0]
 
 
-def test_every_package_is_walked():
-    assert {in_house(file) for file in FILES} == set(ALLOWED)
-    assert {Path("jobs/encode.py"), Path("pipeline/run.py"), Path("model/ddim.py")} <= set(FILES)
+def ours(file: Path) -> set[str]:
+    """The rooms that a file imports from."""
+    found = (path for path in imports_of(file) if path[0] == "palindrome")
+    return {room_of(path[1:]) if len(path) > 1 else "palindrome" for path in found}
+
+
+def test_every_room_is_walked_and_nothing_is_loose():
+    rooms = {room_of(file.parts) for file in FILES if file != Path("pipeline/__init__.py")}
+    assert rooms == set(ALLOWED)
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if f != Path("pipeline/__init__.py")], ids=str)
+def test_imports_follow_the_table(file):
+    assert ours(file) <= ALLOWED[room_of(file.parts)]
 
 
 @pytest.mark.parametrize("file", FILES, ids=str)
-def test_imports_run_one_way(file):
-    ours = {path[0] for path in imports_of(file)} & (ALLOWED.keys() | FOREIGN)
-    assert ours <= ALLOWED[in_house(file)]
+def test_everything_is_imported_as_installed(file):
+    """As `palindrome.…`: a bare `model` or `jobs` would be whatever lies in the working directory."""
+    assert not {path[0] for path in imports_of(file)} & {*ROOMS, "tests", "benchmarks"}
 
 
 @pytest.mark.parametrize("file", [f for f in FILES if f.parts[0] == "model"], ids=str)
 def test_the_model_does_not_know_ray(file):
-    known = {"torch", "numpy", "safetensors", "fsspec", "model"} | sys.stdlib_module_names
+    known = {"torch", "numpy", "safetensors", "fsspec", "palindrome"} | sys.stdlib_module_names
     assert {path[0] for path in imports_of(file)} <= known
 
 
-@pytest.mark.parametrize("file", [f for f in FILES if f.parts[0] == "jobs" and f.stem not in NO_JOBS], ids=str)
-def test_no_job_imports_another(file):
-    assert {path[1] for path in imports_of(file) if path[0] == "jobs"} <= SHARED
+@pytest.mark.parametrize("file", [f for f in FILES if f.parts[:2] == ("pipeline", "runs")], ids=str)
+def test_a_run_folder_is_read_without_ray(file):
+    assert "ray" not in {path[0] for path in imports_of(file)}
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if f.parts[0] == "jobs" and f.stem not in NO_COMMANDS], ids=str)
+def test_no_command_imports_another(file):
+    assert {path[2] for path in imports_of(file) if path[:2] == ("palindrome", "jobs")} <= SHARED
+
+
+def test_every_package_is_installed():
+    """setuptools finds none by itself where the folders are mapped to other names."""
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = {file.parent for file in FILES}
+    assert set(setuptools["package-dir"].values()) == {folder.parts[0] for folder in folders}
+    named = {".".join(("palindrome", *folder.parts)) for folder in folders if folder != Path("api")} | {"palindrome"}
+    assert set(setuptools["packages"]) == named
 
 
 @pytest.mark.parametrize(

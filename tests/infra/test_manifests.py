@@ -23,9 +23,9 @@ from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingReque
 from ray.autoscaler.v2.utils import ResourceRequestUtil
 from ray.core.generated.autoscaler_pb2 import ClusterResourceConstraint, ResourceRequestByCount
 
-from infra import wait
-from jobs.config import add_arguments, from_arguments
-from jobs.encode import EncodeConfig
+from palindrome.infra import wait
+from palindrome.jobs.config import add_arguments, from_arguments
+from palindrome.jobs.encode import EncodeConfig
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
@@ -239,9 +239,8 @@ def test_what_is_copied_is_there_and_not_ignored(instructions):
 
 def test_the_whole_package_is_copied(instructions):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    packages = {package.split(".")[0] for package in project["tool"]["setuptools"]["packages"]}
-    modules = {f"{module}.py" for module in project["tool"]["setuptools"]["py-modules"]}
-    needed = packages | modules | {"pyproject.toml", "constraints.txt", project["project"]["readme"]}
+    folders = set(project["tool"]["setuptools"]["package-dir"].values())
+    needed = folders | {"pyproject.toml", "constraints.txt", project["project"]["readme"]}
     assert {source for _, source in copied(instructions)} == needed
 
 

@@ -72,7 +72,7 @@ def test_a_command_runs_on_two_nodes_and_its_exit_code_is_handed_on(two_nodes, m
     encode += ["--steps", 2, "--corrections", 0, "--shard-size", 6]
     command = f"""{shlex.join(map(str, encode))} || exit 3
         SCRIPT_PID=$PPID python -c {shlex.quote(LOOK)} || exit 4
-        python -m infra.wait --gpus 1000 --timeout 0 || exit 7"""
+        python -m palindrome.infra.wait --gpus 1000 --timeout 0 || exit 7"""
     process = two_nodes("bash", "-c", command)
     said, _ = process.communicate(timeout=300)
     assert process.returncode == 7, said

@@ -16,11 +16,11 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def start():
-    """start("encode", ...) -> the process of `python -m jobs encode ...`, with a Ray of its own; ended afterwards."""
+    """start("encode", ...) -> the process of `python -m palindrome encode ...`, on its own Ray; ended afterwards."""
     started = []
 
     def start(*arguments, **environment):
-        command = [sys.executable, "-m", "jobs", *map(str, arguments)]
+        command = [sys.executable, "-m", "palindrome", *map(str, arguments)]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
         started.append(subprocess.Popen(command, cwd=ROOT, env=env, **pipes))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.animate import Film
+from palindrome.pipeline.tasks.animate import Film
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.command import JOBS, OF_CLUSTERS
-from model import checkpoint
+from palindrome.jobs.command import JOBS, OF_CLUSTERS
+from palindrome.model import checkpoint
 
 ROOT = Path(__file__).parents[2]
 # Runs the commands on standard input one after the other, without a Ray: prints exit code, output, whether Ray is up.

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.storage import Folder
+from palindrome.pipeline.storage.folder import Folder
 
 COUNT, SHARD = 1000, 250
 FORMS = {

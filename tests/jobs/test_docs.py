@@ -7,7 +7,7 @@ import duckdb
 import numpy as np
 import torch
 
-from pipeline.decode import Preprocess, decode
+from palindrome.pipeline.images.decode import Preprocess, decode
 
 ROOT = Path(__file__).parents[2]
 

@@ -18,10 +18,10 @@ import pytest
 import torch
 from PIL import Image
 
-from model.ddim import invert
-from model.inversion import invert_exactly
-from model.schedule import ladder, logsnr_ladder
-from pipeline.decode import Preprocess, decode
+from palindrome.model.ddim import invert
+from palindrome.model.inversion import invert_exactly
+from palindrome.model.schedule import ladder, logsnr_ladder
+from palindrome.pipeline.images.decode import Preprocess, decode
 
 GOOD, BAD, SHARD = 1000, 40, 100
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from jobs.command import JOBS
-from model import checkpoint
+from palindrome.jobs.command import JOBS
+from palindrome.model import checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -17,10 +17,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline.export import name_of
-from pipeline.pictures import png
-from pipeline.records import ERROR_SCHEMA
-from pipeline.storage import Folder
+from palindrome.pipeline.images.pixels import png
+from palindrome.pipeline.runs.schemas import ERROR_SCHEMA
+from palindrome.pipeline.storage.folder import Folder
+from palindrome.pipeline.tasks.export import name_of
 
 STEPS = (3, 2)
 NAMES = [

@@ -63,7 +63,8 @@ class Run:
 
     def __init__(self, cluster, folder, model, out, *flags):
         self.cluster, self.out, self.driver = cluster, out, None
-        self.command = [sys.executable, "-m", "jobs", "encode", "--images", folder, "--model", model, "--out", out]
+        self.command = [sys.executable, "-m", "palindrome", "encode", "--images", folder, "--model", model]
+        self.command += ["--out", out]
         self.command += ["--steps", 12, "--corrections", 0, "--shard-size", SHARD, "--batch-size", 3]
         self.command = list(map(str, [*self.command, "--address", cluster.address, "--decode", "tasks", *flags]))
         self.ends = []
@@ -248,7 +249,7 @@ def test_permission_denied_is_a_reject_of_an_image_and_an_error_of_the_output(pi
     def encode(out, *more):
         flags = {"images": tmp_path / "images", "model": model, "out": tmp_path / out, "steps": 2}
         words = [*(str(word) for name, value in flags.items() for word in (f"--{name}", value)), *more]
-        command = [sys.executable, "-m", "jobs", "encode", *words]
+        command = [sys.executable, "-m", "palindrome", "encode", *words]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, preexec_fn=no_more_than_others)
 
     said = encode("run")

@@ -20,10 +20,10 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler
 from PIL import Image
 
-from model import checkpoint
-from model.ddim import sample, sample_noise
-from model.schedule import ladder
-from pipeline.metrics import to_pixels
+from palindrome.model import checkpoint
+from palindrome.model.ddim import sample, sample_noise
+from palindrome.model.schedule import ladder
+from palindrome.pipeline.images.metrics import to_pixels
 
 COUNT = 60
 

@@ -29,7 +29,7 @@ def test_a_link_cut_in_the_middle_costs_no_row(cluster, sample, model, tmp_path)
     command = ["encode", "--images", sample, "--model", model, "--out", out, "--shard-size", 8, "--batch-size", 4]
     command += ["--steps", 30, "--workers", 2, "--decode", "actor", "--stall", 60]
     command += ["--address", f"{cluster.ip}:{cluster.port}"]
-    command = [sys.executable, "-m", "jobs", *map(str, command)]
+    command = [sys.executable, "-m", "palindrome", *map(str, command)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **cluster.environment}, **pipes)
     until = time.monotonic() + 120

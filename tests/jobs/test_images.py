@@ -9,11 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from jobs.train import TrainConfig, _batches
-from pipeline.decode import Preprocess, decode
-from pipeline.plan import write_plan
-from pipeline.sources import open_collection
-from pipeline.storage import Folder
+from palindrome.jobs.train import TrainConfig, _batches
+from palindrome.pipeline.images.decode import Preprocess, decode
+from palindrome.pipeline.images.sources import open_collection
+from palindrome.pipeline.runs.plan import write_plan
+from palindrome.pipeline.storage.folder import Folder
 
 FLAGS = ["--fit", "pad", "--resample", "box", "--background", "200", "10", "60"]
 HOW = Preprocess(16, background=(200, 10, 60), resample="box", fit="pad")

@@ -14,8 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from model import checkpoint
-from model.ddim import sample as ddim
+from palindrome.model import checkpoint
+from palindrome.model.ddim import sample as ddim
 
 FRAMES = 5
 

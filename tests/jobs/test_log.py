@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.log import KEYS
+from palindrome.pipeline.base.log import KEYS
 
 ROOT = Path(__file__).parents[2]
 
@@ -116,7 +116,7 @@ def test_people_get_text(start, palindrome, images, model, tmp_path, monkeypatch
         "palindrome encode: error: $PALINDROME_LOG: 'xml' is none of auto, text, json\n"
     )
     ours, theirs = pty.openpty()
-    command = [sys.executable, "-m", "jobs", *map(str, run), "--dry-run"]
+    command = [sys.executable, "-m", "palindrome", *map(str, run), "--dry-run"]
     process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PALINDROME_LOG": "auto"}, stdout=theirs)
     os.close(theirs)
     shown = b""

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import palindrome as interface
-from model.engine import Execution
-from pipeline.decode import Preprocess, decode
-from pipeline.device import Model
-from pipeline.ladders import resolve
+from palindrome.model.engine import Execution
+from palindrome.pipeline.images.decode import Preprocess, decode
+from palindrome.pipeline.runs.ladders import resolve
+from palindrome.pipeline.runtime.device import Model
 
 BUNDLED = Path(__file__).parents[2] / "checkpoints/cifar10-32"
 PLAIN = ("--steps", 4, "--corrections", 0)
@@ -95,7 +95,7 @@ def test_a_few_images_are_encoded_in_float32(palindrome, pictures, model, tmp_pa
 @pytest.fixture
 def trials(monkeypatch):
     """A trial pays for few images, too."""
-    monkeypatch.setattr("jobs.encode.WORTH", 8)
+    monkeypatch.setattr("palindrome.jobs.encode.MIN_IMAGES_FOR_TRIAL", 8)
 
 
 def test_a_trial_finds_one_and_the_run_keeps_it(trials, palindrome, sample, tmp_path, read_run):

@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from model import checkpoint
-from model.ddim import sample
-from model.schedule import ladder
+from palindrome.model import checkpoint
+from palindrome.model.ddim import sample
+from palindrome.model.schedule import ladder
 
 STEPS = (5, 3)  # 5 is the encode run's own
 COUNT = 24

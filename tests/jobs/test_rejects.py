@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.records import REASONS
+from palindrome.pipeline.images.records import REASONS
 
 ROOT = Path(__file__).parents[2]
 
@@ -91,7 +91,7 @@ def test_a_damaged_file_is_named(palindrome, run, tmp_path):
 def test_a_reader_that_goes_away(run):
     """As `| head` does."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "jobs", "rejects", run], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-m", "palindrome", "rejects", run], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     process.stdout.close()
     assert process.wait(60) == 0

@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from model import checkpoint
-from pipeline.storage import Folder
+from palindrome.model import checkpoint
+from palindrome.pipeline.storage.folder import Folder
 
 SETTINGS = ["--steps", 2, "--corrections", 1, "--shard-size", 8, "--batch-size", 4]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs import status
+from palindrome.jobs import status
 
 ROOT = Path(__file__).parents[2]
 
@@ -75,7 +75,7 @@ def test_watching_ends_when_the_run_is_complete(palindrome, run, monkeypatch):
 def test_on_a_terminal_it_is_redrawn_in_place_until_ctrl_c(run):
     sorted((run / "latents").iterdir())[0].unlink()
     ours, theirs = pty.openpty()
-    command = [sys.executable, "-m", "jobs", "status", run, "--watch"]
+    command = [sys.executable, "-m", "palindrome", "status", run, "--watch"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=theirs, stderr=theirs, start_new_session=True)
     os.close(theirs)
     out = b""

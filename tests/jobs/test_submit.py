@@ -15,9 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from infra.package import ENVIRONMENT, PackageError, build
-from model import checkpoint
-from pipeline.storage import Folder
+from palindrome.infra.package import ENVIRONMENT, PackageError, build
+from palindrome.model import checkpoint
+from palindrome.pipeline.storage.folder import Folder
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,7 +43,7 @@ def client(cluster, tmp_path):
     started = []
 
     def client(*arguments, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, **environment):
-        command = [sys.executable, "-m", "jobs", *map(str, arguments)]
+        command = [sys.executable, "-m", "palindrome", *map(str, arguments)]
         pipes = {"stdout": subprocess.PIPE, "stderr": stderr, "stdin": stdin, "text": True}
         env = {**os.environ, "PYTHONPATH": str(ROOT), **cluster.environment, **environment}
         started.append(subprocess.Popen(command, cwd=tmp_path, env=env, **pipes))
@@ -116,7 +116,7 @@ def test_a_killed_node_costs_no_row_and_no_secret_is_shown(cluster, client, buck
 
     shown = cluster.get("/api/jobs/") + out + err
     logs = b"".join(path.read_bytes() for path in Path(cluster.folder).rglob("logs/**/*") if path.is_file())
-    assert "infra.entrypoint encode" in shown and b"infra.entrypoint encode" in logs
+    assert "palindrome.infra.entrypoint encode" in shown and b"palindrome.infra.entrypoint encode" in logs
     for secret in (moto.options["s3"]["secret"], cluster.token):
         assert secret not in shown and secret.encode() not in logs
 
@@ -228,10 +228,10 @@ def test_the_package_is_the_code_and_what_was_asked_for(tmp_path, monkeypatch):
     into.mkdir()
     build(into, ["ladder.json"], {"A": "b"})
     found = {str(path.relative_to(into)) for path in into.rglob("*") if path.is_file()}
-    assert {"ladder.json", "palindrome.py", "jobs/encode.py", "pipeline/sources/tars.py", ENVIRONMENT} <= found
+    assert {"ladder.json", "palindrome/notebook.py", "palindrome/pipeline/images/sources/tars.py", ENVIRONMENT} <= found
     assert all(name.endswith(".py") for name in found - {"ladder.json", ENVIRONMENT})
     assert (into / ENVIRONMENT).stat().st_mode & 0o077 == 0
-    for name in ("model", "../here", str(tmp_path), "."):
+    for name in ("palindrome", "../here", str(tmp_path), "."):
         with pytest.raises(PackageError):
             build(into, [name], {}, code=False)
     (tmp_path / "here" / ENVIRONMENT).write_text("mine")

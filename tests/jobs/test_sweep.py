@@ -11,9 +11,8 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 
-from model import checkpoint
-from model.ddim import coefficients, sample_noise
-from pipeline.actors import noise_index
+from palindrome.model import checkpoint
+from palindrome.model.ddim import coefficients, noise_index, sample_noise
 
 SETTINGS = ["--steps", 4, 6, "--corrections", 0, 2, "--ladder", "quadratic", "5,300,799", "--dtype", "float32"]
 FLAGS = ["--shard-size", 8, "--batch-size", 4, "--recover-noise", "--seed", 3]

@@ -11,12 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
-from jobs import train
-from jobs.train import PRESETS, TrainConfig, _batches
-from model import checkpoint
-from pipeline.plan import read_plan, write_plan
-from pipeline.sources import open_collection
-from pipeline.storage import Folder
+from palindrome.jobs import train
+from palindrome.jobs.train import PRESETS, TrainConfig, _batches
+from palindrome.model import checkpoint
+from palindrome.pipeline.images.sources import open_collection
+from palindrome.pipeline.runs.plan import read_plan, write_plan
+from palindrome.pipeline.storage.folder import Folder
 
 FLAGS = ["--preset", "tiny", "--batch-size", 8, "--lr-warmup", 0, "--lr", 1e-3, "--sample-every", 1000, "--limit", 64]
 

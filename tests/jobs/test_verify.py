@@ -285,7 +285,7 @@ def test_deep_sees_an_original_that_changed_or_is_gone(palindrome, model, pngs, 
 
 
 def test_deep_with_a_model_that_is_gone_or_another(palindrome, run, tiny, tmp_path):
-    from model import checkpoint
+    from palindrome.model import checkpoint
 
     manifest = json.loads((run / "run.json").read_text())
     weights = {name: value * 2 for name, value in tiny.weights.items()}

@@ -5,7 +5,7 @@ from math import sqrt
 import pytest
 import torch
 
-from model.schedule import NoiseSchedule
+from palindrome.model.schedule import NoiseSchedule
 
 
 @pytest.fixture(scope="module", autouse=True)

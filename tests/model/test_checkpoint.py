@@ -11,10 +11,10 @@ import safetensors.torch
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 
-from model.checkpoint import CONFIG, INDEX, SCHEDULER, WEIGHTS, Checkpoint, CheckpointError, load, save
-from model.ddim import sample
-from model.schedule import NoiseSchedule, ladder
-from model.unet import UNet, UNetConfig
+from palindrome.model.checkpoint import CONFIG, INDEX, SCHEDULER, WEIGHTS, Checkpoint, CheckpointError, load, save
+from palindrome.model.ddim import sample
+from palindrome.model.schedule import NoiseSchedule, ladder
+from palindrome.model.unet import UNet, UNetConfig
 
 SCHEDULE = NoiseSchedule(100, "scaled_linear", 1e-3, 0.06)
 SCHEDULER_KWARGS = {

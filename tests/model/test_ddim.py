@@ -10,9 +10,18 @@ from diffusers import DDIMInverseScheduler, DDIMScheduler, DDPMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.ddim import PREDICTION_TYPES, invert, move, noise_stream, sample, sample_noise, sigma_eta, sigma_hat
-from model.schedule import CLEAN, NoiseSchedule, ladder
-from model.unet import UNet, UNetConfig
+from palindrome.model.ddim import (
+    PREDICTION_TYPES,
+    invert,
+    move,
+    noise_stream,
+    sample,
+    sample_noise,
+    sigma_eta,
+    sigma_hat,
+)
+from palindrome.model.schedule import CLEAN, NoiseSchedule, ladder
+from palindrome.model.unet import UNet, UNetConfig
 
 PROPERTY = settings(max_examples=100, deadline=None, derandomize=True)
 DDPM = NoiseSchedule()

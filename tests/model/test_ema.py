@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from model.ema import EMA
+from palindrome.model.ema import EMA
 
 
 def network(seed=0):

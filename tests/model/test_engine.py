@@ -6,10 +6,10 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 
-from model.checkpoint import Checkpoint
-from model.engine import PRECISIONS, Engine, Execution
-from model.schedule import NoiseSchedule
-from model.unet import UNet, UNetConfig
+from palindrome.model.checkpoint import Checkpoint
+from palindrome.model.engine import PRECISIONS, Engine, Execution
+from palindrome.model.schedule import NoiseSchedule
+from palindrome.model.unet import UNet, UNetConfig
 
 CONFIG = {
     "sample_size": 64,  # feature maps of more and of fewer than 1024 pixels

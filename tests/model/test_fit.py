@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from model.ddim import sample
-from model.fit import FIRST, candidates, epsilon_products, fit_ladder
-from model.inversion import invert_exactly
-from model.schedule import CLEAN, NoiseSchedule, check_ladder, ladder
+from palindrome.model.ddim import sample
+from palindrome.model.fit import FIRST, candidates, epsilon_products, fit_ladder
+from palindrome.model.inversion import invert_exactly
+from palindrome.model.schedule import CLEAN, NoiseSchedule, check_ladder, ladder
 
 SCHEDULE = NoiseSchedule()
 

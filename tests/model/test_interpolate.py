@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.interpolate import angle, lerp, slerp
+from palindrome.model.interpolate import angle, lerp, slerp
 
 SHAPE = (3, 32, 32)
 

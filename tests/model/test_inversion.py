@@ -9,10 +9,10 @@ from diffusers import DDIMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.ddim import invert, move, sample
-from model.inversion import evaluations, invert_exactly
-from model.schedule import CLEAN, NoiseSchedule, ladder
-from model.unet import UNet, UNetConfig
+from palindrome.model.ddim import invert, move, sample
+from palindrome.model.inversion import evaluations, invert_exactly
+from palindrome.model.schedule import CLEAN, NoiseSchedule, ladder
+from palindrome.model.unet import UNet, UNetConfig
 
 SCHEDULE = NoiseSchedule()
 MU, S = 0.3, 0.5  # the toy data's mean and deviation

@@ -4,9 +4,9 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from model.ddim import PREDICTION_TYPES
-from model.loss import DiffusionLoss
-from model.schedule import NoiseSchedule
+from palindrome.model.ddim import PREDICTION_TYPES
+from palindrome.model.loss import DiffusionLoss
+from palindrome.model.schedule import NoiseSchedule
 
 SCHEDULE = NoiseSchedule(100, beta_start=1e-3, beta_end=0.08)
 X0 = torch.rand(6, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1

@@ -10,7 +10,15 @@ from diffusers import DDIMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.schedule import BETA_SCHEDULES, CLEAN, LADDERS, NoiseSchedule, check_ladder, ladder, logsnr_ladder
+from palindrome.model.schedule import (
+    BETA_SCHEDULES,
+    CLEAN,
+    LADDERS,
+    NoiseSchedule,
+    check_ladder,
+    ladder,
+    logsnr_ladder,
+)
 
 PROPERTY = settings(max_examples=200, deadline=None, derandomize=True)
 

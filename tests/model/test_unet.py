@@ -9,7 +9,7 @@ from diffusers.models.embeddings import get_timestep_embedding
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.unet import UNet, UNetConfig, sinusoid
+from palindrome.model.unet import UNet, UNetConfig, sinusoid
 
 CIFAR = {
     "sample_size": 32,

@@ -1,0 +1,17 @@
+"""Image collections to diffusion latents and back. In a notebook: `palindrome.open("runs/photos")`."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from palindrome.notebook import Run, open
+
+__all__ = ["Run", "open"]
+
+
+def __getattr__(name: str) -> Any:
+    """Imported where they are first used: they bring torch, and the command line imports this package too."""
+    if name in __all__:
+        from palindrome import notebook
+
+        return getattr(notebook, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

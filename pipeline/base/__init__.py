@@ -1,0 +1,1 @@
+"""What every room may use: errors, interruption, threads, text, logging. Imports nothing in-house."""

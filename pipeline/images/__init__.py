@@ -1,0 +1,1 @@
+"""URI -> pixels or a reject. Imports base and storage."""

@@ -1,0 +1,40 @@
+"""What every kind of collection shares: how one is described, and what is read of it."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+
+from palindrome.pipeline.storage.folder import Options, current_options
+
+FILES, PARQUET, WEBDATASET, LIST = "files", "parquet", "webdataset", "list"
+FORMATS = (FILES, PARQUET, WEBDATASET, LIST)
+ONE_EACH = (FILES, LIST)  # whose pieces are one image; those of the others are rows
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".jp2", ".avif", ".ppm", ".pgm")
+TABLES = (".parquet", ".pq")
+TARS = (".tar", ".tar.gz", ".tgz")
+LISTS = (".txt", ".csv", ".tsv")
+
+
+@dataclass(frozen=True)
+class Collection:
+    """Where the images are and what is read of them. Made by `open_collection`."""
+
+    uri: str
+    kind: str
+    image_column: str | None = None
+    kept: tuple[pa.Field, ...] = ()
+    extensions: tuple[str, ...] = ()
+    storage_options: Options = field(default_factory=current_options, repr=False)
+
+
+@dataclass(frozen=True)
+class RawImage:
+    """One input before decoding: its bytes, or None with the reason why there are none."""
+
+    image_id: str
+    source: str
+    data: bytes | None
+    kept: dict[str, Any]
+    reason: str = ""
+    detail: str = ""

@@ -1,0 +1,288 @@
+"""The files of a collection: listed in parallel, in any order, and put in order, on disk where they are many."""
+
+import heapq
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from itertools import islice, pairwise, product
+from operator import itemgetter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.utils import glob_translate
+
+from palindrome.pipeline.base.errors import SourceError
+from palindrome.pipeline.base.log import say
+from palindrome.pipeline.storage.folder import Options, open_fs
+
+LISTERS = 16  # requests at once
+RANGES = 64  # that a bucket's keys are cut into, at most
+SPLITTING = 10  # pages of folders read to cut them
+IN_MEMORY = 200_000  # entries; more are sorted on disk
+EVERY = 10.0  # seconds between lines that say how far a listing is
+BRACES = re.compile(r"\{(\d+\.\.\d+|[^{}]*,[^{}]*)\}")
+
+
+class Listed(NamedTuple):
+    """A file: its path below the collection's root, its URI, size in bytes, and mtime or ETag; `kept` is the columns
+    of a list that names it, as JSON."""
+
+    name: str
+    uri: str
+    size: int = 0
+    version: str = ""
+    kept: str = ""
+
+
+class _Found(NamedTuple):
+    path: str
+    size: int
+    version: str
+
+
+Step = Callable[[], "tuple[Iterable[_Found], list[Step]]"]  # of a listing: files, and what is to be listed next
+
+
+def list_files(uri: str, options: Options, extensions: Sequence[str] = ()) -> Iterator[Listed]:
+    """The files of a folder, of a glob, of `{00..99}` and `{a,b}`, or one file; hidden ones are left out. In no order.
+    Only those with one of the `extensions`, where there are some. Raises SourceError where nothing is there."""
+    fs, path = _filesystem(uri, options)
+    root, found = _files(fs, path, uri)
+    wanted = tuple("." + extension.lower().lstrip(".") for extension in extensions)
+    for file, size, version in _announced(uri, found):
+        name = as_text(file[len(root) :].removeprefix("/"))
+        hidden = not name or name.endswith("/") or any(part.startswith(".") for part in name.split("/"))
+        if not hidden and (not wanted or name.lower().endswith(wanted)):
+            yield Listed(name, as_text(fs.unstrip_protocol(file)), size, version)
+
+
+def in_order(entries: Iterable[Listed]) -> Iterator[Listed]:
+    """By name, in the order of code points, those of one name as they came; a bounded number of them in memory."""
+    entries = iter(entries)
+    chunk = sorted(islice(entries, IN_MEMORY), key=itemgetter(0))
+    if len(chunk) < IN_MEMORY:
+        yield from chunk
+        return
+    with tempfile.TemporaryDirectory(prefix="palindrome-") as folder:
+        runs: list[Path] = []
+        while chunk:
+            runs.append(Path(folder, f"{len(runs)}.parquet"))
+            columns = dict(zip(Listed._fields, zip(*chunk, strict=True), strict=True))
+            pq.write_table(pa.table(columns), runs[-1], compression="zstd", row_group_size=2048)
+            chunk = sorted(islice(entries, IN_MEMORY), key=itemgetter(0))
+        yield from heapq.merge(*map(_read_run, runs), key=itemgetter(0))
+
+
+def _read_run(run: Path) -> Iterator[Listed]:
+    with pq.ParquetFile(run) as file:
+        for batch in file.iter_batches(1024, use_threads=False):
+            yield from map(Listed._make, zip(*(column.to_pylist() for column in batch.columns), strict=True))
+
+
+def as_text(name: str) -> str:
+    """A file's name as Arrow can hold it: bytes that are no UTF-8 are written `\\udcXX`, `path_of` reads them back."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+def path_of(fs: Any, uri: str) -> str:
+    return re.sub(r"\\udc([89a-f][0-9a-f])", lambda m: chr(0xDC00 + int(m[1], 16)), fs._strip_protocol(uri))
+
+
+def _filesystem(uri: str, options: Options) -> tuple[Any, str]:
+    """The store and the path on it. Pieces are opened on the collection's own: `::` in a file's name is no chain."""
+    try:
+        fs, path = open_fs(uri, options)
+    except (ValueError, ImportError) as e:
+        raise SourceError(f"{uri} can't be opened: {e}") from e
+    return fs, path.rstrip("/")
+
+
+def _files(fs: Any, path: str, uri: str) -> tuple[str, Iterator[_Found]]:
+    """The root below which names begin, and the files."""
+    magic = fsspec.core.has_magic(path)
+    if (magic or BRACES.search(path)) and not fs.exists(path):
+        root = re.split(r"[*?\[{]", path)[0].rpartition("/")[0]
+        if root and not fs.exists(_as_folder(fs, root)):
+            raise SourceError(f"{uri} does not exist: there is no {root}")
+        paths = _expanded(path)
+        if magic:
+            try:
+                matches = re.compile("|".join(map(glob_translate, paths))).match
+            except ValueError as e:
+                raise SourceError(f"{uri} is no glob: {e}") from e
+            depth = None if "**" in path else path[len(root) :].strip("/").count("/")
+            return root, (found for found in _walk(fs, root, depth) if matches(found.path))
+        return root, _named(fs, paths, uri)
+    try:
+        info = fs.info(path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise SourceError(f"{uri} does not exist") from None
+    if info["type"] == "directory":
+        return path, _walk(fs, path)
+    return path.rpartition("/")[0], iter([_found(info, path)])
+
+
+def _expanded(path: str) -> list[str]:
+    """`{00..12}` and `{a,b}` as a shell expands them."""
+    literal, braces = BRACES.split(path)[::2], BRACES.findall(path)
+
+    def values(brace: str) -> list[str]:
+        first, dots, last = brace.partition("..")
+        if not dots or "," in brace:
+            return brace.split(",")
+        step = 1 if int(first) <= int(last) else -1
+        return [str(n).zfill(len(first)) for n in range(int(first), int(last) + step, step)]
+
+    chosen = product(*map(values, braces))
+    return list(dict.fromkeys("".join(map("".join, zip(literal, [*parts, ""], strict=True))) for parts in chosen))
+
+
+def _named(fs: Any, paths: Sequence[str], uri: str) -> Iterator[_Found]:
+    """Those paths, each of which must be there, and the files below those that are folders."""
+
+    def files(path: str) -> Iterator[_Found]:
+        try:
+            info = fs.info(path)
+        except FileNotFoundError:
+            raise SourceError(f"{fs.unstrip_protocol(path)} of {uri} does not exist") from None
+        return _walk(fs, path) if info["type"] == "directory" else iter([_found(info, path)])
+
+    with ThreadPoolExecutor(LISTERS) as pool:
+        for found in pool.map(files, paths):
+            yield from found
+
+
+def _found(info: dict[str, Any], path: str) -> _Found:
+    version = info.get("ETag") or info.get("etag") or info.get("mtime") or ""
+    return _Found(path, info.get("size") or 0, str(version))
+
+
+def _walk(fs: Any, root: str, depth: int | None = None) -> Iterator[_Found]:
+    """The files below a folder; `depth` is how many folders down."""
+    if isinstance(fs, LocalFileSystem):
+        return _walk_local(root, depth)
+    if "s3" in fs.protocol and depth is None:
+        bucket, _, folder = root.partition("/")
+        return _explore(_step(_split_bucket, fs, bucket, f"{folder}/" if folder else ""))
+    return _explore(_step(_list_folder, fs, _as_folder(fs, root), depth))
+
+
+def _as_folder(fs: Any, path: str) -> str:
+    """Web servers know `a/`, and by `a` what they please."""
+    return f"{path}/" if "http" in fs.protocol else path
+
+
+def _explore(first: Step) -> Iterator[_Found]:
+    """What the steps find, of which LISTERS go at once, and few are ahead of who takes the files."""
+    steps, waiting = [first], set[Future[tuple[Iterable[_Found], list[Step]]]]()
+    with ThreadPoolExecutor(LISTERS) as pool:
+
+        def go_on() -> None:
+            while steps and len(waiting) < 2 * LISTERS:
+                waiting.add(pool.submit(steps.pop()))
+
+        try:
+            go_on()
+            while waiting:
+                for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+                    waiting.discard(future)
+                    found, further = future.result()
+                    steps += further
+                    go_on()
+                    yield from found
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _list_folder(fs: Any, folder: str, depth: int | None) -> tuple[Iterable[_Found], list[Step]]:
+    infos = fs.ls(folder, detail=True)
+    files = [_found(info, info["name"]) for info in infos if info["type"] != "directory"]
+    if depth == 0:
+        return files, []
+    names = {
+        info["name"] for info in infos if info["type"] == "directory" and info["name"].rstrip("/") != folder.rstrip("/")
+    }
+    deeper = None if depth is None else depth - 1
+    return files, [_step(_list_folder, fs, name, deeper) for name in names if not _is_hidden(name.rstrip("/"))]
+
+
+def _split_bucket(fs: Any, bucket: str, prefix: str) -> tuple[Iterable[_Found], list[Step]]:
+    """The keys that begin with the prefix, cut into the folders right below it; or, where these are many, into ranges
+    of several. Each is listed flat: a request for each of very many small folders would take forever."""
+    folders: list[str] = []
+    files: list[_Found] = []
+    page: dict[str, Any] = {}
+    for _ in range(SPLITTING):
+        token = {"ContinuationToken": page["NextContinuationToken"]} if page else {}
+        page = fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, Delimiter="/", **token)
+        folders += [common["Prefix"] for common in page.get("CommonPrefixes", [])]
+        files += _found_on(page, bucket)
+        if not folders or not page.get("IsTruncated"):
+            break
+    if page.get("IsTruncated") or len(folders) > RANGES:
+        bounds = ["", *folders[:: -(-len(folders) // RANGES) or 1], None]
+        return [], [_step(_list_range, fs, bucket, prefix, start, end) for start, end in pairwise(bounds)]
+    if len(folders) == 1 and not files:
+        return _split_bucket(fs, bucket, folders[0])
+    return files, [_step(_list_range, fs, bucket, folder, "", None) for folder in folders]
+
+
+def _list_range(fs: Any, bucket: str, prefix: str, after: str, end: str | None) -> tuple[Iterable[_Found], list[Step]]:
+    """A page of the keys behind `after` and before `end`."""
+    page = fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, StartAfter=after)
+    contents = page.get("Contents", [])
+    here = [item for item in contents if end is None or item["Key"] < end]
+    files = _found_on({"Contents": here}, bucket)
+    if not page.get("IsTruncated") or len(here) < len(contents):
+        return files, []
+    return files, [_step(_list_range, fs, bucket, prefix, here[-1]["Key"], end)]
+
+
+def _found_on(page: dict[str, Any], bucket: str) -> list[_Found]:
+    return [_Found(f"{bucket}/{i['Key']}", i["Size"], i.get("ETag", "")) for i in page.get("Contents", [])]
+
+
+def _step(function: Callable[..., Any], *arguments: Any) -> Step:
+    return lambda: function(*arguments)
+
+
+def _is_hidden(path: str) -> bool:
+    return path.rpartition("/")[2].startswith(".")
+
+
+def _walk_local(root: str, depth: int | None) -> Iterator[_Found]:
+    """Symbolic links are followed, but for those to a folder that they are in: its files are listed anyway."""
+    pending: list[tuple[str, int | None, frozenset[tuple[int, int]]]] = [(root, depth, frozenset())]
+    while pending:
+        folder, left, above = pending.pop()
+        about = os.stat(folder)
+        here = above | {(about.st_dev, about.st_ino)}
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                try:
+                    about = entry.stat()
+                except OSError:  # a link to nothing, or gone since: it is missing when it is read
+                    yield _Found(entry.path, 0, "")
+                    continue
+                if not entry.is_dir():
+                    yield _Found(entry.path, about.st_size, str(about.st_mtime))
+                elif left != 0 and not _is_hidden(entry.path) and (about.st_dev, about.st_ino) not in here:
+                    pending.append((entry.path, None if left is None else left - 1, here))
+
+
+def _announced(uri: str, found: Iterator[_Found]) -> Iterator[_Found]:
+    """Says now and then how far a long listing is."""
+    said = time.monotonic()
+    for count, file in enumerate(found):
+        if count % 1024 == 0 and time.monotonic() - said > EVERY:
+            said = time.monotonic()
+            say(f"listing {uri}: {count} files", "listing", stream=sys.stderr, files=count)
+        yield file

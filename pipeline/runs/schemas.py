@@ -1,0 +1,155 @@
+"""The Arrow schemas of what a run folder holds, and rows to and from their objects."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import pyarrow as pa
+
+from palindrome.pipeline.images.records import Piece, Reject, Shard
+
+METADATA_KEY = b"palindrome"  # in the schema's metadata: one JSON object that says what the rows are
+SHARD_KEY = b"palindrome.shard"  # in the footer alone, since it is known last: counts and timings
+SHARD_SCHEMA = pa.schema(
+    [
+        ("name", pa.string()),
+        ("kind", pa.string()),
+        ("images", pa.int64()),
+        (
+            "pieces",
+            pa.list_(
+                pa.struct(
+                    [
+                        ("uri", pa.string()),
+                        ("name", pa.string()),
+                        ("size", pa.int64()),
+                        ("version", pa.string()),
+                        ("start", pa.int64()),
+                        ("stop", pa.int64()),
+                        ("offset", pa.int64()),
+                        ("length", pa.int64()),
+                        ("kept", pa.string()),
+                    ]
+                )
+            ),
+        ),
+    ]
+)
+REJECT_SCHEMA = pa.schema([(name, pa.string()) for name in ("image_id", "source", "reason", "detail")])
+ERROR_SCHEMA = pa.schema(
+    [
+        ("image_id", pa.string()),
+        ("source", pa.string()),
+        ("steps", pa.int32()),
+        ("status", pa.string()),  # compared, or why not: missing, changed, or a reject's reason
+        ("mse", pa.float64()),
+        ("psnr", pa.float64()),
+        ("identical", pa.float64()),  # the share of 8-bit values that came back the same
+        ("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
+    ]
+)
+
+
+def shards_table(shards: Iterable[Shard]) -> pa.Table:
+    rows = [{**vars(shard), "pieces": [vars(piece) for piece in shard.pieces]} for shard in shards]  # asdict is slow
+    return pa.Table.from_pylist(rows, SHARD_SCHEMA)
+
+
+def shard_of(row: dict[str, Any]) -> Shard:
+    return Shard(row["name"], row["kind"], row["images"], tuple(Piece(**p) for p in row["pieces"]))
+
+
+def rejects_table(rejects: Iterable[Reject]) -> pa.Table:
+    return pa.Table.from_pylist([asdict(reject) for reject in rejects], REJECT_SCHEMA)
+
+
+DTYPES = {"float16": pa.float16(), "float32": pa.float32()}  # that latents are stored in
+MEASURED = {
+    "residual": pa.float32(),
+    "nfe": pa.int32(),
+    "mse": pa.float64(),
+    "psnr": pa.float64(),
+    "identical": pa.float64(),
+}
+
+
+def latent_schema(shape: Sequence[int], dtype: str, kept: Sequence[pa.Field] = ()) -> pa.Schema:
+    """One row an image. `latent` is x at the ladder's top, [C, H, W] of float16 or float32, as Arrow's fixed-shape
+    tensor. `residual` is that of model.inversion, null for the paper's inversion; `nfe` the network evaluations spent;
+    `mse`, `psnr` and `identical`, the share of 8-bit values that come back the same, are null where not measured."""
+    return pa.schema(
+        [
+            pa.field("image_id", pa.string(), nullable=False),
+            pa.field("source", pa.string(), nullable=False),
+            pa.field("width", pa.int32(), nullable=False),
+            pa.field("height", pa.int32(), nullable=False),
+            pa.field("content_hash", pa.string(), nullable=False),
+            *kept,
+            pa.field("latent", pa.fixed_shape_tensor(DTYPES[dtype], tuple(shape)), nullable=False),
+            *MEASURED.items(),
+        ]
+    )
+
+
+LATENT_COLUMNS = frozenset(latent_schema((1,), "float16").names)
+
+
+def with_metadata(schema: pa.Schema, metadata: Mapping[str, Any]) -> pa.Schema:
+    """The schema with one JSON object under the key `palindrome` in its metadata."""
+    return schema.with_metadata({METADATA_KEY: json.dumps(metadata, sort_keys=True)})
+
+
+def metadata_of(schema: pa.Schema) -> dict[str, Any]:
+    """That object; {} where the file has none."""
+    return dict(json.loads((schema.metadata or {}).get(METADATA_KEY, b"{}")))
+
+
+def sample_schema(shape: tuple[int, ...], dtype: str | None) -> pa.Schema:
+    """One row a sample: `image_id` is its index in nine digits or more, `latent` x_T [C, H, W] where it is stored."""
+    latent = [("latent", pa.fixed_shape_tensor(DTYPES[dtype], shape))] if dtype else []
+    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    return pa.schema([("image_id", pa.string()), ("index", pa.int64()), ("image", image), *latent])
+
+
+REGENERATED_SCHEMA = pa.schema(
+    [
+        ("image_id", pa.string()),
+        ("source", pa.string()),
+        ("steps", pa.int32()),
+        ("variation", pa.int32()),
+        ("to_longest", pa.float64()),  # mean squared error to the same at the most steps, pixels in [0, 1]
+        ("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
+    ]
+)
+
+FRAME_SCHEMA = pa.schema(
+    [
+        ("image_id", pa.string()),  # path/frame
+        ("path", pa.string()),
+        ("frame", pa.int64()),
+        ("ids", pa.list_(pa.string())),  # of the images it lies between
+        ("t", pa.float64()),  # from the first of them, 0, to the second, 1; in a grid from left to right
+        ("down", pa.float64()),  # in a grid, from the upper row, 0, to the lower, 1; else null
+        ("rms_slerp", pa.float64()),  # root mean square of the latent's values, by each method
+        ("rms_linear", pa.float64()),
+        ("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
+    ]
+)
+
+SWEEP_SCHEMA = pa.schema(
+    [
+        ("image_id", pa.string()),
+        ("source", pa.string()),
+        ("mse", pa.float64()),  # of the round trip of the latent as stored, pixels in [0, 1]
+        ("psnr", pa.float64()),
+        ("identical", pa.float64()),  # the share of 8-bit values that came back the same
+        ("residual", pa.float32()),  # of model.inversion, NaN for the paper's
+        ("nfe", pa.int32()),  # network evaluations of the way up
+        ("mean", pa.float64()),  # of the latent, and its further moments
+        ("std", pa.float64()),
+        ("kurtosis", pa.float64()),
+        ("correlation", pa.float64()),
+        ("noise_mse", pa.float64()),  # of x_T -> image -> x_T, null where it was not asked for
+    ]
+)

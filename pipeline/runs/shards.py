@@ -1,0 +1,220 @@
+"""Committed shards of latents: write and read."""
+
+import json
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as dataset
+import pyarrow.parquet as pq
+
+from palindrome.pipeline.base.errors import RunError
+from palindrome.pipeline.base.text import one_line
+from palindrome.pipeline.images.records import Image, Reject
+from palindrome.pipeline.runs.entries import entries
+from palindrome.pipeline.runs.kinds import FOLDERS, LATENTS, REJECTS
+from palindrome.pipeline.runs.manifest import read_manifest
+from palindrome.pipeline.runs.schemas import (
+    MEASURED,
+    REJECT_SCHEMA,
+    SHARD_KEY,
+    metadata_of,
+    rejects_table,
+    with_metadata,
+)
+from palindrome.pipeline.runs.selection import Selection
+from palindrome.pipeline.storage.folder import Folder, TableWriter, open_ranges
+
+MADE = {"model_digest": "by model", "levels": "on the ladder", "preprocess": "of images prepared as"}
+
+
+def latent_rows(
+    schema: pa.Schema, images: Sequence[Image], latents: np.ndarray, measured: Mapping[str, Any]
+) -> pa.Table:
+    """Rows of records.latent_schema: images of one batch, their latents [B, C, H, W], and columns of MEASURED, each of
+    length B (a NaN residual is none); those that are not given are null."""
+
+    def column(field: pa.Field) -> pa.Array:
+        if field.name == "latent":
+            return tensor_array(field.type, latents)
+        if field.name in measured:
+            found = np.asarray(measured[field.name], field.type.to_pandas_dtype())
+            return pa.array(found, mask=np.isnan(found) if field.name == "residual" else None)
+        if field.name in MEASURED:
+            return pa.nulls(len(images), field.type)
+        values = [i.kept[field.name] if field.name in i.kept else getattr(i, field.name) for i in images]
+        return pa.array(values, field.type)
+
+    return pa.table([column(field) for field in schema], schema=schema)
+
+
+def tensor_array(tensor: pa.FixedShapeTensorType, values: np.ndarray) -> pa.Array:
+    """[B, ...] as a column of Arrow's fixed-shape tensors."""
+    flat = pa.array(np.ascontiguousarray(values).reshape(-1), tensor.value_type)
+    return pa.ExtensionArray.from_storage(tensor, pa.FixedSizeListArray.from_arrays(flat, math.prod(tensor.shape)))
+
+
+class ShardWriter:
+    """A shard under way, written as its batches come: `<below>/<name>.parquet`, whose commit is the shard's, and its
+    rejects, which are written before that. `metadata` is what another program needs to understand the rows. A shard
+    that is written `once` stays as it is where another try has committed it meanwhile."""
+
+    def __init__(
+        self,
+        run: Folder,
+        below: str,
+        name: str,
+        schema: pa.Schema,
+        metadata: Mapping[str, Any],
+        once: bool = False,
+        **parquet: Any,
+    ) -> None:
+        self.run, self.name, self.rows, self.refused = run, name, 0, 0
+        self.path, self.once = f"{below}/{name}.parquet", once
+        self.table = TableWriter(run, self.path, with_metadata(schema, metadata), once, **parquet)
+        self.rejects: TableWriter | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for writer in (self.table, self.rejects):
+            if writer is not None:
+                writer.__exit__()
+
+    def add(self, rows: pa.Table | None, rejects: Sequence[Reject] = ()) -> None:
+        if rows is not None:
+            self.table.add(rows)
+            self.rows += rows.num_rows
+        if rejects:
+            self.rejects = self.rejects or TableWriter(self.run, f"{REJECTS}/{self.name}.parquet", REJECT_SCHEMA)
+            self.rejects.add(rejects_table(rejects))
+            self.refused += len(rejects)
+
+    def commit(self, timings: Mapping[str, float], counts: Mapping[str, int] | None = None) -> int:
+        """Returns the bytes of the rows' file. `counts`, where rows are no latents, stand in for those of latents."""
+        if self.once and self.run.fs.isfile(self.run.path(self.path)):
+            return int(self.run.fs.size(self.run.path(self.path)))
+        if self.rejects is not None:
+            self.rejects.commit({})
+        else:
+            self.run.remove(f"{REJECTS}/{self.name}.parquet")  # of a try that could not read what this one could
+        found = {"images": self.rows + self.refused, "latents": self.rows, "rejects": self.refused}
+        counts = found if counts is None else dict(counts)
+        return self.table.commit({SHARD_KEY: json.dumps({"counts": counts, "timings": dict(timings)})})
+
+
+def latent_writer(
+    run: Folder, shard: str, schema: pa.Schema, metadata: Mapping[str, Any], once: bool = False
+) -> ShardWriter:
+    """For rows of records.latent_schema."""
+    # Bytes split by significance compress better, but DuckDB (2.0) can't read that encoding of float16.
+    split = ["latent.list.element"] if schema.field("latent").type.value_type == pa.float32() else False
+    others = [f.name for f in schema if f.name != "latent"]  # the least and the most of a latent tell nothing
+    how = {"use_dictionary": others, "write_statistics": others, "use_byte_stream_split": split}
+    return ShardWriter(run, LATENTS, shard, schema, metadata, once, **how)
+
+
+def committed(run: Folder, below: str = LATENTS) -> set[str]:
+    """The names of the shards that are done."""
+    return {name.removesuffix(".parquet") for name in run.files(below) if name.endswith(".parquet")}
+
+
+def shard_metadata(run: Folder, shard: str, below: str = LATENTS) -> dict[str, Any]:
+    """What a committed shard's file says of itself, its counts and timings too; reads its footer only."""
+    with run.parquet_file(f"{below}/{shard}.parquet") as file:
+        return {**metadata_of(file.schema_arrow), **json.loads(file.metadata.metadata.get(SHARD_KEY, b"{}"))}
+
+
+def check_made(run: Folder, shard: str) -> None:
+    """Raises ValueError where a shard's latents were made otherwise than the run's `run.json` says: by another model,
+    which decodes them to noise, on another ladder, or of images that were cut otherwise."""
+    made, wanted = shard_metadata(run, shard), read_manifest(run) or {}
+    for name, words in MADE.items():
+        if made[name] != wanted.get(name):
+            raise ValueError(f"the latents of shard {shard} were made {words} {made[name]}, not {wanted.get(name)}")
+
+
+def read_latents(
+    run: Folder, shard: str, batch_size: int, which: Selection | None = None
+) -> Iterator[tuple[list[dict[str, Any]], np.ndarray]]:
+    """Batches of a shard's rows without their latents, and the latents, float32 [B, C, H, W]. Row groups without any
+    of the selection are not read."""
+    which = None if which == Selection() else which
+    for batch in _all(run, shard, batch_size) if which is None else _selected(run, shard, batch_size, which):
+        latents = batch.column("latent").to_numpy_ndarray().astype(np.float32)
+        yield batch.drop_columns(["latent"]).to_pylist(), latents
+
+
+def _all(run: Folder, shard: str, batch_size: int) -> Iterator[pa.RecordBatch]:
+    with run.parquet_file(f"{LATENTS}/{shard}.parquet") as file:
+        yield from file.iter_batches(batch_size)
+
+
+def _selected(run: Folder, shard: str, batch_size: int, which: Selection) -> Iterator[pa.RecordBatch]:
+    """Full batches of the rows wanted, however few there are of them in each row group."""
+    with _fragment(run, shard, which) as (fragment, wanted):
+        waiting: list[pa.RecordBatch] = []
+        for batch in fragment.to_batches(filter=wanted, batch_size=batch_size, use_threads=False):
+            waiting += [batch] if len(batch) else []
+            if sum(map(len, waiting)) >= batch_size:
+                *full, rest = pa.Table.from_batches(waiting).combine_chunks().to_batches(max_chunksize=batch_size)
+                yield from full if len(rest) < batch_size else [*full, rest]
+                waiting = [rest] if len(rest) < batch_size else []
+        yield from waiting and pa.Table.from_batches(waiting).combine_chunks().to_batches()
+
+
+def count_rows(run: Folder, shard: str, which: Selection) -> int:
+    """How many of a shard's rows are meant."""
+    with _fragment(run, shard, which) as (fragment, wanted):
+        return int(fragment.count_rows(filter=wanted, use_threads=False))
+
+
+def read_ids(run: Folder, shard: str, which: Selection) -> list[str]:
+    """The ids of the rows that are meant, in the file's order."""
+    with _fragment(run, shard, which) as (fragment, wanted):
+        return list(fragment.to_table(columns=["image_id"], filter=wanted, use_threads=False)["image_id"].to_pylist())
+
+
+@contextmanager
+def _fragment(
+    run: Folder, shard: str, which: Selection
+) -> Iterator[tuple[dataset.ParquetFileFragment, pc.Expression | None]]:
+    """A shard's file, and the rows wanted of it, for readers that skip row groups by them."""
+    with open_ranges(run.fs, run.path(f"{LATENTS}/{shard}.parquet")) as file:
+        fragment = dataset.ParquetFileFormat().make_fragment(file)
+        yield fragment, which.expression(fragment.physical_schema)
+
+
+def read_rejects(run: Folder, done: Collection[str]) -> Iterator[dict[str, Any]]:
+    """The rejects of the shards that are done, as rows of records.REJECT_SCHEMA."""
+    for name in run.files(REJECTS):
+        if name.removesuffix(".parquet") in done:  # else its shard was cut short, and will write them again
+            yield from run.read_parquet(f"{REJECTS}/{name}").to_pylist()
+
+
+def rejects(run: Folder, manifest: dict[str, Any], reason: str | None = None) -> Iterator[dict[str, Any]]:
+    """The rejects of the shards that are done, shard by shard, as rows of records.REJECT_SCHEMA; those of a sweep
+    once, not under every setting. Raises RunError naming a file that can't be read."""
+    done = {entry.shard for entry in entries(run, FOLDERS[manifest["job"]])}
+    before = None
+    for shard in sorted(entry.shard for entry in entries(run, REJECTS) if entry.shard and entry.shard in done):
+        of = shard.partition("-")[0] if manifest["job"] == "sweep" else shard
+        if of == before:
+            continue
+        before, name = of, f"{REJECTS}/{shard}.parquet"
+        try:
+            with open_checked(run, name) as file:
+                for batch in file.iter_batches(1024, columns=["image_id", "source", "reason", "detail"]):
+                    yield from (row for row in batch.to_pylist() if reason in (None, row["reason"]))
+        except (OSError, ValueError) as e:  # pyarrow's errors are one or the other
+            raise RunError(f"{run.uri}/{name} can't be read: {one_line(e)}") from e
+
+
+def open_checked(run: Folder, name: str) -> pq.ParquetFile:
+    """A Parquet file of which every page that has a checksum is held to it."""
+    return pq.ParquetFile(run.fs.open(run.path(name), "rb"), pre_buffer=True, page_checksum_verification=True)

@@ -1,0 +1,1 @@
+"""Ray and the device: scheduler, actor, capacity, precision, progress. Imports runs and the rooms below."""

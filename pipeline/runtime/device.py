@@ -1,0 +1,223 @@
+"""The network on this process's device, and the threads that compute with it."""
+
+import ctypes
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from palindrome.model.checkpoint import Checkpoint
+from palindrome.model.ddim import Network, noise_stream, sample
+from palindrome.model.engine import FLOAT32, Execution
+from palindrome.model.fit import epsilon_products
+from palindrome.model.inversion import invert_exactly
+from palindrome.model.schedule import Ladder
+from palindrome.pipeline.runtime.telemetry import Meters
+
+Walk = Callable[[Network, Tensor], tuple[Tensor, ...]]  # along a ladder, of a batch: each result is [B, ...]
+MOST_LANES = 4  # in a process, which has one lock of Python's for all
+SWITCH = 1e-5  # seconds that one may keep the lock while another waits: some layers take less than Python's 5 ms
+
+
+@dataclass
+class ShardProgress:
+    """How far a shard is: images done, and how often anything has happened to it; `queued` where it waits for the
+    device, while what happens to the other shard counts for it too."""
+
+    shard: str
+    images: int = 0
+    events: int = 0
+    queued: bool = False
+
+
+class _Clock(threading.local):
+    """Seconds on the device, of the thread that asks: two shards overlap in a process, one a thread."""
+
+    seconds = 0.0
+
+
+def _keep_memory(threads: int) -> None:
+    """Has glibc keep what a layer's activations took for the next layer's, of so many threads that compute: to give it
+    back to the system and take it again, page by page, costs a CPU up to a fifth of its time."""
+    arenas, mmap_threshold, trim_threshold, top_pad = -8, -3, -1, -2  # M_ARENA_MAX and so on, of malloc.h
+    settings = {arenas: threads, mmap_threshold: 32 << 20, trim_threshold: 2**31 - 1, top_pad: 256 << 20}
+    with suppress(OSError, AttributeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        for parameter, value in settings.items():
+            mallopt(parameter, value)
+
+
+class _Lanes:
+    """Threads of a CPU that walk along the ladder side by side, each with its part of a batch, and with as many threads
+    more as are left. Parts with a thread each wait for each other once a batch; threads that share each layer, after
+    each layer. The thread that asks computes alone from then on."""
+
+    def __init__(self, threads: int, most: int) -> None:
+        self.count = min(threads, most)
+        sys.setswitchinterval(SWITCH)
+        compute_alone()
+        self._pool = ThreadPoolExecutor(self.count, "lane", _compute_with, (threads // self.count,))
+
+    def __call__(self, walk: Callable[[Tensor], tuple[Tensor, ...]], batch: Tensor) -> tuple[Tensor, ...]:
+        parts = batch.tensor_split(min(self.count, len(batch)))
+        walks = [self._pool.submit(walk, part) for part in parts]
+        wait(walks)
+        return _joined(each.result() for each in walks)
+
+
+def _compute_with(threads: int) -> None:
+    """Has torch use so many threads for what the calling one asks of it."""
+    torch.set_num_threads(threads)
+    torch.get_num_threads()  # by the first such call, a thread takes what any other has set last
+
+
+def compute_alone() -> None:
+    """Has torch use the calling thread alone for what that asks of it. Each thread that shares its work has helpers of
+    its own, and where all together are more than the cores, OpenMP sends the lanes' to sleep after each layer."""
+    _compute_with(1)
+
+
+def _joined(parts: Iterable[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    first, *others = parts
+    return tuple(map(torch.cat, zip(first, *others, strict=True))) if others else first
+
+
+class Model:
+    """A network on this process's device. Latents and images go in and come out as float32 [B, C, H, W].
+
+    With `threads`, it computes on a CPU with so many of its own, and the caller's computes alone from then on; without,
+    in the caller's, as torch is set.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        threads: int | None = None,
+        meters: Meters | None = None,
+        execution: Execution = FLOAT32,
+    ) -> None:
+        device, self.lanes = "cuda" if torch.cuda.is_available() else "cpu", None
+        if device == "cpu":
+            if threads:
+                self.lanes = _Lanes(threads, 1 if execution.compiled else MOST_LANES)
+            _keep_memory(self.lanes.count + 1 if self.lanes else 1)
+        self.network = checkpoint.engine(device, execution)
+        self.checkpoint, self.device = checkpoint, torch.device(device)
+        self.lock = threading.Lock()  # shards overlap in this process, and the device takes one batch at a time
+        self.clock = _Clock()
+        self.flights: dict[int, ShardProgress] = {}  # by the shard's thread
+        self.largest = 2**31  # the largest batch that is known to fit, once one did not
+        self.meters = meters
+
+    def advance(self, images: int) -> None:
+        """Tells the driver that one more batch of this thread's shard is done, with so many images."""
+        flight = self._flight()
+        flight.images, flight.events = flight.images + images, flight.events + 1
+        if self.meters:
+            self.meters.batch(images)
+
+    def _flight(self) -> ShardProgress:
+        """Of this thread's shard; one that nobody asks for where a shard is not what is worked on."""
+        return self.flights.get(threading.get_ident()) or ShardProgress("")
+
+    def encode(
+        self, x: Tensor, levels: Ladder, corrections: int = 0, tolerance: float = 0.0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Images in [-1, 1] -> x at the ladder's top, the residuals [B] and the network evaluations [B], as
+        model.inversion says; the paper's inversion is `corrections` = 0."""
+        along = self._along(levels)
+        return self._on_device(
+            lambda net, x: invert_exactly(net, x, corrections=corrections, tolerance=tolerance, **along), x
+        )
+
+    def epsilon_products(self, x: Tensor, levels: Ladder) -> Tensor:
+        """As model.fit says, of images in [-1, 1]."""
+        along = self._along(levels)
+        return self._on_device(lambda net, x: (epsilon_products(net, x, **along),), x)[0]
+
+    def decode(self, x: Tensor, levels: Ladder) -> Tensor:
+        """x at the ladder's top -> images about [-1, 1], by DDIM with eta = 0."""
+        along = self._along(levels)
+        return self._on_device(lambda net, x: (sample(net, x, **along),), x)[0]
+
+    def generate(self, seed: int, indices: Sequence[int], levels: Ladder, **how: Any) -> tuple[Tensor, Tensor]:
+        """x_T of the samples of that seed with those indices, and their images about [-1, 1]; `how` goes to
+        model.ddim.sample (eta, use_sigma_hat, clip). The noise of a sample depends on seed and index alone."""
+        along, c = self._along(levels), self.checkpoint.config
+        shape = (c.in_channels, c.sample_size, c.sample_size)
+
+        def walk(net: Network, indices: Tensor) -> tuple[Tensor, Tensor]:
+            noise = noise_stream(seed, indices.tolist(), shape)
+            x = next(noise).to(self.device)
+            return x, sample(net, x, noise=noise, **along, **how)
+
+        return self._on_device(walk, torch.tensor(indices))
+
+    def vary(self, x: Tensor, levels: Ladder, seed: int, indices: Sequence[int], **how: Any) -> Tensor:
+        """x at the ladder's top -> images about [-1, 1], with the noise of the samples of that seed with those indices,
+        one for each x; `how` goes to model.ddim.sample."""
+        along = self._along(levels)
+
+        def walk(net: Network, rows: Tensor) -> tuple[Tensor]:
+            noise = noise_stream(seed, [indices[row] for row in rows.tolist()], x.shape[1:])
+            return (sample(net, x[rows.cpu()].to(self.device), noise=noise, **along, **how),)
+
+        return self._on_device(walk, torch.arange(len(x)))[0]
+
+    def _along(self, levels: Ladder) -> dict[str, Any]:
+        """What the functions of `model` are told of a ladder and this checkpoint."""
+        return {
+            "levels": levels,
+            "schedule": self.checkpoint.schedule,
+            "prediction_type": self.checkpoint.prediction_type,
+        }
+
+    def _on_device(self, walk: Walk, batch: Tensor) -> Any:
+        flight = self._flight()
+        flight.queued = True
+        with self.lock:
+            flight.queued = False
+            started = time.monotonic()
+            try:
+                whole = partial(self._in_parts, walk, flight)
+                return self.lanes(whole, batch) if self.lanes else whole(batch)
+            finally:
+                seconds = time.monotonic() - started
+                self.clock.seconds += seconds
+                if self.meters:
+                    self.meters.device(seconds)
+
+    def _in_parts(self, walk: Walk, flight: ShardProgress, batch: Tensor) -> tuple[Tensor, ...]:
+        """The whole batch at once, or halves where the device has not enough memory for it."""
+        if len(batch) > self.largest:
+            return _joined(self._in_parts(walk, flight, part) for part in batch.split(self.largest))
+
+        def network(x: Tensor, timestep: int) -> Tensor:
+            flight.events += 1
+            return self.network(x, timestep)
+
+        try:
+            return tuple(result.cpu() for result in walk(network, batch.to(self.device)))
+        except torch.OutOfMemoryError:
+            if len(batch) == 1:
+                raise
+        torch.cuda.empty_cache()
+        self.largest = len(batch) // 2
+        return self._in_parts(walk, flight, batch)
+
+
+def stopwatch(model: Model) -> Callable[[], dict[str, float]]:
+    """Called later, it gives the seconds since, and those of them that this thread had the device."""
+    started, device = time.monotonic(), model.clock.seconds
+    return lambda: {
+        "seconds": round(time.monotonic() - started, 3),
+        "device_seconds": round(model.clock.seconds - device, 3),
+    }

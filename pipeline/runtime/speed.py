@@ -1,0 +1,110 @@
+"""How fast this cluster's devices evaluate a model: a few seconds of the real actor on noise."""
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+
+from palindrome.model.checkpoint import Checkpoint
+from palindrome.model.schedule import ladder
+from palindrome.pipeline.base.errors import RunError
+from palindrome.pipeline.images.records import Shard
+from palindrome.pipeline.runs.outcome import Failure, Receipt
+from palindrome.pipeline.runtime.device import Model, stopwatch
+from palindrome.pipeline.runtime.scheduler import Resources, run_shards
+from palindrome.pipeline.storage.folder import Folder, file_at
+
+SECONDS = 6.0  # of measurement, after one batch that is not counted
+GLANCE = 1.0  # where what is compared is far apart
+STEPS = 4  # a batch goes in and comes out that often, as in a run
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Decodes noise; its receipt counts network evaluations of an image."""
+
+    batch_size: int
+
+    def process(self, model: Model, shard: Shard) -> Receipt:
+        evaluations, spent = decode_noise(model, self.batch_size, SECONDS)
+        return Receipt(shard.name, evaluations, 0, **spent, bytes=0)
+
+
+def decode_noise(model: Model, batch_size: int, seconds: float) -> tuple[int, dict[str, float]]:
+    """Network evaluations, of an image each, in at least so many seconds, and what `stopwatch` says of them; behind a
+    batch that is not counted."""
+    c, levels = model.checkpoint.config, ladder("linear", STEPS, model.checkpoint.schedule.num_train_timesteps)
+    x = torch.randn(batch_size, c.in_channels, c.sample_size, c.sample_size)
+    model.decode(x, levels)
+    spent, until, evaluations = stopwatch(model), time.monotonic() + seconds, 0
+    while time.monotonic() < until:
+        model.decode(x, levels)
+        evaluations += len(x) * STEPS
+    return evaluations, spent()
+
+
+def evaluations_per_second(model: Model, batch_size: int) -> float:
+    """Network evaluations a second, of an image each, as a trial has them: from GLANCE seconds."""
+    evaluations, spent = decode_noise(model, batch_size, GLANCE)
+    return evaluations / spent["seconds"]
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Of one device, in network evaluations of an image; and the seconds until an actor was up. `origin` is `measured`,
+    or when it was."""
+
+    evaluations_per_second: float
+    seconds_to_start: float
+    precision: str
+    origin: str = "measured"
+
+
+def measure(model: Checkpoint, batch_size: int, resources: Resources) -> Speed:
+    """By an actor as the run's will be. Raises RunError."""
+    started = time.monotonic()
+    shards: Iterator[Shard] = iter([Shard("calibration", "noise", batch_size, ())])
+    for outcome in run_shards(Calibration(batch_size), model, shards, replace(resources, workers=1, fewest=1)):
+        if isinstance(outcome, Failure):
+            raise RunError(f"--calibrate: {outcome.error}")
+        if isinstance(outcome, Receipt):
+            up = max(0.0, time.monotonic() - started - outcome.seconds)
+            return Speed(outcome.images / outcome.device_seconds, up, resources.execution.precision)
+    raise RunError("--calibrate: nothing was measured")
+
+
+def record(uri: str, model: Checkpoint, speed: Speed) -> None:
+    """Adds a measurement to a file, in place of an earlier one of this model. Raises ValueError where the file is
+    another."""
+    folder, name = file_at(uri)
+    content = _recorded(folder, name) if folder.exists(name) else {}
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    content[model.digest] = {k: v for k, v in asdict(speed).items() if k != "origin"} | {"measured": now}
+    folder.put(name, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def recall(uri: str, model: Checkpoint) -> Speed:
+    """What `record` wrote of this model. Raises ValueError where there is nothing, or no such file."""
+    folder, name = file_at(uri)
+    if not folder.exists(name):
+        raise ValueError(f"{uri} does not exist; --calibrate writes it")
+    found = _recorded(folder, name).get(model.digest)
+    if found is None:
+        raise ValueError(f"{uri} has no measurement of this model, digest {model.digest[:12]}…; --calibrate adds one")
+    figures = {name: found[name] for name in ("evaluations_per_second", "seconds_to_start", "precision")}
+    return Speed(**figures, origin=f"measured at {found['measured']}")
+
+
+def _recorded(folder: Folder, name: str) -> dict[str, Any]:
+    try:
+        content = json.loads(folder.read(name))
+        known = isinstance(content, dict) and all("evaluations_per_second" in found for found in content.values())
+    except (ValueError, TypeError):
+        known = False
+    if not known:
+        raise ValueError(f"{name} is no file of calibrations")
+    return dict(content)

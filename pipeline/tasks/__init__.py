@@ -1,0 +1,1 @@
+"""What one shard becomes. Imports runtime and the rooms below."""

@@ -1,0 +1,66 @@
+"""New samples: a range of indices -> `images/<shard>.parquet`. Sample i depends on the seed, i and the model alone."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from palindrome.model.schedule import Ladder
+from palindrome.pipeline.images.metrics import to_pixels
+from palindrome.pipeline.images.pixels import png
+from palindrome.pipeline.images.records import Piece, Shard
+from palindrome.pipeline.runs.kinds import IMAGES
+from palindrome.pipeline.runs.outcome import Receipt
+from palindrome.pipeline.runs.schemas import sample_schema
+from palindrome.pipeline.runs.shards import ShardWriter, tensor_array
+from palindrome.pipeline.runtime.device import Model, stopwatch
+from palindrome.pipeline.storage.folder import Folder
+
+KIND = "samples"  # of the plan's shards
+
+
+def ranges(count: int, seed: int, shard_size: int) -> Iterator[Piece]:
+    """The indices from 0 to before `count`; a shard is named after its indices and the seed."""
+    for start in range(0, count, shard_size):
+        yield Piece("", KIND, 0, str(seed), start, min(start + shard_size, count))
+
+
+@dataclass(frozen=True)
+class Generate:
+    """`how` goes to model.ddim.sample; `dtype` is that of the latents, None where none are stored."""
+
+    run: Folder
+    seed: int
+    levels: Ladder
+    how: Mapping[str, Any]
+    dtype: str | None
+    batch_size: int
+    metadata: Mapping[str, Any]
+
+    def process(self, model: Model, shard: Shard) -> Receipt:
+        spent = stopwatch(model)
+        c = model.checkpoint.config
+        schema = sample_schema((c.in_channels, c.sample_size, c.sample_size), self.dtype)
+        [piece] = shard.pieces
+        with ShardWriter(self.run, IMAGES, shard.name, schema, self.metadata, once=True) as out:
+            for first in range(piece.start, piece.stop, self.batch_size):
+                indices = range(first, min(first + self.batch_size, piece.stop))
+                noise, images = model.generate(self.seed, indices, self.levels, **self.how)
+                out.add(_rows(schema, indices, to_pixels(images), noise.numpy()))
+                model.advance(len(indices))
+            seconds = spent()
+            written = out.commit(seconds, {"images": shard.images})
+            return Receipt(shard.name, shard.images, 0, **seconds, bytes=written)
+
+
+def _rows(schema: pa.Schema, indices: range, pixels: np.ndarray, noise: np.ndarray) -> pa.Table:
+    ids = [f"{index:09d}" for index in indices]
+    images = [{"bytes": png(p), "path": f"{name}.png"} for name, p in zip(ids, pixels, strict=True)]
+    columns: dict[str, Any] = {"image_id": ids, "index": list(indices), "image": images}
+    arrays = [pa.array(columns[f.name], f.type) for f in schema if f.name in columns]
+    if "latent" in schema.names:
+        tensor = schema.field("latent").type
+        arrays.append(tensor_array(tensor, noise.astype(tensor.value_type.to_pandas_dtype())))
+    return pa.table(arrays, schema=schema)

@@ -1,0 +1,176 @@
+"""A sweep: every image there and back under each of several settings, one file a shard and setting."""
+
+import hashlib
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from palindrome.model.ddim import noise_index, sample_noise
+from palindrome.model.inversion import evaluations
+from palindrome.model.schedule import Ladder
+from palindrome.pipeline.images.metrics import moments, statistics, to_model
+from palindrome.pipeline.images.records import Image, Shard
+from palindrome.pipeline.runs.kinds import SWEPT
+from palindrome.pipeline.runs.outcome import Receipt
+from palindrome.pipeline.runs.schemas import SWEEP_SCHEMA
+from palindrome.pipeline.runs.shards import ShardWriter, committed, shard_metadata
+from palindrome.pipeline.runtime.device import Model, stopwatch
+from palindrome.pipeline.runtime.reader import Reader
+from palindrome.pipeline.storage.folder import Folder
+from palindrome.pipeline.tasks.encode import measure
+
+TABLE_2 = {10: 0.014, 20: 0.0065, 50: 0.0023, 100: 0.0009, 200: 0.0004, 500: 0.0001, 1000: 0.0001}  # by steps
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to encode and decode. `ladder` is its name for people."""
+
+    ladder: str
+    levels: Ladder
+    corrections: int
+    tolerance: float
+    dtype: str
+
+    @property
+    def steps(self) -> int:
+        return len(self.levels) - 1
+
+    @property
+    def most_nfe(self) -> int:
+        """Network evaluations an image, up and down, where no tolerance saves some."""
+        return evaluations(self.steps, self.corrections) + self.steps
+
+    @property
+    def name(self) -> str:
+        """From what it does, not from what it is called: two names of one ladder are one setting."""
+        does = [self.levels, self.corrections, self.tolerance, self.dtype]
+        return hashlib.sha256(json.dumps(does).encode()).hexdigest()[:12]
+
+
+def units(shards: Iterable[Shard], setting: Setting) -> Iterator[Shard]:
+    """The shards as units of work of one setting, named after both."""
+    for shard in shards:
+        yield replace(shard, name=f"{shard.name}-{setting.name}")
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Images -> `sweep/<shard>-<setting>.parquet`: there and back, and noise back and there where a seed is given."""
+
+    run: Folder
+    reader: Reader
+    settings: Mapping[str, Setting]
+    noise_seed: int | None
+    metadata: Mapping[str, Any]
+
+    def process(self, model: Model, shard: Shard) -> Receipt:
+        spent = stopwatch(model)
+        setting = self.settings[shard.name.partition("-")[2]]
+        about = {**self.metadata, "setting": asdict(setting)}
+        round_trip = 0.0
+        with ShardWriter(self.run, SWEPT, shard.name, SWEEP_SCHEMA, about, once=True) as out:
+            for batch in self.reader.batches(shard):
+                rows = None
+                if batch.images:
+                    x = to_model(np.stack([image.pixels for image in batch.images]))
+                    before = model.clock.seconds
+                    found = _there_and_back(model, x, setting)
+                    round_trip += model.clock.seconds - before
+                    rows = self._rows(model, batch.images, found, setting)
+                out.add(rows, batch.rejects)
+                model.advance(len(batch.images))
+            seconds = spent()
+            written = out.commit({**seconds, "round_trip_seconds": round(round_trip, 3)})
+            return Receipt(shard.name, out.rows, out.refused, **seconds, bytes=written)
+
+    def _rows(self, model: Model, images: Sequence[Image], found: dict[str, Any], setting: Setting) -> pa.Table:
+        """Of SWEEP_SCHEMA, the noise's way among them."""
+        found["image_id"] = [image.image_id for image in images]
+        found["source"] = [image.source for image in images]
+        if self.noise_seed is None:
+            found["noise_mse"] = pa.nulls(len(images), pa.float64())
+        else:
+            shape = (self.reader.how.channels, self.reader.how.size, self.reader.how.size)
+            noise = torch.cat([sample_noise(self.noise_seed, noise_index(i), shape) for i in found["image_id"]])
+            found["noise_mse"] = _back_and_there(model, noise, setting)
+        return pa.table([pa.array(found[f.name], f.type) for f in SWEEP_SCHEMA], schema=SWEEP_SCHEMA)
+
+
+def _there_and_back(model: Model, x: Tensor, setting: Setting) -> dict[str, Any]:
+    """The columns that images [B, C, H, W] in [-1, 1] give."""
+    latents, residual, nfe = model.encode(x, setting.levels, setting.corrections, setting.tolerance)
+    stored = latents.to(getattr(torch, setting.dtype)).float()
+    found = measure(x, model.decode(stored, setting.levels))
+    return {**found, **moments(stored), "residual": residual.numpy(), "nfe": nfe.numpy()}
+
+
+def _back_and_there(model: Model, noise: Tensor, setting: Setting) -> np.ndarray:
+    """Mean squared error [B] of x_T [B, C, H, W] after decoding to an image, which is not rounded, and encoding it."""
+    images = model.decode(noise, setting.levels)
+    found, *_ = model.encode(images, setting.levels, setting.corrections, setting.tolerance)
+    return (found - noise).double().square().flatten(1).mean(1).numpy()
+
+
+def read_sweep(run: Folder) -> list[dict[str, Any]]:
+    """A row for each setting in the folder, by ladder and NFE: what it is, how many images it was tried on, and the
+    figures over them. What has no finite value is None."""
+    done: dict[str, list[str]] = defaultdict(list)
+    for unit in sorted(committed(run, SWEPT)):
+        done[unit.partition("-")[2]].append(unit)
+    rows = [_row(run, names) for names in done.values()]
+    return sorted(rows, key=lambda row: (row["ladder"], row["corrections"], row["dtype"], row["nfe"]))
+
+
+def _row(run: Folder, names: list[str]) -> dict[str, Any]:
+    """One setting over its shards, whose units are named."""
+    seconds = 0.0
+    for name in names:
+        about = shard_metadata(run, name, SWEPT)
+        seconds += about["timings"]["round_trip_seconds"]
+    columns = [field.name for field in SWEEP_SCHEMA if field.type != pa.string()]
+    tables = [run.read_parquet(f"{SWEPT}/{name}.parquet", columns).replace_schema_metadata() for name in names]
+    found = {name: column.to_numpy() for name, column in zip(columns, pa.concat_tables(tables).columns, strict=True)}
+    setting = Setting(**{**about["setting"], "levels": tuple(about["setting"]["levels"])})
+    count, steps = len(found["mse"]), setting.steps
+    plain = not setting.corrections
+    up = _mean(found["nfe"])
+    figures = statistics(found["mse"])
+    return {
+        "ladder": setting.ladder,
+        "steps": steps,
+        "top": setting.levels[-1],
+        "corrections": setting.corrections,
+        "tolerance": setting.tolerance,
+        "dtype": setting.dtype,
+        "nfe_up": up,
+        "nfe_down": steps,
+        "nfe": None if up is None else up + steps,
+        "images": count,
+        **{f"mse_{name}": _finite(figures[name]) for name in ("mean", "median", "p99", "max")},
+        "psnr": _finite(figures["psnr"]),
+        "values_identical": _mean(found["identical"]),
+        "images_identical": _mean(found["identical"] == 1),
+        **{f"latent_{name}": _mean(found[name]) for name in ("mean", "std", "kurtosis", "correlation")},
+        "noise_mse": _mean(found["noise_mse"]),
+        "seconds_an_image": seconds / count if count else None,
+        "paper_mse": TABLE_2.get(steps) if plain else None,
+    }
+
+
+def _mean(values: np.ndarray) -> float | None:
+    """Of the finite ones."""
+    values = values[np.isfinite(values)]
+    return float(values.mean()) if len(values) else None
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,107 @@
+"""Whether latents decode to their images: some are decoded again, and compared with originals and stored errors."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from palindrome.model import checkpoint
+from palindrome.pipeline.base.text import one_line
+from palindrome.pipeline.images.decode import Preprocess
+from palindrome.pipeline.images.metrics import round_trip_error, to_model
+from palindrome.pipeline.images.read import read_image
+from palindrome.pipeline.images.records import Reject, Shard
+from palindrome.pipeline.images.sources import ONE_EACH, PARQUET, Collection, read_raw
+from palindrome.pipeline.runs.encoded import execution_of
+from palindrome.pipeline.runs.kinds import LATENTS
+from palindrome.pipeline.runs.plan import read_plan
+from palindrome.pipeline.runs.shards import open_checked
+from palindrome.pipeline.runs.verify import Account, Finding
+from palindrome.pipeline.runtime.device import Model
+from palindrome.pipeline.storage.folder import Folder, options_for
+
+# Of the stored error; another device or batch size rounds otherwise, which is all there is where the error is nothing.
+RELATIVE, ABSOLUTE = 1e-2, 1e-8
+
+
+def verify_decoding(run: Folder, manifest: Mapping[str, Any], count: int, account: Account) -> Iterator[Finding]:
+    """What is wrong with `count` latents, evenly over the shards that `verify`, which has filled `account`, found well;
+    their errors are added to it."""
+    uri = str(manifest["config"].get("model"))
+    try:
+        loaded = checkpoint.load(uri, options_for(uri))
+    except Exception as e:  # of whichever store
+        yield Finding("--deep", f"the model {uri} can't be loaded: {one_line(e)}")
+        return
+    if loaded.digest != manifest["model_digest"]:
+        yield Finding("--deep", f"the model {uri} is another than the run's: digest {loaded.digest[:12]}…")
+        return
+    model, levels = Model(loaded, execution=execution_of(manifest)), tuple(manifest["levels"])
+    how, collection = Preprocess(**manifest["preprocess"]), Collection(**manifest["collection"])
+    for shard, places in _spread(run, account.of_shard, count):
+        file = f"{LATENTS}/{shard.name}.parquet"
+        for row in _rows(run, file, places):
+            image_id = row["image_id"]
+            found = read_raw(collection, _only(shard, image_id))
+            image = read_image(next(raw for raw in found if raw.image_id == image_id), how)
+            if isinstance(image, Reject):
+                yield Finding(file, f"{image_id}: its original can't be read again: {image.reason}: {image.detail}")
+                continue
+            if image.content_hash != row["content_hash"]:
+                yield Finding(file, f"{image_id}: its original is not what was encoded: content_hash differs")
+                continue
+            x, latent = to_model(np.stack([image.pixels])), torch.from_numpy(np.stack([row["latent"]]))
+            mse = float(round_trip_error(x, model.decode(latent, levels))[0])
+            account.errors.append(mse)
+            stored = row["mse"]
+            if not math.isfinite(mse):
+                yield Finding(file, f"{image_id}: the decoded image is not finite")
+            elif stored is not None and not math.isclose(mse, stored, rel_tol=RELATIVE, abs_tol=ABSOLUTE):
+                yield Finding(file, f"{image_id}: round-trip error {mse:.4g}, and {stored:.4g} is stored")
+
+
+def _spread(run: Folder, of_shard: Mapping[str, int], count: int) -> Iterator[tuple[Shard, list[int]]]:
+    """Shards, and the rows of theirs that are drawn."""
+    total = sum(of_shard.values())
+    if not total:
+        return
+    wanted = iter(sorted({(2 * i + 1) * total // (2 * count) for i in range(count)}))
+    place, before = next(wanted, None), 0
+    for shard in read_plan(run):
+        here, after = [], before + of_shard.get(shard.name, 0)
+        while place is not None and place < after:
+            here.append(place - before)
+            place = next(wanted, None)
+        before = after
+        if here:
+            yield shard, here
+        if place is None:
+            return
+
+
+def _rows(run: Folder, file: str, places: list[int]) -> Iterator[dict[str, Any]]:
+    """The rows that stand there."""
+    first = 0
+    with open_checked(run, file) as opened:
+        for group in range(opened.metadata.num_row_groups):
+            rows = opened.metadata.row_group(group).num_rows
+            here = [place - first for place in places if first <= place < first + rows]
+            first += rows
+            if here:
+                table = opened.read_row_group(group, ["image_id", "content_hash", "latent", "mse"]).take(here)
+                latents = table["latent"].combine_chunks().to_numpy_ndarray().astype(np.float32)
+                for row, latent in zip(table.drop_columns(["latent"]).to_pylist(), latents, strict=True):
+                    yield {**row, "latent": latent}
+
+
+def _only(shard: Shard, image_id: str) -> Shard:
+    """The shard of the piece that holds that image, and of a Parquet file's of its row alone."""
+    if shard.kind in ONE_EACH:
+        return Shard.of(shard.kind, [piece for piece in shard.pieces if piece.name == image_id])
+    name, _, number = image_id.rpartition("#")
+    row = int(number)
+    [piece] = [p for p in shard.pieces if p.name == name and p.start <= row < p.stop]
+    return Shard.of(shard.kind, [replace(piece, start=row, stop=row + 1) if shard.kind == PARQUET else piece])

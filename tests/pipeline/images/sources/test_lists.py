@@ -1,0 +1,416 @@
+"""Lists of URIs as text, CSV, TSV and Parquet, the tables written by polars, DuckDB and pyarrow."""
+
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+import uuid
+from contextlib import suppress
+
+import duckdb
+import fsspec
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from palindrome.pipeline.base.errors import SourceError
+from palindrome.pipeline.images.sources import FILES, LIST, PARQUET, open_collection, read_raw
+from palindrome.pipeline.runs.plan import extend_plan, read_plan, write_plan
+from palindrome.pipeline.storage.folder import Folder
+from palindrome.pipeline.tasks.verify_deep import _only
+
+
+@pytest.fixture
+def images(tmp_path, pngs, fill):
+    """A folder with `in/0.png` .. `in/5.png`."""
+    fill(tmp_path, {f"in/{i}.png": pngs[i] for i in range(6)})
+    return tmp_path
+
+
+def read(found):
+    return {raw.image_id: raw.data for raw in found}
+
+
+# Text
+
+
+def test_text_with_blank_lines_comments_and_carriage_returns(images, pngs, fill, rows):
+    odd = ["in/a b.png", "in/ü#1.png", "in/x\u2028y\x0bz\x85.png"]
+    fill(images, {name: pngs[10 + i] for i, name in enumerate(odd)})
+    lines = [
+        "\ufeff# a comment",
+        "",
+        f"{images}/in/0.png",
+        "  in/1.png\t",
+        f"file://{images}/in/2.png",
+        " # no",
+        *odd,
+        "",
+    ]
+    for ending in ("\n", "\r\n"):
+        (images / "list.txt").write_bytes(ending.join(lines).encode())
+        assert open_collection(f"{images}/list.txt").kind == LIST
+        assert read(rows(images / "list.txt")) == {
+            f"{images}/in/0.png": pngs[0],
+            "in/1.png": pngs[1],
+            f"file://{images}/in/2.png": pngs[2],
+            **{name: pngs[10 + i] for i, name in enumerate(odd)},
+        }
+
+
+def test_they_come_by_name_and_a_second_line_is_the_same_image(images, pngs, rows):
+    (images / "list.TXT").write_text("in/2.png\nin/0.png\nin/2.png\nin/1.png\nin/0.png")
+    assert [raw.image_id for raw in rows(images / "list.TXT", 2)] == ["in/0.png", "in/1.png", "in/2.png"]
+
+
+def test_missing_and_odd_entries_are_rejects_of_their_own(images, pngs, fill, rows):
+    lines = [
+        "in/0.png",
+        "in/none.png",
+        "/none/at/all.png",
+        "nosuch://a/b.png",
+        "in",
+        "zip://a.png::/none.zip",
+        "file://",
+    ]
+    (images / "list.txt").write_text("\n".join(lines))
+    found = {raw.image_id: (raw.data, raw.reason) for raw in rows(images / "list.txt")}
+    assert found == {
+        "in/0.png": (pngs[0], ""),
+        "in/none.png": (None, "missing"),
+        "/none/at/all.png": (None, "missing"),
+        "nosuch://a/b.png": (None, "unreadable"),
+        "in": (None, "unreadable"),
+        "zip://a.png::/none.zip": (None, "missing"),
+        "file://": (None, "unreadable"),
+    }
+
+
+def test_list_by_a_relative_path(images, pngs, rows, monkeypatch):
+    (images / "list.txt").write_text("in/1.png\n")
+    monkeypatch.chdir(images)
+    assert read(rows("list.txt")) == {"in/1.png": pngs[1]}
+    monkeypatch.chdir(images / "in")
+    assert read(rows("../list.txt")) == {"in/1.png": pngs[1]}
+
+
+def test_list_alone_in_a_folder_or_by_a_glob(images, pngs, fill, rows):
+    fill(images, {"lists/all.txt": b"../in/3.png\n"})
+    for uri in (images / "lists", f"{images}/lists/*.txt", f"{images}/{{lists,none}}/a*.txt"):
+        assert read(rows(uri)) == {"../in/3.png": pngs[3]}
+
+
+def test_two_lists_are_refused(images, fill, refused):
+    fill(images, {"lists/a.txt": b"../in/3.png\n", "lists/b.txt": b"../in/4.png\n"})
+    assert "several files" in refused(images / "lists", kind=LIST)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfei\0n\0/\0", b"in/0.png\n\xe9.png\n"])
+def test_text_that_is_no_utf_8_is_refused_by_name(content, images, refused):
+    (images / "list.txt").write_bytes(content)
+    assert "list.txt can't be read" in refused(images / "list.txt")
+
+
+def test_list_of_another_store_with_relative_and_whole_uris(images, pngs, rows):
+    root = uuid.uuid4().hex
+    fs = fsspec.filesystem("memory")
+    fs.pipe({f"/{root}/a/0.png": pngs[0], f"/{root}/1.png": pngs[1]})
+    fs.pipe_file(f"/{root}/list.txt", f"a/0.png\nmemory://{root}/1.png\n{images}/in/2.png\nnone.png".encode())
+    found = rows(f"memory://{root}/list.txt")
+    assert [(raw.data, raw.reason) for raw in found] == [
+        (pngs[2], ""),
+        (pngs[0], ""),
+        (pngs[1], ""),
+        (None, "missing"),
+    ]
+
+
+def test_list_and_its_images_in_a_zip(images, pngs, rows):
+    (images / "list.csv").write_text("path\nin/2.png\nin/none.png\n")
+    subprocess.run([sys.executable, "-m", "zipfile", "-c", "x.zip", "list.csv", "in"], cwd=images, check=True)
+    for raw in (found := rows(f"zip://list.csv::{images}/x.zip")):
+        assert raw.source.endswith(f"::{images}/x.zip")
+    assert [(raw.data, raw.reason) for raw in found] == [(pngs[2], ""), (None, "missing")]
+
+
+# Tables
+
+
+def table(n=6):
+    """Each simple type, with a null in it; texts with all that CSV has to quote."""
+    return pl.DataFrame(
+        {
+            "note": [f'a, "b"\n\n{i}' for i in range(n)],
+            "n": [None, *range(1, n)],
+            "x": [0.1, None, *(i / 3 for i in range(2, n))],
+            "ok": [True, False, None, *[True] * (n - 3)],
+            "image_path": [f"in/{i}.png" for i in range(n)],
+            "text": ["", *(f"ü, {i}" for i in range(1, n))],
+        }
+    )
+
+
+def write(frame, path):
+    """By polars, and what is read of it by DuckDB."""
+    if path.suffix == ".parquet":
+        frame.write_parquet(path)
+        return duckdb.sql(f"select * from '{path}'").fetchall()
+    frame.write_csv(path, separator="\t" if path.suffix == ".tsv" else ",", quote_style="non_numeric")
+    return duckdb.sql(f"select * from read_csv('{path}', nullstr='', allow_quoted_nulls=false)").fetchall()
+
+
+KEEP = ["text", "n", "x", "ok", "note"]
+
+
+@pytest.mark.parametrize("name", ["list.csv", "list.tsv", "list.parquet"])
+def test_columns_are_kept_with_their_types_and_nulls(name, images, pngs, rows):
+    expected = {row[4]: row for row in write(table(), images / name)}
+    collection = open_collection(f"{images}/{name}", keep=KEEP)
+    assert (collection.kind, collection.image_column) == (LIST, "image_path")
+    found = rows(images / name, keep=KEEP)
+    assert [raw.data for raw in found] == pngs[:6]
+    for raw in found:
+        note, n, x, ok, _, text = expected[raw.image_id]
+        assert raw.kept == {"text": text, "n": n, "x": x, "ok": ok, "note": note}
+    by_type = {str(field.type).removeprefix("large_") for field in collection.kept}
+    assert by_type == {"string", "int64", "double", "bool"}
+    pa.Table.from_pylist([raw.kept for raw in found], pa.schema(collection.kept))
+
+
+@pytest.mark.parametrize("name", ["list.csv", "list.parquet"])
+def test_column_by_its_name_or_as_it_is_named(name, images, pngs, rows, refused):
+    frame = table(3).rename({"image_path": "where"})
+    write(frame, images / name)
+    if name == "list.csv":
+        assert "image_uri" in refused(images / name)
+        assert "note, n, x, ok, where, text" in refused(images / name)
+    assert "'nothing'" in refused(images / name, image_column="nothing", kind=LIST)
+    assert [raw.data for raw in rows(images / name, image_column="where")] == pngs[:3]
+    assert "'colour'" in refused(images / name, image_column="where", keep=["colour"])
+    write(frame.with_columns(url=pl.lit("in/4.png")), images / name)
+    assert [raw.data for raw in rows(images / name)] == pngs[4:5]
+    assert [raw.kept for raw in rows(images / name, keep=["where", "url"])] == [
+        {"where": "in/0.png", "url": "in/4.png"}
+    ]
+
+
+def test_names_of_digits_and_dates_in_csv_stay_texts(tmp_path, pngs, fill, rows):
+    fill(tmp_path, {"0007": pngs[0], "2020-01-01": pngs[1], "true": pngs[2]})
+    (tmp_path / "a.csv").write_text("file,day,none\n0007,2020-01-01,\n")
+    (tmp_path / "b.csv").write_text("file,day,none\n2020-01-01,2020-01-02,\n")
+    (tmp_path / "c.csv").write_text("\ufefffile,day,none\r\ntrue,12:30:00,\r\n\r\n")
+    kept = ["day", "none"]
+    assert [(raw.data, raw.kept["day"]) for raw in rows(tmp_path / "a.csv", keep=kept)] == [(pngs[0], "2020-01-01")]
+    assert [(raw.data, raw.kept["day"]) for raw in rows(tmp_path / "b.csv", keep=kept)] == [(pngs[1], "2020-01-02")]
+    assert [(raw.data, raw.kept["day"]) for raw in rows(tmp_path / "c.csv", keep=kept)] == [(pngs[2], "12:30:00")]
+
+
+def test_rows_without_a_uri_are_no_images(images, rows):
+    pq.write_table(pa.table({"uri": [None, "in/0.png", "", "  ", "in/1.png"]}), images / "list.parquet")
+    assert [raw.image_id for raw in rows(images / "list.parquet")] == ["in/0.png", "in/1.png"]
+    (images / "list.csv").write_text("n,uri\n1,in/0.png\n2,\n3,in/1.png\n")
+    assert [raw.image_id for raw in rows(images / "list.csv")] == ["in/0.png", "in/1.png"]
+
+
+def test_a_column_that_is_neither_number_nor_text_is_refused(images, refused):
+    pq.write_table(pa.table({"uri": ["in/0.png"], "tags": [["a"]]}), images / "list.parquet")
+    assert "'tags'" in refused(images / "list.parquet", keep=["tags"])
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe\0\0", b"uri,n\nin/0.png\nin/1.png,2,3\n", b"uri\n\xff.png\n"])
+def test_damaged_csv_is_refused_by_name(content, images, refused):
+    (images / "list.csv").write_bytes(content)
+    assert f"{images}/list.csv" in refused(images / "list.csv")
+
+
+def test_value_that_is_of_another_type_far_down(images, rows):
+    """Beyond what CSV readers look at to tell a type."""
+    lines = [f"in/{i}.png,{i}" for i in range(2_000)]
+    (images / "list.csv").write_text("uri,n\n" + "\n".join(lines * 100 + ["last.png,x"]))
+    (field,) = open_collection(f"{images}/list.csv", keep=["n"]).kept
+    assert field.type == pa.string()
+
+
+def test_images_in_parquet_are_no_list(images, sample):
+    both = pq.read_table(sample).slice(0, 2).append_column("url", pa.array(["in/0.png", "in/1.png"]))
+    pq.write_table(both, images / "both.parquet")
+    assert open_collection(f"{images}/both.parquet").kind == PARQUET
+    assert open_collection(f"{images}/both.parquet", image_column="url").kind == LIST
+    assert open_collection(f"{images}/in").kind == FILES
+
+
+@settings(max_examples=50)
+@given(
+    names=st.lists(st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=8), min_size=1),
+    size=st.integers(1, 5),
+)
+def test_any_names_once_in_order(names, size, tmp_path_factory, shards, accounted):
+    folder = tmp_path_factory.mktemp("lists")
+    for path in (folder / "a.parquet", folder / "a.csv", folder / "a.tsv"):
+        write(pl.DataFrame({"uri": names, "n": range(len(names))}), path)
+        collection = open_collection(str(path), keep=["n"])
+        found = accounted(collection, shards(collection, size))
+        assert [raw.image_id for raw in found] == sorted({name.strip() for name in names} - {""})
+        first = {name.strip(): n for n, name in reversed(list(enumerate(names)))}
+        assert [raw.kept["n"] for raw in found] == [first[raw.image_id] for raw in found]
+        assert len({shard.name for shard in shards(collection, size)}) == len(shards(collection, size))
+
+
+# Over HTTP
+
+
+@pytest.fixture(scope="session")
+def web(tmp_path_factory):
+    """A folder, and the URL at which `python -m http.server` shows it."""
+    folder = tmp_path_factory.mktemp("web")
+    command = [sys.executable, "-u", "-m", "http.server", "0", "--bind", "127.0.0.1", "--directory", str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        port = process.stdout.readline().split("port ")[1].split()[0]
+        url, until = f"http://127.0.0.1:{port}", time.monotonic() + 30
+        while time.monotonic() < until:
+            with suppress(OSError):
+                urllib.request.urlopen(url).close()
+                break
+        yield folder, url
+        process.kill()
+
+
+def test_images_of_a_web_server(web, images, pngs, fill, rows):
+    folder, url = web
+    fill(folder, {"a.png": pngs[1], "d/b c.png": pngs[2], "list.txt": b"a.png\nd/b c.png\nnone.png\n"})
+    lines = [f"{url}/a.png", f"{url}/none.png", f"{url}/d/b%20c.png", "in/3.png", "https://[bad/x.png"]
+    (images / "list.txt").write_text("\n".join(lines))
+    found = {raw.image_id: (raw.data, raw.reason) for raw in rows(images / "list.txt", 3)}
+    assert found == {
+        f"{url}/a.png": (pngs[1], ""),
+        f"{url}/none.png": (None, "missing"),
+        f"{url}/d/b%20c.png": (pngs[2], ""),
+        "in/3.png": (pngs[3], ""),
+        "https://[bad/x.png": (None, "unreadable"),
+    }
+    assert [(raw.data, raw.reason) for raw in rows(f"{url}/list.txt")] == [
+        (pngs[1], ""),
+        (pngs[2], ""),
+        (None, "missing"),
+    ]
+
+
+class Answers(http.server.BaseHTTPRequestHandler):
+    """The status that is asked for."""
+
+    def do_GET(self):
+        self.send_response(int(self.path[1:4]))
+        self.end_headers()
+
+    do_HEAD = do_GET
+
+    def log_message(self, *words):
+        pass
+
+
+def test_what_a_web_server_refuses_is_a_reject_and_what_fails_is_an_outage(tmp_path, shards, accounted):
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        for status, reason in [(403, "unreadable"), (404, "missing"), (410, "unreadable"), (451, "unreadable")]:
+            (tmp_path / "list.txt").write_text(f"{url}/{status}.png\n")
+            collection = open_collection(f"{tmp_path}/list.txt")
+            (raw,) = accounted(collection, shards(collection))
+            assert (raw.reason, str(status) in raw.detail) == (reason, status != 404)
+        for status in (429, 500, 503):
+            (tmp_path / "list.txt").write_text(f"{url}/{status}.png\n")
+            collection = open_collection(f"{tmp_path}/list.txt")
+            with pytest.raises(Exception, match=str(status)):
+                accounted(collection, shards(collection))
+        server.shutdown()
+
+
+# Plans
+
+
+def test_grown_list_adds_what_is_new_and_a_changed_value_is_a_change(images, pngs, accounted):
+    def listing(*lines):
+        (images / "list.csv").write_text("\n".join(["uri,n,t", *lines]))
+
+    listing("in/0.png,0,a", "in/3.png,3,")
+    collection, run = open_collection(f"{images}/list.csv", keep=["n", "t"]), Folder(f"{images}/run")
+    assert write_plan(run, collection, 10).images == 2
+    planned = list(read_plan(run))
+    assert [json.loads(piece.kept) for shard in planned for piece in shard.pieces] == [
+        {"n": 0, "t": "a"},
+        {"n": 3, "t": ""},
+    ]
+    for shard in planned:
+        for raw in read_raw(collection, shard):
+            (again,) = read_raw(collection, _only(shard, raw.image_id))
+            assert again == raw
+    listing("in/1.png,1,x", "in/3.png,3,", "in/0.png,0,a", "in/3.png,3,")
+    totals, changes = extend_plan(run, collection, 10)
+    assert (totals.images, changes.added, changes.changed, changes.removed) == (3, 1, 0, 0)
+    assert list(read_plan(run))[:1] == planned
+    listing("in/1.png,1,x", "in/0.png,7,a")
+    totals, changes = extend_plan(run, collection, 10)
+    assert (totals.images, changes.added, changes.changed, changes.removed) == (3, 0, 1, 1)
+    assert sorted(changes.names) == ["in/0.png", "in/3.png"]
+    found = accounted(collection, list(read_plan(run)))
+    assert [(raw.image_id, raw.data, raw.kept["n"]) for raw in found] == [
+        ("in/0.png", pngs[0], 0),
+        ("in/3.png", pngs[3], 3),
+        ("in/1.png", pngs[1], 1),
+    ]
+
+
+@pytest.mark.parametrize("name", ["list.csv", "list.parquet"])
+def test_column_that_has_another_type_now_is_refused(name, images):
+    def listing(values):
+        write(pl.DataFrame({"uri": ["in/0.png"], "n": values}), images / name)
+
+    listing([1])
+    collection, run = open_collection(f"{images}/{name}", keep=["n"]), Folder(f"{images}/run")
+    write_plan(run, collection, 10)
+    listing(["one"])
+    with pytest.raises(SourceError, match=name):
+        extend_plan(run, collection, 10)
+    write(pl.DataFrame({"uri": ["in/0.png"]}), images / name)
+    with pytest.raises(SourceError, match=name):
+        extend_plan(run, collection, 10)
+
+
+def test_a_kept_value_names_the_shard(images, shards):
+    for value in ("1", "2", "1"):
+        (images / f"{value}.csv").write_text(f"uri,n\nin/0.png,{value}\n")
+    first, second = (shards(open_collection(f"{images}/{n}.csv", keep=["n"]))[0] for n in "12")
+    assert first.name != second.name
+    assert first.name == shards(open_collection(f"{images}/1.csv", keep=["n"]))[0].name
+
+
+def test_long_list_is_read_in_bounded_memory(tmp_path):
+    """A million URIs: neither the list nor its pieces are held."""
+    with open(tmp_path / "list.txt", "w") as f:
+        f.writelines(
+            f"s3://bucket/some/folder/that/is/deep/{i * 7919 % 1_000_003:09d}.jpeg\n" for i in range(1_000_000)
+        )
+    script = """
+import resource, sys
+from pipeline.sources import list_pieces, open_collection, listing
+listing.IN_MEMORY = 50_000
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(sum(1 for piece in list_pieces(open_collection(sys.argv[1]), 10)))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, f"{tmp_path}/list.txt"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=os.getcwd(),
+    )
+    count, kilobytes = done.stdout.split()
+    assert (int(count), int(kilobytes) < 150_000) == (1_000_000, True), kilobytes

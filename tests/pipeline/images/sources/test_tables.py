@@ -1,0 +1,292 @@
+"""Parquet -> references, and the bytes behind each of them exactly once."""
+
+import io
+import uuid
+
+import duckdb
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from palindrome.pipeline.base.errors import SourceError
+from palindrome.pipeline.images.sources import PARQUET, list_pieces, open_collection, read_raw
+
+
+def table(pngs, n, plain=False):
+    if plain:
+        return pa.table({"id": pa.array(range(n)), "png": pa.array(pngs[:n], pa.binary())})
+    images = [{"bytes": png, "path": f"{i}.png"} for i, png in enumerate(pngs[:n])]
+    return pa.table({"img": images, "label": [i % 10 for i in range(n)]})
+
+
+def test_sample_is_read_row_by_row(sample, rows):
+    found = rows(sample, 64, keep=["label"])
+    expected = duckdb.sql(f"select img.bytes, label from '{sample}'").fetchall()
+    assert [(raw.data, raw.kept["label"]) for raw in found] == expected
+    assert [raw.image_id for raw in found] == [f"{sample.name}#{i}" for i in range(256)]
+    assert open_collection(str(sample)).kind == PARQUET
+
+
+@pytest.mark.parametrize("column_type", [pa.binary(), pa.large_binary(), pa.binary_view()])
+def test_plain_binary_column(column_type, tmp_path, pngs, rows):
+    column = pa.array(pngs[:5]).cast(column_type)
+    pq.write_table(pa.table({"name": list("abcde"), "data": column}), tmp_path / "a.parquet")
+    assert open_collection(str(tmp_path)).image_column == "data"
+    assert [raw.data for raw in rows(tmp_path)] == pngs[:5]
+
+
+def test_several_files_in_folders_and_by_glob(tmp_path, pngs, rows, names):
+    for i, name in enumerate(["train/0.parquet", "train/1.parquet", "test/0.PARQUET"]):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        pq.write_table(table(pngs[3 * i :], 3), tmp_path / name)
+    assert names(tmp_path) == [
+        f"{name}#{i}" for name in ("test/0.PARQUET", "train/0.parquet", "train/1.parquet") for i in range(3)
+    ]
+    assert [raw.data for raw in rows(f"{tmp_path}/train/*.parquet")] == pngs[:6]
+    assert [raw.data for raw in rows(tmp_path, 4)] == pngs[6:9] + pngs[:6]
+
+
+def test_a_readme_beside_parquet_files_is_no_image(tmp_path, sample):
+    (tmp_path / "README.md").write_text("# A data set, as the hub has it\n")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.parquet").write_bytes(sample.read_bytes())
+    collection = open_collection(str(tmp_path))
+    assert collection.kind == "parquet"
+    assert [(p.name, p.start, p.stop) for p in list_pieces(collection, 512)] == [("data/train.parquet", 0, 256)]
+
+
+def test_a_table_beside_pictures_is_one_input_more(tmp_path, pngs, sample):
+    (tmp_path / "metadata.parquet").write_bytes(sample.read_bytes())
+    (tmp_path / "one.png").write_bytes(pngs[0])
+    collection = open_collection(str(tmp_path))
+    assert collection.kind == "files"
+    assert [p.name for p in list_pieces(collection, 512)] == ["metadata.parquet", "one.png"]
+
+
+def test_parquet_in_memory_filesystem(pngs, rows):
+    root, sink = f"memory://{uuid.uuid4().hex}", io.BytesIO()
+    pq.write_table(table(pngs, 7), sink, row_group_size=3)
+    fsspec.filesystem("memory").pipe_file(f"{root.removeprefix('memory:/')}/a.parquet", sink.getvalue())
+    assert [raw.data for raw in rows(root, 2)] == pngs[:7]
+
+
+def test_kept_columns_come_along_in_order_with_their_types(tmp_path, pngs, rows):
+    extra = {"caption": ["a", None, "ç"], "score": pa.array([1.5, 2.5, None], pa.float32()), "tags": [["x"], [], None]}
+    base = table(pngs, 3)
+    for name, values in extra.items():
+        base = base.append_column(name, values if isinstance(values, pa.Array) else pa.array(values))
+    pq.write_table(base, tmp_path / "a.parquet")
+    keep = ["tags", "label", "caption", "score"]
+    collection = open_collection(str(tmp_path), keep=keep)
+    assert [(f.name, f.type) for f in collection.kept] == [(n, base.schema.field(n).type) for n in keep]
+    found = rows(tmp_path, keep=keep)
+    assert [raw.kept for raw in found] == base.select(keep).to_pylist()
+    assert list(found[0].kept) == keep
+
+
+def test_text_that_is_no_utf_8_harms_only_who_keeps_it(tmp_path, pngs, rows):
+    """Arrow lets such text through, until it is looked at."""
+    bad = pa.array([b"ok", b"\xff\xfe"]).cast(pa.binary()).view(pa.string())
+    images = pa.StructArray.from_arrays([pa.array(pngs[:2]), bad], ["bytes", "path"])
+    pq.write_table(pa.table({"img": images, "caption": bad, "label": [1, 2]}), tmp_path / "a.parquet")
+    assert [raw.data for raw in rows(tmp_path, keep=["label"])] == pngs[:2]
+    assert {raw.reason for raw in rows(tmp_path, keep=["caption"])} == {"unreadable"}
+
+
+def test_image_column_can_be_kept(tmp_path, pngs, rows):
+    pq.write_table(table(pngs, 3), tmp_path / "a.parquet")
+    for raw, png in zip(rows(tmp_path, keep=["img", "label"]), pngs[:3], strict=True):
+        assert raw.data == raw.kept["img"]["bytes"] == png
+
+
+@settings(max_examples=60)
+@given(
+    files=st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=6), min_size=1, max_size=3),
+    shard_size=st.integers(1, 12),
+)
+def test_row_ranges_cover_each_row_once_and_fit(files, shard_size, tmp_path_factory, shards, accounted):
+    """Any sizes of row groups, empty ones too, and any size of shards."""
+    folder, expected = tmp_path_factory.mktemp("ranges"), []
+    schema = pa.schema([("n", pa.int64()), ("img", pa.binary())])
+    for i, groups in enumerate(files):
+        with pq.ParquetWriter(folder / f"{i}.parquet", schema) as writer:
+            for size in groups:
+                numbers = list(range(len(expected), len(expected) + size))
+                writer.write_table(pa.table([numbers, [b"%d" % n for n in numbers]], schema=schema))
+                expected += numbers
+    collection = open_collection(str(folder), keep=["n"])
+    pieces = list(list_pieces(collection, shard_size))
+    assert all(0 < piece.stop - piece.start <= shard_size for piece in pieces)
+    found = accounted(collection, shards(collection, shard_size))
+    assert [raw.kept["n"] for raw in found] == expected
+    assert [raw.data for raw in found] == [b"%d" % n for n in expected]
+
+
+def test_part_of_a_row_group_is_read_alone(sample, shards, accounted):
+    """The ids and bytes of a range are the same whether read alone or with its neighbours."""
+    collection = open_collection(str(sample))
+    whole = accounted(collection, shards(collection, 256))
+    for shard in shards(collection, 37):
+        (piece,) = shard.pieces
+        assert list(read_raw(collection, shard)) == whole[piece.start : piece.stop]
+
+
+def test_null_rows_are_rejects_and_empty_bytes_are_not(tmp_path, pngs, rows):
+    images = [{"bytes": pngs[0], "path": "a"}, None, {"bytes": None, "path": "b"}, {"bytes": b"", "path": "c"}]
+    pq.write_table(pa.table({"img": images, "label": [1, 2, None, 4]}), tmp_path / "a.parquet")
+    found = rows(tmp_path, keep=["label"])
+    assert [(raw.data, raw.reason) for raw in found] == [(pngs[0], ""), (None, "null"), (None, "null"), (b"", "")]
+    assert [raw.kept["label"] for raw in found] == [1, 2, None, 4]
+
+
+def test_unknown_column_is_refused_by_name(sample, refused):
+    for option in ({"keep": ["colour"]}, {"keep": ["label", "colour"]}, {"image_column": "colour"}):
+        message = refused(sample, **option)
+        assert "'colour'" in message
+        assert "img, label" in message  # what there is
+
+
+def test_refusal_knows_the_setting_at_fault(tmp_path, sample, pngs, fill):
+    fill(tmp_path, {"a.png": pngs[0]})
+    for uri, options, setting in [
+        (tmp_path / "none", {}, "images"),
+        (tmp_path, {"keep": ["label"]}, "keep"),
+        (tmp_path, {"image_column": "img"}, "image_column"),
+        (sample, {"keep": ["colour"]}, "keep"),
+        (sample, {"keep": ["label"], "image_column": "colour"}, "image_column"),
+    ]:
+        with pytest.raises(SourceError) as info:
+            open_collection(str(uri), **options)
+        assert info.value.field == setting
+
+
+def test_column_without_bytes_is_refused(sample, refused):
+    assert "'label' has no bytes" in refused(sample, image_column="label")
+
+
+@pytest.mark.parametrize("name", ["latent", "image_id", "mse"])
+def test_kept_column_may_not_shadow_a_latents_own(name, tmp_path, pngs, refused):
+    pq.write_table(table(pngs, 2).append_column(name, pa.array([1, 2])), tmp_path / "a.parquet")
+    assert repr(name) in refused(tmp_path, keep=[name])
+
+
+def test_ambiguous_image_column_must_be_named(tmp_path, pngs, rows, refused):
+    both = table(pngs, 4).append_column("mask", pa.array(pngs[4:8], pa.binary()))
+    pq.write_table(both, tmp_path / "a.parquet")
+    assert "img, mask" in refused(tmp_path)
+    assert [raw.data for raw in rows(tmp_path, image_column="mask")] == pngs[4:8]
+    assert [raw.data for raw in rows(tmp_path, image_column="img")] == pngs[:4]
+
+
+def test_parquet_without_bytes_is_refused(tmp_path, refused):
+    pq.write_table(pa.table({"text": ["a"], "s": [{"path": "x"}]}), tmp_path / "a.parquet")
+    assert "text, s" in refused(tmp_path)
+
+
+def corrupt(content, how):
+    if how == "empty":
+        return b""
+    if how == "text":
+        return b"id,label\n1,2\n" * 20
+    if how == "cut":
+        return content[:-100]
+    if how == "thrift":
+        return content[:-1000] + b"\xff" * 992 + content[-8:]
+    if how == "column name":
+        return content.replace(b"label", b"\xff\xfe\xfd\xfc\xfb")
+    return content[:-8] + b"\xff\xff\xff\x7f" + content[-4:]  # the footer's length
+
+
+@pytest.mark.parametrize("how", ["empty", "text", "cut", "thrift", "length", "column name"])
+@pytest.mark.parametrize("name", ["0.parquet", "2.parquet"])
+def test_corrupt_parquet_file_is_refused_by_name(name, how, tmp_path, pngs, refused):
+    pq.write_table(table(pngs, 5), tmp_path / "1.parquet")
+    (tmp_path / name).write_bytes(corrupt((tmp_path / "1.parquet").read_bytes(), how))
+    message = refused(tmp_path)
+    assert f"{tmp_path}/{name} is not a Parquet file" in message
+    assert "\n" not in message
+
+
+def test_dangling_parquet_file_is_refused_by_name(tmp_path, refused):
+    (tmp_path / "a.parquet").symlink_to("nowhere")
+    assert "a.parquet can't be opened: No such file or directory" in refused(tmp_path)
+
+
+def test_later_file_must_have_the_columns_of_the_first(tmp_path, pngs, refused):
+    pq.write_table(table(pngs, 3), tmp_path / "0.parquet")
+    for other, column in [
+        (pa.table({"label": [1]}), "img"),
+        (pa.table({"img": ["text"], "label": [1]}), "img"),
+        (table(pngs, 3).drop_columns(["label"]), "label"),
+        (table(pngs, 3).set_column(1, "label", pa.array(["a", "b", "c"])), "label"),
+    ]:
+        pq.write_table(other, tmp_path / "1.parquet")
+        message = refused(tmp_path, keep=["label"])
+        assert "1.parquet" in message
+        assert repr(column) in message
+
+
+@pytest.fixture
+def planned(tmp_path, pngs, shards):
+    """20 rows in one file in groups of 7, planned in shards of 5 at most; and where the file is."""
+    path = tmp_path / "a.parquet"
+    pq.write_table(table(pngs, 20), path, row_group_size=7)
+    collection = open_collection(str(path), keep=["label"])
+    return collection, shards(collection, 5), path
+
+
+def test_shrunk_parquet_file_accounts_for_each_listed_row(planned, pngs, accounted):
+    collection, plan, path = planned
+    pq.write_table(table(pngs, 9), path, row_group_size=2)
+    found = accounted(collection, plan)
+    assert [raw.data for raw in found[:9]] == pngs[:9]
+    assert {raw.reason for raw in found[9:]} == {"missing"}
+    assert [raw.image_id for raw in found] == [f"a.parquet#{i}" for i in range(20)]
+    assert found[-1].kept == {"label": None}
+
+
+def test_grown_parquet_file_gives_the_listed_rows(planned, pngs, accounted):
+    collection, plan, path = planned
+    pq.write_table(table(pngs, 40), path, row_group_size=11)
+    assert [raw.data for raw in accounted(collection, plan)] == pngs[:20]
+
+
+def test_removed_parquet_file_is_missing(planned, accounted):
+    collection, plan, path = planned
+    path.unlink()
+    assert {(raw.reason, raw.detail) for raw in accounted(collection, plan)} == {("missing", "no such file")}
+
+
+@pytest.mark.parametrize("what", ["text", "no image column", "other label"])
+def test_replaced_parquet_file_is_unreadable(what, planned, pngs, accounted):
+    collection, plan, path = planned
+    if what == "text":
+        path.write_text("something else\n" * 50)
+    elif what == "no image column":
+        pq.write_table(pa.table({"label": list(range(20))}), path)
+    else:
+        pq.write_table(table(pngs, 20).set_column(1, "label", pa.array(["x"] * 20)), path)
+    found = accounted(collection, plan)
+    assert {raw.reason for raw in found} == {"unreadable"}
+    assert all("a.parquet" in raw.detail for raw in found)
+
+
+@settings(max_examples=80)
+@given(edits=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.binary(min_size=1, max_size=30)), min_size=1))
+def test_damaged_pages_account_for_each_row(edits, sample, tmp_path_factory, shards, accounted):
+    """Bytes written over between plan and read: each listed row comes once, with bytes or a reason, twice the same."""
+    path = tmp_path_factory.mktemp("damaged") / "a.parquet"
+    pq.write_table(pq.read_table(sample).slice(0, 24), path, row_group_size=5)
+    collection = open_collection(str(path))
+    plan = shards(collection, 4)
+    content = bytearray(path.read_bytes())
+    for where, noise in edits:
+        at = int(where * (len(content) - 4000))  # before the footer
+        content[at : at + len(noise)] = noise
+    path.write_bytes(content)
+    found = accounted(collection, plan)
+    assert [raw.image_id for raw in found] == [f"a.parquet#{i}" for i in range(24)]
+    assert found == accounted(collection, plan)

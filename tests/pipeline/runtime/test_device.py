@@ -1,0 +1,195 @@
+"""What holds the model: batches that do not fit, lanes, and the clock."""
+
+import os
+import sys
+import threading
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from palindrome.model.checkpoint import Checkpoint
+from palindrome.model.ddim import invert, sample
+from palindrome.model.schedule import NoiseSchedule, ladder
+from palindrome.pipeline.runtime.device import MOST_LANES, Model, compute_alone
+
+LEVELS = ladder("linear", 4)
+
+
+class Tight(torch.nn.Module):
+    """A network of one multiplication, on a device that has room for `room` images."""
+
+    def __init__(self, room):
+        super().__init__()
+        self.room, self.batches = room, []
+
+    def forward(self, x, timestep):
+        if len(x) > self.room:
+            raise torch.OutOfMemoryError(f"{len(x)} images do not fit")
+        self.batches.append(len(x))
+        return x.sin() * (1 + timestep / 1000)
+
+
+@dataclass(frozen=True)
+class TightCheckpoint(Checkpoint):
+    room: int = 1
+
+    def engine(self, device, execution):
+        return Tight(self.room)
+
+
+def model(room, threads=1):
+    return Model(TightCheckpoint(None, {}, NoiseSchedule(), room=room), threads)
+
+
+@pytest.fixture
+def x():
+    return torch.randn(13, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    """Model sets the threads of the process that it is in."""
+    before = torch.get_num_threads(), sys.getswitchinterval()
+    yield
+    torch.set_num_threads(before[0])
+    sys.setswitchinterval(before[1])
+
+
+@pytest.mark.parametrize("room", [1, 2, 3, 5, 12])
+def test_a_batch_that_does_not_fit_is_halved_until_it_does(x, room):
+    tight = model(room)
+    latents = tight.encode(x, LEVELS)[0]
+    assert torch.equal(latents, model(100).encode(x, LEVELS)[0])
+    assert torch.equal(tight.decode(latents, LEVELS), model(100).decode(latents, LEVELS))
+    assert max(tight.network.batches) <= room
+
+
+def test_the_size_that_fits_is_kept(x):
+    tight = model(3)
+    tight.encode(x, LEVELS)[0]
+    assert tight.largest == 3
+    tight.network.batches.clear()
+    tight.network.room = 100  # one that asked for more would get it now
+    tight.encode(x, LEVELS)[0]
+    assert set(tight.network.batches) == {3, 1}
+
+
+def test_a_batch_that_fits_is_not_cut(x):
+    roomy = model(13)
+    roomy.encode(x, LEVELS)[0]
+    assert set(roomy.network.batches) == {13}
+
+
+def test_one_image_that_does_not_fit_raises(x):
+    with pytest.raises(torch.OutOfMemoryError):
+        model(0).encode(x, LEVELS)[0]
+
+
+def test_other_errors_are_not_taken_for_memory(x):
+    broken = model(100)
+    broken.network.register_forward_hook(lambda network, inputs, output: output @ torch.zeros(7, 7))
+    with pytest.raises(RuntimeError, match="shape"):
+        broken.encode(x, LEVELS)[0]
+    assert broken.largest > 100
+
+
+def test_a_failure_leaves_the_device_free(x):
+    tight = model(0)
+    with pytest.raises(torch.OutOfMemoryError):
+        tight.encode(x, LEVELS)[0]
+    tight.network.room = 100
+    assert tight.encode(x[:1], LEVELS)[0].shape == (1, 3, 4, 4)
+
+
+def test_encode_and_decode_are_ddim(tiny):
+    x = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    held, network = Model(tiny, threads=1), tiny.network()
+    latents = held.encode(x, LEVELS)[0]
+    torch.testing.assert_close(latents, invert(network, x, LEVELS, tiny.schedule), rtol=1e-3, atol=1e-3)
+    again = sample(network, latents, LEVELS, tiny.schedule)
+    torch.testing.assert_close(held.decode(latents, LEVELS), again, rtol=1e-3, atol=1e-3)
+
+
+def test_the_prediction_type_is_the_checkpoints(x):
+    as_epsilon = model(100).encode(x, LEVELS)[0]
+    as_v = Model(TightCheckpoint(None, {}, NoiseSchedule(), "v_prediction", room=100), 1).encode(x, LEVELS)[0]
+    assert not torch.allclose(as_epsilon, as_v)
+
+
+def test_the_device_takes_one_batch_at_a_time_from_two_threads(x):
+    shared, overlap, inside = model(100), [], threading.Semaphore()
+    enter = lambda *_: overlap.append(not inside.acquire(blocking=False))  # noqa: E731
+    shared.network.register_forward_pre_hook(enter)
+    shared.network.register_forward_hook(lambda *_: inside.release())
+    expected = model(100).encode(x, LEVELS)[0]
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(shared.encode(x, LEVELS)[0])) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not any(overlap)
+    assert len(found) == 8 and all(torch.equal(each, expected) for each in found)
+
+
+def test_the_clock_counts_the_thread_that_asks(x):
+    shared, seconds = model(100), []
+
+    def work():
+        shared.encode(x, LEVELS)[0]
+        seconds.append(shared.clock.seconds)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seconds[0] > 0
+    assert shared.clock.seconds == 0
+
+
+@pytest.mark.parametrize(("threads", "images"), [(2, 13), (3, 13), (4, 2), (7, 1)])
+def test_lanes_share_a_batch_and_change_nothing(x, threads, images):
+    many = model(100, threads)
+    assert torch.equal(many.encode(x[:images], LEVELS)[0], model(100).encode(x[:images], LEVELS)[0])
+    lanes = min(threads, MOST_LANES, images)
+    parts = [len(part) for part in x[:images].tensor_split(lanes)] * (len(LEVELS) - 1)
+    assert sorted(many.network.batches) == sorted(parts)
+
+
+def test_what_one_lane_raises_is_raised_once_all_have_ended(x):
+    shared = model(6, threads=2)  # lanes of 7 and 6 images
+
+    def stumble(_, inputs):
+        if len(inputs[0]) == 7:
+            raise ValueError("stumbled")
+
+    handle = shared.network.register_forward_pre_hook(stumble)
+    with pytest.raises(ValueError, match="stumbled"):
+        shared.encode(x, LEVELS)
+    assert shared.network.batches == [6] * (len(LEVELS) - 1)
+    handle.remove()
+    shared.network.room = 100
+    assert shared.encode(x, LEVELS)[0].shape == x.shape
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="threads are counted as Linux shows them")
+def test_no_thread_computes_but_the_lanes_and_their_helpers(tiny):
+    """More teams of OpenMP's in the process would slow all of them down."""
+    x = torch.rand(64, 3, 16, 16)
+
+    def helpers():
+        return len(os.listdir("/proc/self/task")) - threading.active_count()
+
+    def work():
+        compute_alone()
+        assert torch.get_num_threads() == 1
+        found.append(held.encode(x, LEVELS)[0].repeat(1, 1, 8, 8).exp().sum())  # large enough to be shared
+        counted.append(helpers())
+
+    before, found, counted = helpers(), [], []
+    held = Model(tiny, threads=2 * MOST_LANES)
+    for _ in range(2):  # the second comes after lanes have set their threads
+        shard = threading.Thread(target=work)
+        shard.start()
+        shard.join()
+    assert len(counted) == 2 and max(counted) <= before + MOST_LANES

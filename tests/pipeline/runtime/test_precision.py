@@ -1,0 +1,95 @@
+"""Which precision a trial finds, on the bundled checkpoint and real images."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from palindrome.model import checkpoint
+from palindrome.model.engine import Execution
+from palindrome.pipeline.images.decode import Preprocess
+from palindrome.pipeline.images.metrics import round_trip_error, to_model
+from palindrome.pipeline.images.read import first_images
+from palindrome.pipeline.images.sources import open_collection
+from palindrome.pipeline.runs.ladders import resolve
+from palindrome.pipeline.runtime import precision
+from palindrome.pipeline.runtime import speed as calibration
+from palindrome.pipeline.runtime.device import Model
+from palindrome.pipeline.runtime.precision import RoundTrip, _trial
+
+BUNDLED = Path(__file__).parents[3] / "checkpoints/cifar10-32"
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def any_speed(monkeypatch):
+    """What is tested is the error's part: how fast a busy machine is, or one without bfloat16, is left out of it."""
+    monkeypatch.setattr(precision, "FASTER", 0.0)
+    monkeypatch.setattr(calibration, "GLANCE", 0.01)
+
+
+@pytest.fixture(scope="module")
+def bundled():
+    return checkpoint.load(str(BUNDLED))
+
+
+@pytest.fixture(scope="module")
+def pixels(sample, bundled):
+    how = Preprocess(bundled.config.sample_size, bundled.config.in_channels)
+    return first_images(open_collection(str(sample)), how, 8)
+
+
+def trial(bundled, pixels, corrections, steps=5):
+    how = RoundTrip(resolve("logsnr", steps, bundled.schedule), corrections, 0.0, "float32")
+    return _trial(bundled, pixels, how, 2, None), how
+
+
+def test_where_plain_inversion_errs_more_than_bfloat16_bfloat16_is_taken(bundled, pixels):
+    found, how = trial(bundled, pixels, corrections=0)
+    assert found["precision"] == "bfloat16"
+    exact, low = found["tried"]["float32"], found["tried"]["bfloat16"]
+    assert exact["images"] == low["images"] == len(pixels)
+    assert low["round_trip"] <= 1.1 * exact["round_trip"] and low["decoded_by_float32"] <= 1.1 * exact["round_trip"]
+    x = to_model(pixels)  # and the figures are those of such round trips
+    up, down = (Model(bundled, execution=Execution(p)) for p in ("bfloat16", "float32"))
+    latents = up.encode(x, how.levels)[0]
+    assert np.isclose(round_trip_error(x, up.decode(latents, how.levels)).mean(), low["round_trip"], rtol=1e-3)
+    assert np.isclose(
+        round_trip_error(x, down.decode(latents, how.levels)).mean(), low["decoded_by_float32"], rtol=1e-3
+    )
+
+
+def test_where_inversion_is_exact_it_is_refused_on_a_few_images(bundled, pixels):
+    found, _ = trial(bundled, pixels, corrections=3, steps=20)
+    assert found["precision"] == "float32"
+    assert found["tried"]["bfloat16"]["images"] == found["tried"]["float32"]["images"] == 4
+    assert found["tried"]["bfloat16"]["round_trip"] > 10 * found["tried"]["float32"]["round_trip"]
+
+
+def test_what_overflows_is_refused(bundled, pixels, monkeypatch):
+    """Of NaN neither `above` nor `below` is true."""
+    error = precision.round_trip_error
+    calls = []
+
+    def overflows(x, y):
+        calls.append(1)
+        return error(x, y) * (np.nan if len(calls) > 2 else 1)  # float32's two come first
+
+    monkeypatch.setattr(precision, "round_trip_error", overflows)
+    found, _ = trial(bundled, pixels, corrections=0)
+    assert found["precision"] == "float32" and found["tried"]["bfloat16"]["round_trip"] is None
+    assert found["tried"]["float32"]["round_trip"] > 0
+
+
+def test_what_is_not_faster_is_not_tried(bundled, pixels, monkeypatch):
+    monkeypatch.setattr(precision, "FASTER", 1e9)
+    found, _ = trial(bundled, pixels, corrections=0)
+    assert found["precision"] == "float32"
+    assert set(found["tried"]["bfloat16"]) == {"per_second"} and found["tried"]["bfloat16"]["per_second"] > 0
