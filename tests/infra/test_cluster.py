@@ -8,7 +8,7 @@ ROOT = Path(__file__).parents[2]
 OWN = """
 import os, signal
 from pathlib import Path
-from infra.cluster import connect
+from palindrome.infra.cluster import connect
 
 def below():
     parents, states = {}, {}

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 SEVERAL = """
 import io, json, sys
 from contextlib import redirect_stderr, redirect_stdout
-from jobs.__main__ import main
+from palindrome.jobs.__main__ import main
 ends = []
 for arguments in json.load(sys.stdin):
     out, err = io.StringIO(), io.StringIO()

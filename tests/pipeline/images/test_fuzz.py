@@ -30,11 +30,11 @@ READER = """
 import hashlib, json, re, resource, sys, time
 from concurrent.futures import ThreadPoolExecutor
 import numpy as np
-from pipeline.decode import Preprocess
-from pipeline.plan import pack
-from pipeline.read import read_batches, read_image
-from pipeline.records import Image, Shard
-from pipeline.sources import list_pieces, open_collection, read_raw
+from palindrome.pipeline.images.decode import Preprocess
+from palindrome.pipeline.images.records import pack
+from palindrome.pipeline.images.read import read_batches, read_image
+from palindrome.pipeline.images.records import Image, Shard
+from palindrome.pipeline.images.sources import list_pieces, open_collection, read_raw
 
 folder, how_read, max_pixels, out = sys.argv[1:]
 resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))  # a test that goes wrong shall not take the machine along

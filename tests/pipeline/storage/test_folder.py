@@ -165,7 +165,7 @@ def test_full_disk_leaves_what_was_there(tmp_path):
     """A limit on the size of files stands for the disk: the write stops in the middle with an OSError."""
     script = """
 import errno, resource, signal, sys
-from pipeline.storage import Folder
+from palindrome.pipeline.storage.folder import Folder
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 folder = Folder(sys.argv[1])
 folder.put("a", b"before")
@@ -191,7 +191,7 @@ def test_files_have_the_modes_that_the_umask_gives(tmp_path):
 
 WRITER = """
 import sys
-from pipeline.storage import Folder
+from palindrome.pipeline.storage.folder import Folder
 folder, size, i = Folder(sys.argv[1]), int(sys.argv[2]), 0
 while True:
     folder.put("latents/a.bin", bytes([65 + i % 26]) * size)

@@ -152,7 +152,7 @@ def test_listing_reads_no_picture(tmp_path):
             f.truncate(500_000_000)
     script = """
 import resource, sys
-from pipeline.sources import list_pieces, open_collection
+from palindrome.pipeline.images.sources import list_pieces, open_collection
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print(*(piece.size for piece in list_pieces(open_collection(sys.argv[1]), 10)))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)

@@ -399,7 +399,7 @@ def test_long_list_is_read_in_bounded_memory(tmp_path):
         )
     script = """
 import resource, sys
-from pipeline.sources import list_pieces, open_collection, listing
+from palindrome.pipeline.images.sources import list_pieces, open_collection, listing
 listing.IN_MEMORY = 50_000
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print(sum(1 for piece in list_pieces(open_collection(sys.argv[1]), 10)))
