@@ -5,11 +5,18 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
-import ray
 import torch
 
-from palindrome.infra.cluster import ClusterError, connect
-from palindrome.jobs.config import CollectionOptions, Config, ConfigError, PictureOptions, Planned, Range, config_error
+from palindrome.jobs.config import (
+    CollectionOptions,
+    ComputeConfig,
+    ConfigError,
+    PictureOptions,
+    Planned,
+    Range,
+    config_error,
+)
+from palindrome.jobs.estimate import executor_of
 from palindrome.model import checkpoint
 from palindrome.model.fit import candidates, fit_ladder
 from palindrome.model.inversion import evaluations
@@ -20,14 +27,13 @@ from palindrome.pipeline.images.read import first_images
 from palindrome.pipeline.images.sources import open_collection
 from palindrome.pipeline.runs.ladders import KINDS, ladder_of_kind
 from palindrome.pipeline.runtime.device import Model
-from palindrome.pipeline.runtime.scheduler import fit
 from palindrome.pipeline.storage.folder import absolute, file_at, options_for
 
 BATCH = 64  # images on the device at once
 
 
 @dataclass(frozen=True, kw_only=True)
-class CalibrateConfig(CollectionOptions, PictureOptions, Config):
+class CalibrateConfig(CollectionOptions, PictureOptions, ComputeConfig):
     """Find the levels that minimise the round-trip error at a number of steps, on some images of a collection."""
 
     OUT_IS_FILE: ClassVar[bool] = True
@@ -69,10 +75,9 @@ def run(config: CalibrateConfig) -> int:
             f" an image, {each * len(pixels):,} in all; one file of some kB to write"
         )
         raise Planned
-    with config_error("--address", ClusterError), connect(config.address):
-        resources = fit([1], "actor")
-        task = ray.remote(_calibrate).options(**resources.takes)
-        errors = ray.get(task.remote(model, pixels, fine, ladders, config, resources.threads))
+    with executor_of(config) as executor:
+        resources = executor.fit([1], "actor", None, {})
+        errors = executor.call(resources, _calibrate, model, pixels, fine, ladders, config, resources.threads)
     best = min(errors, key=lambda kind: errors[kind]["mean"])
     for kind, figures in sorted(errors.items(), key=lambda item: item[1]["mean"]):
         print(f"{kind:>10}: round-trip error {figures['mean']:.3g}, p99 {figures['p99']:.3g}")

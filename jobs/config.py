@@ -139,7 +139,7 @@ class Config(OutOptions):
     address: str | None = None
     """A Ray cluster's address (default: $RAY_ADDRESS, else a Ray started on this machine)."""
 
-    APART: ClassVar[frozenset[str]] = frozenset({"out", "address", "dry_run", "calibrate", "calibration"})
+    APART: ClassVar[frozenset[str]] = frozenset({"out", "address", "inline", "dry_run", "calibrate", "calibration"})
     """Fields that are no settings of a run."""
 
     def settings(self, **resolved: Any) -> dict[str, Any]:
@@ -156,7 +156,20 @@ class Config(OutOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShardedConfig(Config):
+class ComputeConfig(Config):
+    """A field of the jobs that compute on Ray or in this process."""
+
+    inline: bool = False
+    """Compute in this process, without Ray, on one GPU or all CPUs: for tens of images, or to debug."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.inline and self.address:
+            raise ConfigError("--inline: it takes no cluster, and --address names one")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardedConfig(ComputeConfig):
     """Fields of the jobs that map shards of images over processes which hold a model."""
 
     MUTABLE: ClassVar[frozenset[str]] = frozenset(
@@ -199,6 +212,10 @@ class ShardedConfig(Config):
         if len(self.workers) > 2 or list(self.workers) != sorted(self.workers):
             raise ConfigError(f"--workers: {' '.join(map(str, self.workers))} is no number, and no MIN MAX")
         self.custom()
+        if self.inline and (self.workers not in ((), (1,)) or self.gpus_per_worker or self.resources):
+            raise ConfigError(
+                "--inline: it runs one worker in this process; --workers, --gpus-per-worker, --resources are for Ray"
+            )
 
     def custom(self) -> dict[str, float]:
         """--resources by name. Raises ConfigError."""
@@ -222,6 +239,11 @@ class ReadingConfig(ShardedConfig):
 
     decode: Literal["auto", "tasks", "actor"] = "auto"
     """Where images are read and decoded: in Ray tasks on free CPUs, or in the model's process."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.inline and self.decode == "tasks":
+            raise ConfigError("--inline: there are no Ray tasks for --decode tasks")
 
 
 @dataclass(frozen=True, kw_only=True)

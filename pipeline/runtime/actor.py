@@ -1,9 +1,7 @@
 """The process that holds a model: the Ray actor of every job. It imports little, so that the constructor says how what
 is large is imported."""
 
-import threading
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 import ray
@@ -45,19 +43,14 @@ class ShardActor:
         """Returns once the constructor has."""
 
     def process(self, shard: Shard) -> Receipt:
-        from palindrome.pipeline.runtime.device import ShardProgress, compute_alone
+        from palindrome.pipeline.runtime.device import compute_alone
 
         compute_alone()
-        self.model.flights[threading.get_ident()] = ShardProgress(shard.name)
-        try:
+        with self.model.tracking(shard.name):
             receipt = self.work.process(self.model, shard)
-            self.meters.shard(receipt.rejects, receipt.bytes)
-            return receipt
-        finally:
-            del self.model.flights[threading.get_ident()]
+        self.meters.shard(receipt.rejects, receipt.bytes)
+        return receipt
 
     def in_flight(self) -> "list[ShardProgress]":
         """How far the shards are that are not done."""
-        flights = list(self.model.flights.values())
-        events = sum(flight.events for flight in flights)
-        return [replace(flight, events=events if flight.queued else flight.events) for flight in flights]
+        return self.model.in_flight()

@@ -4,10 +4,10 @@ import ctypes
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -36,6 +36,10 @@ class ShardProgress:
     images: int = 0
     events: int = 0
     queued: bool = False
+
+
+class Cancelled(Exception):
+    """The run has ended; what this shard would have been does not matter."""
 
 
 class _Clock(threading.local):
@@ -116,6 +120,7 @@ class Model:
         self.flights: dict[int, ShardProgress] = {}  # by the shard's thread
         self.largest = 2**31  # the largest batch that is known to fit, once one did not
         self.meters = meters
+        self.cancelled = threading.Event()  # once it is set, whatever is under way ends at its next evaluation
 
     def advance(self, images: int) -> None:
         """Tells the driver that one more batch of this thread's shard is done, with so many images."""
@@ -123,6 +128,21 @@ class Model:
         flight.images, flight.events = flight.images + images, flight.events + 1
         if self.meters:
             self.meters.batch(images)
+
+    @contextmanager
+    def tracking(self, shard: str) -> Iterator[None]:
+        """Within it, what this thread does is for that shard."""
+        self.flights[threading.get_ident()] = ShardProgress(shard)
+        try:
+            yield
+        finally:
+            del self.flights[threading.get_ident()]
+
+    def in_flight(self) -> list[ShardProgress]:
+        """How far the shards are that are being worked on."""
+        flights = list(self.flights.values())
+        events = sum(flight.events for flight in flights)
+        return [replace(flight, events=events if flight.queued else flight.events) for flight in flights]
 
     def _flight(self) -> ShardProgress:
         """Of this thread's shard; one that nobody asks for where a shard is not what is worked on."""
@@ -201,6 +221,8 @@ class Model:
             return _joined(self._in_parts(walk, flight, part) for part in batch.split(self.largest))
 
         def network(x: Tensor, timestep: int) -> Tensor:
+            if self.cancelled.is_set():
+                raise Cancelled
             flight.events += 1
             return self.network(x, timestep)
 

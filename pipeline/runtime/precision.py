@@ -5,7 +5,6 @@ from math import isfinite
 from typing import Any
 
 import numpy as np
-import ray
 import torch
 from torch import Tensor
 
@@ -14,6 +13,7 @@ from palindrome.model.engine import FLOAT32, Execution
 from palindrome.model.schedule import Ladder
 from palindrome.pipeline.images.metrics import round_trip_error, to_model
 from palindrome.pipeline.runtime.device import Model
+from palindrome.pipeline.runtime.executor import Executor
 from palindrome.pipeline.runtime.scheduler import Resources
 from palindrome.pipeline.runtime.speed import evaluations_per_second
 
@@ -33,12 +33,13 @@ class RoundTrip:
     dtype: str
 
 
-def try_precisions(checkpoint: Checkpoint, pixels: np.ndarray, how: RoundTrip, resources: Resources) -> dict[str, Any]:
+def try_precisions(
+    checkpoint: Checkpoint, pixels: np.ndarray, how: RoundTrip, resources: Resources, executor: Executor
+) -> dict[str, Any]:
     """`precision` is the fastest that is as good as float32 on images, uint8 [N, H, W, C]; `tried` says by precision
     the network evaluations a second, `per_second`, and of those that are fast enough the mean error on so many `images`
     of the round trip, and of the latents decoded by float32, as anyone may; None is no number."""
-    task = ray.remote(_trial).options(**resources.takes)
-    return dict(ray.get(task.remote(checkpoint, pixels, how, resources.batch_size, resources.threads)))
+    return dict(executor.call(resources, _trial, checkpoint, pixels, how, resources.batch_size, resources.threads))
 
 
 def _trial(

@@ -15,7 +15,8 @@ from palindrome.pipeline.base.errors import RunError
 from palindrome.pipeline.images.records import Shard
 from palindrome.pipeline.runs.outcome import Failure, Receipt
 from palindrome.pipeline.runtime.device import Model, stopwatch
-from palindrome.pipeline.runtime.scheduler import Resources, run_shards
+from palindrome.pipeline.runtime.executor import Executor
+from palindrome.pipeline.runtime.scheduler import Resources
 from palindrome.pipeline.storage.folder import Folder, file_at
 
 SECONDS = 6.0  # of measurement, after one batch that is not counted
@@ -64,11 +65,11 @@ class Speed:
     origin: str = "measured"
 
 
-def measure(model: Checkpoint, batch_size: int, resources: Resources) -> Speed:
-    """By an actor as the run's will be. Raises RunError."""
+def measure(model: Checkpoint, batch_size: int, resources: Resources, executor: Executor) -> Speed:
+    """By a worker as the run's will be. Raises RunError."""
     started = time.monotonic()
     shards: Iterator[Shard] = iter([Shard("calibration", "noise", batch_size, ())])
-    for outcome in run_shards(Calibration(batch_size), model, shards, replace(resources, workers=1, fewest=1)):
+    for outcome in executor.run(Calibration(batch_size), model, shards, replace(resources, workers=1, fewest=1)):
         if isinstance(outcome, Failure):
             raise RunError(f"--calibrate: {outcome.error}")
         if isinstance(outcome, Receipt):
