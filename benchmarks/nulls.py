@@ -23,6 +23,7 @@ from palindrome.model.engine import FLOAT32, Execution
 from palindrome.model.schedule import CLEAN, Ladder, NoiseSchedule
 from palindrome.pipeline.images.decode import Preprocess
 from palindrome.pipeline.images.sources import open_collection
+from palindrome.pipeline.runs.inversion import Inversion
 from palindrome.pipeline.runs.plan import Totals, write_plan
 from palindrome.pipeline.runtime.reader import Reader
 from palindrome.pipeline.runtime.scheduler import Resources
@@ -99,7 +100,7 @@ def encode_work(
     collection, run = open_collection(str(files)), Folder(str(out))
     totals = write_plan(run, collection, shard_size)
     reader = Reader(collection, Preprocess(size), batch_size, resources.read_by_tasks)
-    return Encode(run, reader, levels, 0, 0.0, False, dtype, False, {}), totals
+    return Encode(run, reader, Inversion(levels, 0, dtype=dtype), False, {}), totals
 
 
 @contextmanager

@@ -8,11 +8,11 @@ from palindrome.jobs.config import CollectionOptions, ConfigError, PictureOption
 from palindrome.jobs.sharded import Remaining, ShardedJob, run_sharded
 from palindrome.model import checkpoint
 from palindrome.model.engine import FLOAT32
-from palindrome.model.inversion import evaluations
 from palindrome.pipeline.images.decode import Preprocess
 from palindrome.pipeline.images.read import first_images
 from palindrome.pipeline.images.records import REASONS
 from palindrome.pipeline.images.sources import Collection, open_collection
+from palindrome.pipeline.runs.inversion import Inversion
 from palindrome.pipeline.runs.kinds import REJECTS
 from palindrome.pipeline.runs.ladders import KINDS, resolve
 from palindrome.pipeline.runs.manifest import note, read_manifest
@@ -22,7 +22,7 @@ from palindrome.pipeline.runs.schemas import DTYPES, LATENT_COLUMNS
 from palindrome.pipeline.runs.shards import committed
 from palindrome.pipeline.runs.summary import latents_summary, put_summary
 from palindrome.pipeline.runtime.executor import Executor
-from palindrome.pipeline.runtime.precision import IMAGES, MIN_IMAGES_FOR_TRIAL, RoundTrip, try_precisions
+from palindrome.pipeline.runtime.precision import IMAGES, MIN_IMAGES_FOR_TRIAL, try_precisions
 from palindrome.pipeline.runtime.progress import Budget
 from palindrome.pipeline.runtime.reader import Reader
 from palindrome.pipeline.runtime.scheduler import Resources
@@ -85,16 +85,13 @@ def run(config: EncodeConfig) -> int:
     with config_error("--steps" if config.ladder in KINDS else "--ladder"):
         levels = resolve(config.ladder, config.steps, model.schedule)
     tolerance, exact = _tolerance(config)
+    inversion = Inversion(levels, config.corrections, tolerance, exact, config.dtype)
+    measured = config.measure or exact
     facts = {
         "model_digest": model.digest,
         "levels": list(levels),
         **model.describe(),
-        "inversion": {
-            "method": "fixed point" if config.corrections else "ddim",
-            "corrections": config.corrections,
-            "tolerance": "exact" if exact else tolerance or None,
-            "nfe": evaluations(len(levels) - 1, config.corrections),
-        },
+        "inversion": inversion.record(),
         "preprocess": how.record(),
     }
     budget = Budget(config.max_failed_shards, config.max_reject_fraction)
@@ -110,30 +107,27 @@ def run(config: EncodeConfig) -> int:
         return Remaining(totals, left, (shard for shard in read_plan(out) if shard.name not in done))
 
     def precision(executor: Executor, resources: Resources) -> str:
-        trial = RoundTrip(levels, config.corrections, tolerance, config.dtype)
         pays = totals.images >= MIN_IMAGES_FOR_TRIAL and not (done or exact)
-        return _precision(config, model, collection, how, trial if pays else None, executor, resources)
+        return _precision(config, model, collection, how, inversion if pays else None, executor, resources)
 
     def work(out: Folder, resources: Resources) -> Encode:
         reader = Reader(collection, how, resources.batch_size, resources.read_by_tasks)
-        corrected = (levels, config.corrections, tolerance, exact)
         about = {**facts, "precision": resources.execution.precision}
-        return Encode(out, reader, *corrected, config.dtype, config.measure, about, config.retry_rejects)
+        return Encode(out, reader, inversion, config.measure, about, config.retry_rejects)
 
     def finish(out: Folder, failures: list[Failure]) -> int:
-        summary = latents_summary(out, config.measure or exact)
+        summary = latents_summary(out, measured)
         put_summary(out, summary, failures)
         return _conclude(config, summary, budget.exceeded(len(failures), summary["rejects"], totals.images))
 
     source = {"uri": uri, "kind": collection.kind, "image_column": collection.image_column}
-    up, down = evaluations(len(levels) - 1, config.corrections), (len(levels) - 1) * (config.measure or exact)
     job = ShardedJob(
         name="encode",
         model=model,
-        settings={"images": uri, "model": absolute(config.model), "steps": len(levels) - 1},
+        settings={"images": uri, "model": absolute(config.model), "steps": inversion.steps},
         facts={**facts, "collection": source},
         plan=plan,
-        evaluations=up + down,
+        evaluations=inversion.nfe_up + inversion.steps * measured,
         written=model.config.values * DTYPES[config.dtype].byte_width,
         work=work,
         finish=finish,
@@ -170,7 +164,7 @@ def _precision(
     model: checkpoint.Checkpoint,
     collection: Collection,
     how: Preprocess,
-    trial: RoundTrip | None,
+    trial: Inversion | None,
     executor: Executor,
     resources: Resources,
 ) -> str:

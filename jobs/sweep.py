@@ -14,6 +14,7 @@ from palindrome.model.schedule import NoiseSchedule
 from palindrome.pipeline.images.records import Shard
 from palindrome.pipeline.images.sources import open_collection
 from palindrome.pipeline.reports.sweep import as_csv, error_plot, sweep_report
+from palindrome.pipeline.runs.inversion import Inversion
 from palindrome.pipeline.runs.kinds import SWEPT
 from palindrome.pipeline.runs.ladders import KINDS, resolve
 from palindrome.pipeline.runs.outcome import Failure
@@ -124,7 +125,8 @@ def _settings(config: SweepConfig, schedule: NoiseSchedule) -> list[Setting]:
             ladders = [resolve(named, steps, schedule) for steps in (config.steps if named in KINDS else (None,))]
         label = PurePosixPath(named).stem if named.endswith(".json") else named
         for levels, count, tolerance, dtype in product(ladders, config.corrections, config.tolerance, config.dtype):
-            setting = Setting(label, levels, count, tolerance if count else 0.0, dtype)  # plain has nothing to stop
+            # Plain inversion corrects nothing: no tolerance stops it.
+            setting = Setting(label, Inversion(levels, count, tolerance if count else 0.0, dtype=dtype))
             found.setdefault(setting.name, setting)
     most = config.max_nfe or float("inf")
     settings = sorted((s for s in found.values() if s.most_nfe <= most), key=lambda s: s.most_nfe)

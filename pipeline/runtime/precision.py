@@ -1,6 +1,5 @@
 """Which precision a run's network computes in: the fastest whose round trips are as good as float32's, by trial."""
 
-from dataclasses import dataclass
 from math import isfinite
 from typing import Any
 
@@ -10,8 +9,8 @@ from torch import Tensor
 
 from palindrome.model.checkpoint import Checkpoint
 from palindrome.model.engine import FLOAT32, Execution
-from palindrome.model.schedule import Ladder
 from palindrome.pipeline.images.metrics import round_trip_error, to_model
+from palindrome.pipeline.runs.inversion import Inversion
 from palindrome.pipeline.runtime.device import Model
 from palindrome.pipeline.runtime.executor import Executor
 from palindrome.pipeline.runtime.scheduler import Resources
@@ -23,18 +22,8 @@ IMAGES, FEW = 16, 4  # of a trial, and of a first look that shows what is far of
 FASTER, WORSE = 1.1, 1.1  # than float32: how much a candidate must be, and how much its mean error may be
 
 
-@dataclass(frozen=True)
-class RoundTrip:
-    """How a run encodes; its decoder is DDIM on the same levels."""
-
-    levels: Ladder
-    corrections: int
-    tolerance: float
-    dtype: str
-
-
 def try_precisions(
-    checkpoint: Checkpoint, pixels: np.ndarray, how: RoundTrip, resources: Resources, executor: Executor
+    checkpoint: Checkpoint, pixels: np.ndarray, how: Inversion, resources: Resources, executor: Executor
 ) -> dict[str, Any]:
     """`precision` is the fastest that is as good as float32 on images, uint8 [N, H, W, C]; `tried` says by precision
     the network evaluations a second, `per_second`, and of those that are fast enough the mean error on so many `images`
@@ -43,7 +32,7 @@ def try_precisions(
 
 
 def _trial(
-    checkpoint: Checkpoint, pixels: np.ndarray, how: RoundTrip, batch_size: int, threads: int | None
+    checkpoint: Checkpoint, pixels: np.ndarray, how: Inversion, batch_size: int, threads: int | None
 ) -> dict[str, Any]:
     def model(precision: str) -> Model:  # made anew for each use: TF32 is a setting of the process
         return Model(checkpoint, threads, execution=Execution(precision))
