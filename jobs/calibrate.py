@@ -58,7 +58,7 @@ def run(config: CalibrateConfig) -> int:
         raise ConfigError(f"--out: {config.out} does not end in .json, by which --ladder knows a ladder file")
     with config_error("--model"):
         model = checkpoint.load(absolute(config.model), options_for(config.model))
-        how = config.preprocess(model.config.sample_size, model.config.in_channels)
+        how = config.preprocess(model.image_shape)
     schedule = model.schedule
     top = max(schedule.num_train_timesteps * 4 // 5, config.steps - 1) if config.top is None else config.top
     with config_error("--steps" if config.top is None else "--top"):

@@ -332,12 +332,13 @@ class PictureOptions(Options):
         if len(self.background) != 3:
             raise ConfigError(f"--background: {' '.join(map(str, self.background))} is not red, green and blue")
 
-    def preprocess(self, size: int, channels: int) -> "Preprocess":
-        """For a model of images of so many pixels a side and so many channels."""
+    def preprocess(self, shape: tuple[int, int, int]) -> "Preprocess":
+        """For a model of images [C, H, W]."""
         from palindrome.pipeline.images.decode import (
             Preprocess,  # every command imports this module, and few need Pillow
         )
 
+        channels, size, _ = shape
         red, green, blue = self.background
         return Preprocess(size, channels, self.max_pixels, (red, green, blue), self.resample, self.fit)
 

@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import dataclass
+from math import prod
 from typing import Annotated, Any, ClassVar, Literal
 
 from palindrome.jobs.config import CollectionOptions, ConfigError, PictureOptions, Range, ReadingConfig, config_error
@@ -81,7 +82,7 @@ def run(config: EncodeConfig) -> int:
         collection = open_collection(uri, keep=config.keep, reserved=LATENT_COLUMNS, **config.reading())
     with config_error("--model"):
         model = checkpoint.load(absolute(config.model), options_for(config.model))
-        how = config.preprocess(model.config.sample_size, model.config.in_channels)
+        how = config.preprocess(model.image_shape)
     with config_error("--steps" if config.ladder in KINDS else "--ladder"):
         levels = resolve(config.ladder, config.steps, model.schedule)
     tolerance, exact = _tolerance(config)
@@ -128,7 +129,7 @@ def run(config: EncodeConfig) -> int:
         facts={**facts, "collection": source},
         plan=plan,
         evaluations=inversion.nfe_up + inversion.steps * measured,
-        written=model.config.values * DTYPES[config.dtype].byte_width,
+        written=prod(model.latent_shape) * DTYPES[config.dtype].byte_width,
         work=work,
         finish=finish,
         decode=config.decode,

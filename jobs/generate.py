@@ -1,6 +1,7 @@
 """palindrome generate: new samples from noise."""
 
 from dataclasses import dataclass
+from math import prod
 from typing import Annotated, Literal
 
 from palindrome.jobs.config import ConfigError, ImagesConfig, Range, config_error
@@ -92,7 +93,7 @@ def run(config: GenerateConfig) -> int:
         facts=facts,
         plan=plan,
         evaluations=len(levels) - 1,
-        written=model.config.values * (1 + (DTYPES[dtype].byte_width if dtype else 0)),
+        written=prod(model.image_shape) + (prod(model.latent_shape) * DTYPES[dtype].byte_width if dtype else 0),
         work=work,
         finish=finish,
     )

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Annotated, Any, Literal
 
 from palindrome.jobs.config import ConfigError, ImagesConfig, Range, SelectionOptions, config_error, flag_of
@@ -125,7 +126,9 @@ def run(config: InterpolateConfig) -> int:
         summary = {**generated_summary(out), "rejects_by_reason": rejects_by_reason(out, done)}
         put_summary(out, summary, failures)
         described = {"latents": config.latents, "model": where, "steps": str(len(levels) - 1), "method": config.method}
-        put_report(out, described, (shard.name for shard in read_plan(out) if shard.name in done), model.config.values)
+        put_report(
+            out, described, (shard.name for shard in read_plan(out) if shard.name in done), prod(model.image_shape)
+        )
         return _conclude(config, summary)
 
     job = ShardedJob(
@@ -135,7 +138,7 @@ def run(config: InterpolateConfig) -> int:
         facts={**facts, "ids_digest": which.ids_digest, "pairs_digest": None if pairs is None else digest_of(pairs)},
         plan=plan,
         evaluations=len(levels) - 1,
-        written=model.config.values,
+        written=prod(model.image_shape),
         work=work,
         finish=finish,
         precision=lambda *_: encoded.get("precision"),

@@ -1,6 +1,7 @@
 """palindrome reconstruct: stored latents -> images, compared with the originals."""
 
 from dataclasses import dataclass
+from math import prod
 from typing import Annotated, Any
 
 from palindrome.jobs.config import Range, ReadingConfig, config_error
@@ -72,7 +73,7 @@ def run(config: ReconstructConfig) -> int:
         facts={"model_digest": model.digest, "ladders": [list(levels) for levels in ladders]},
         plan=plan,
         evaluations=sum(len(levels) - 1 for levels in ladders),
-        written=len(ladders) * model.config.values,
+        written=len(ladders) * prod(model.image_shape),
         work=work,
         finish=finish,
         decode=config.decode,

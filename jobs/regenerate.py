@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import dataclass
+from math import prod
 from typing import Annotated
 
 from palindrome.jobs.config import ConfigError, ImagesConfig, Range, SelectionOptions, config_error
@@ -84,7 +85,7 @@ def run(config: RegenerateConfig) -> int:
         facts={**facts, "ids_digest": which.ids_digest},
         plan=plan,
         evaluations=sum(len(levels) - 1 for levels in ladders) * config.variations,
-        written=len(ladders) * config.variations * model.config.values,
+        written=len(ladders) * config.variations * prod(model.image_shape),
         work=work,
         finish=finish,
         precision=lambda *_: encoded.get("precision"),

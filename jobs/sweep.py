@@ -67,7 +67,7 @@ def run(config: SweepConfig) -> int:
         collection = open_collection(uri, **config.reading())
     with config_error("--model"):
         model = checkpoint.load(absolute(config.model), options_for(config.model))
-        how = config.preprocess(model.config.sample_size, model.config.in_channels)
+        how = config.preprocess(model.image_shape)
     settings = _settings(config, model.schedule)
 
     def plan(out: Folder) -> Remaining:

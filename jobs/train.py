@@ -175,7 +175,7 @@ def _say_cost(config: TrainConfig, collection: Collection, out: Folder, totals: 
     """What there is to compute and to write. Raises ConfigError where no image can be decoded, of the first ones."""
     unet, looked = PRESETS[config.preset], 0
     rejects: list[Reject] = []
-    how = config.preprocess(unet.sample_size, unet.in_channels)
+    how = config.preprocess((unet.in_channels, unet.sample_size, unet.sample_size))
     for batch in read_batches(collection, next(read_plan(out)), how, LOOKED_AT):
         looked, rejects = looked + len(batch.images), rejects + batch.rejects
         if looked:
@@ -324,7 +324,7 @@ def _batches(config: TrainConfig, collection: Collection, out: Folder, rank: int
     """This rank's images for ever, uint8 [B, H, W, C]: its part of the shards in a new random order each epoch,
     through a shuffle buffer. Rejects are left out."""
     unet = PRESETS[config.preset]
-    how = config.preprocess(unet.sample_size, unet.in_channels)
+    how = config.preprocess((unet.in_channels, unet.sample_size, unet.sample_size))
     size = config.batch_size // config.workers
     buffer: list[np.ndarray] = []
     room = max(size, min(8192, BUFFER_BYTES // (unet.in_channels * unet.sample_size**2)))

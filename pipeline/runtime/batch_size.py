@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from math import prod
 
 from palindrome.model.checkpoint import Checkpoint
 from palindrome.model.engine import Execution
@@ -34,7 +35,7 @@ def _trial(
     checkpoint: Checkpoint, execution: Execution, evaluations: float, most: float, threads: int | None
 ) -> tuple[int, dict[int, float]]:
     model = Model(checkpoint, threads, execution=execution)
-    fits = min(most, MOST_BYTES / (4 * checkpoint.config.values))
+    fits = min(most, MOST_BYTES / (4 * prod(checkpoint.latent_shape)))
     sizes = [size for size in SIZES if size <= fits] or [SIZES[0]]
     # One that has no room is as fast as the halves that it is cut into.
     return smallest(partial(evaluations_per_second, model), sizes, evaluations)

@@ -171,8 +171,7 @@ class Model:
     def generate(self, seed: int, indices: Sequence[int], levels: Ladder, **how: Any) -> tuple[Tensor, Tensor]:
         """x_T of the samples of that seed with those indices, and their images about [-1, 1]; `how` goes to
         model.ddim.sample (eta, use_sigma_hat, clip). The noise of a sample depends on seed and index alone."""
-        along, c = self._along(levels), self.checkpoint.config
-        shape = (c.in_channels, c.sample_size, c.sample_size)
+        along, shape = self._along(levels), self.checkpoint.latent_shape
 
         def walk(net: Network, indices: Tensor) -> tuple[Tensor, Tensor]:
             noise = noise_stream(seed, indices.tolist(), shape)

@@ -38,8 +38,8 @@ class Calibration:
 def decode_noise(model: Model, batch_size: int, seconds: float) -> tuple[int, dict[str, float]]:
     """Network evaluations, of an image each, in at least so many seconds, and what `stopwatch` says of them; behind a
     batch that is not counted."""
-    c, levels = model.checkpoint.config, ladder("linear", STEPS, model.checkpoint.schedule.num_train_timesteps)
-    x = torch.randn(batch_size, c.in_channels, c.sample_size, c.sample_size)
+    levels = ladder("linear", STEPS, model.checkpoint.schedule.num_train_timesteps)
+    x = torch.randn(batch_size, *model.checkpoint.latent_shape)
     model.decode(x, levels)
     spent, until, evaluations = stopwatch(model), time.monotonic() + seconds, 0
     while time.monotonic() < until:

@@ -36,8 +36,7 @@ class Encode:
 
     def process(self, model: Model, shard: Shard) -> Receipt:
         spent = stopwatch(model)
-        size, channels = self.reader.how.size, self.reader.how.channels
-        schema = latent_schema((channels, size, size), self.inversion.dtype, self.reader.collection.kept)
+        schema = latent_schema(model.checkpoint.latent_shape, self.inversion.dtype, self.reader.collection.kept)
         with latent_writer(self.run, shard.name, schema, self.metadata, once=not self.again) as out:
             for batch in self.reader.batches(shard):
                 rows = None
