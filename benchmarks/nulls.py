@@ -21,6 +21,7 @@ import palindrome.infra.cluster  # noqa: F401, sets Ray up before it is started
 from palindrome.model.checkpoint import Checkpoint
 from palindrome.model.engine import FLOAT32, Execution
 from palindrome.model.schedule import CLEAN, Ladder, NoiseSchedule
+from palindrome.model.unet import UNetConfig
 from palindrome.pipeline.images.decode import Preprocess
 from palindrome.pipeline.images.sources import open_collection
 from palindrome.pipeline.runs.inversion import Inversion
@@ -64,9 +65,9 @@ class NullCheckpoint(Checkpoint):
         return NullNetwork(self.sleep)
 
 
-def null_checkpoint(sleep: float = 0.0) -> NullCheckpoint:
-    """On diffusers' default schedule."""
-    return NullCheckpoint(None, {}, NoiseSchedule(), sleep=sleep)  # type: ignore[arg-type]
+def null_checkpoint(sleep: float = 0.0, size: int = 32) -> NullCheckpoint:
+    """Of images of so many pixels a side, on diffusers' default schedule."""
+    return NullCheckpoint(UNetConfig(sample_size=size), {}, NoiseSchedule(), sleep=sleep)
 
 
 @contextmanager
