@@ -126,7 +126,7 @@ def run(*arguments):
 
 
 COMPUTING = {"encode", "reconstruct", "regenerate", "generate", "interpolate", "sweep", "calibrate"}
-ON_RAY = {"--address", "--workers", "--decode", "--gpus-per-worker", "--resources"}
+ON_RAY = {"--address", "--workers", "--decode", "--gpus-per-worker", "--resources", "--stall"}
 
 
 @pytest.fixture(scope="session")
