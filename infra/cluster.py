@@ -15,7 +15,8 @@ os.environ.setdefault("RAY_raylet_client_connect_timeout_milliseconds", "50")
 os.environ.setdefault("RAY_raylet_client_num_connect_attempts", "200")
 
 import ray
-from ray._private.worker import global_worker
+
+from palindrome.pipeline.base.ray_private import stop_monitor
 
 
 class ClusterError(ConnectionError):
@@ -48,9 +49,8 @@ def connect(address: str | None = None) -> Iterator[None]:
         try:
             yield
         finally:
-            # The monitor, told to end after the server that it says goodbye to, takes 1 s.
-            if local and global_worker.node:
-                global_worker.node.kill_monitor(check_alive=False)
+            if local:
+                stop_monitor()
             ray.shutdown()
 
 

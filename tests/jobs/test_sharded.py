@@ -100,7 +100,7 @@ def test_a_shard_that_fails_is_named_and_the_rest_is_done(tiny, tmp_path, capsys
 
 def test_another_command_is_refused(tiny, tmp_path):
     assert run(SquaresConfig(out=str(tmp_path), count=8, inline=True), tiny) == 0
-    with pytest.raises(ConfigError, match=r"--count was 8, now 12"):
+    with pytest.raises(ConfigError, match="--count was 8, now 12"):
         run(SquaresConfig(out=str(tmp_path), count=12, inline=True), tiny)
 
 
@@ -108,5 +108,5 @@ def test_another_command_is_refused(tiny, tmp_path):
     "flags", [{"address": "10.0.0.1:6379"}, {"workers": (2,)}, {"gpus_per_worker": 0.5}, {"resources": '{"a": 1}'}]
 )
 def test_inline_takes_nothing_that_is_for_ray(flags):
-    with pytest.raises(ConfigError, match="^--inline: "):
+    with pytest.raises(ConfigError, match=r"^--inline: "):
         SquaresConfig(out="x", count=1, inline=True, **flags)
