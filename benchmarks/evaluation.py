@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from palindrome.jobs.train import PRESETS
 from palindrome.model.checkpoint import Checkpoint
 from palindrome.model.engine import HALVES, PRECISIONS, Execution
+from palindrome.model.presets import PRESETS
 from palindrome.model.schedule import NoiseSchedule
 from palindrome.pipeline.runtime.device import Model
 

@@ -12,8 +12,10 @@ import torch
 from PIL import Image
 
 from palindrome.jobs import train
-from palindrome.jobs.train import PRESETS, TrainConfig, _batches
 from palindrome.model import checkpoint
+from palindrome.model.presets import PRESETS
+from palindrome.pipeline.images.decode import Preprocess
+from palindrome.pipeline.images.shuffle import shuffled_batches
 from palindrome.pipeline.images.sources import open_collection
 from palindrome.pipeline.runs.plan import read_plan, write_plan
 from palindrome.pipeline.storage.folder import Folder
@@ -155,9 +157,11 @@ def test_images_of_which_none_decodes_are_said_in_one_line(palindrome, tmp_path,
     assert said.err == f"palindrome train: RuntimeError: no image of {tmp_path}/bad could be decoded\n"
 
 
-def batches(images, run, rank, workers, seed=0, **settings):
-    config = TrainConfig(images=str(images), preset="tiny", out=run.uri, batch_size=16, workers=workers, **settings)
-    return _batches(config, open_collection(str(images)), run, rank, seed)
+def batches(images, run, rank, workers, seed=0):
+    """Of 16 images over all workers."""
+    shards = list(read_plan(run))
+    drawn = shuffled_batches(open_collection(str(images)), shards, Preprocess(16), 16 // workers, seed, rank, workers)
+    return map(torch.from_numpy, drawn)
 
 
 @pytest.fixture
