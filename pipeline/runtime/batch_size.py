@@ -7,7 +7,7 @@ import ray
 
 from palindrome.model.checkpoint import Checkpoint
 from palindrome.model.engine import Execution
-from palindrome.pipeline.runtime.device import Model
+from palindrome.pipeline.runtime.device import Model, tune_process
 from palindrome.pipeline.runtime.scheduler import Resources
 from palindrome.pipeline.runtime.speed import evaluations_per_second
 
@@ -31,6 +31,7 @@ def _trial(
     checkpoint: Checkpoint, execution: Execution, evaluations: float, most: float, threads: int | None
 ) -> tuple[int, dict[int, float]]:
     model = Model(checkpoint, threads, execution=execution)
+    tune_process(model)
     fits = min(most, MOST_BYTES / (4 * checkpoint.config.values))
     sizes = [size for size in SIZES if size <= fits] or [SIZES[0]]
     # One that has no room is as fast as the halves that it is cut into.
