@@ -26,7 +26,7 @@ from palindrome.pipeline.images.metrics import round_trip_error, statistics, to_
 from palindrome.pipeline.images.read import first_images
 from palindrome.pipeline.images.sources import open_collection
 from palindrome.pipeline.runs.ladders import KINDS, ladder_of_kind
-from palindrome.pipeline.runtime.device import Model
+from palindrome.pipeline.runtime.device import Model, tune_process
 from palindrome.pipeline.storage.folder import absolute, file_at, options_for
 
 BATCH = 64  # images on the device at once
@@ -109,6 +109,7 @@ def _calibrate(
 ) -> dict[str, dict[str, Any]]:
     """By ladder, the fitted one among them: its levels and the round trip's statistics on the images."""
     model, x = Model(checkpoint, threads), to_model(pixels)
+    tune_process(model)
     products = torch.cat([model.epsilon_products(part, fine) for part in x.split(BATCH)]).mean(0).numpy()
     fitted = fit_ladder(products, fine, checkpoint.schedule, config.steps, config.corrections)
     found: dict[str, dict[str, Any]] = {}

@@ -86,8 +86,8 @@ def tiny():
     """A checkpoint of 16x16 images with random weights, none near zero: its outputs are of order one."""
     import torch
 
-    from palindrome.jobs.train import PRESETS
     from palindrome.model.checkpoint import Checkpoint
+    from palindrome.model.presets import PRESETS
     from palindrome.model.schedule import NoiseSchedule
     from palindrome.model.unet import UNet
 

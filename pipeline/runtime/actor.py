@@ -33,11 +33,12 @@ class ShardActor:
     def __init__(self, given: "Sequence[ObjectRef[Given]]") -> None:
         """`given` is one reference: Ray itself would read it, and so import torch, before this is called."""
         with frozen_gc():
-            from palindrome.pipeline.runtime.device import Model
+            from palindrome.pipeline.runtime.device import Model, tune_process
 
             self.work, checkpoint, threads, execution = ray.get(given[0])
             self.meters = Meters(type(self.work).__name__.lower())
             self.model = Model(checkpoint, threads, self.meters, execution)
+            tune_process(self.model)
 
     def ready(self) -> None:
         """Returns once the constructor has."""

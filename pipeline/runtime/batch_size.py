@@ -6,7 +6,7 @@ from math import prod
 
 from palindrome.model.checkpoint import Checkpoint
 from palindrome.model.engine import Execution
-from palindrome.pipeline.runtime.device import Model
+from palindrome.pipeline.runtime.device import Model, tune_process
 from palindrome.pipeline.runtime.executor import Executor
 from palindrome.pipeline.runtime.scheduler import Resources
 from palindrome.pipeline.runtime.speed import evaluations_per_second
@@ -35,6 +35,7 @@ def _trial(
     checkpoint: Checkpoint, execution: Execution, evaluations: float, most: float, threads: int | None
 ) -> tuple[int, dict[int, float]]:
     model = Model(checkpoint, threads, execution=execution)
+    tune_process(model)
     fits = min(most, MOST_BYTES / (4 * prod(checkpoint.latent_shape)))
     sizes = [size for size in SIZES if size <= fits] or [SIZES[0]]
     # One that has no room is as fast as the halves that it is cut into.

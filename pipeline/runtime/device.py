@@ -48,17 +48,6 @@ class _Clock(threading.local):
     seconds = 0.0
 
 
-def _keep_memory(threads: int) -> None:
-    """Has glibc keep what a layer's activations took for the next layer's, of so many threads that compute: to give it
-    back to the system and take it again, page by page, costs a CPU up to a fifth of its time."""
-    arenas, mmap_threshold, trim_threshold, top_pad = -8, -3, -1, -2  # M_ARENA_MAX and so on, of malloc.h
-    settings = {arenas: threads, mmap_threshold: 32 << 20, trim_threshold: 2**31 - 1, top_pad: 256 << 20}
-    with suppress(OSError, AttributeError):  # another C library
-        mallopt = ctypes.CDLL(None).mallopt
-        for parameter, value in settings.items():
-            mallopt(parameter, value)
-
-
 class _Lanes:
     """Threads of a CPU that walk along the ladder side by side, each with its part of a batch, and with as many threads
     more as are left. Parts with a thread each wait for each other once a batch; threads that share each layer, after
@@ -66,7 +55,6 @@ class _Lanes:
 
     def __init__(self, threads: int, most: int) -> None:
         self.count = min(threads, most)
-        sys.setswitchinterval(SWITCH)
         compute_alone()
         self._pool = ThreadPoolExecutor(self.count, "lane", _compute_with, (threads // self.count,))
 
@@ -109,10 +97,8 @@ class Model:
         execution: Execution = FLOAT32,
     ) -> None:
         device, self.lanes = "cuda" if torch.cuda.is_available() else "cpu", None
-        if device == "cpu":
-            if threads:
-                self.lanes = _Lanes(threads, 1 if execution.compiled else MOST_LANES)
-            _keep_memory(self.lanes.count + 1 if self.lanes else 1)
+        if device == "cpu" and threads:
+            self.lanes = _Lanes(threads, 1 if execution.compiled else MOST_LANES)
         self.network = checkpoint.engine(device, execution)
         self.checkpoint, self.device = checkpoint, torch.device(device)
         self.lock = threading.Lock()  # shards overlap in this process, and the device takes one batch at a time
@@ -233,6 +219,25 @@ class Model:
         torch.cuda.empty_cache()
         self.largest = len(batch) // 2
         return self._in_parts(walk, flight, batch)
+
+
+def tune_process(model: Model) -> None:
+    """Tunes malloc and the interpreter for a model on a CPU. Only for a Ray worker: these are settings of the whole
+    process, and a notebook's are the user's. Were they environment variables in `runtime_env`, Ray would start a new
+    worker for each actor instead of taking an idle one: 0.8 s more."""
+    if model.device.type != "cpu":
+        return
+    if model.lanes:
+        sys.setswitchinterval(SWITCH)
+    # glibc is to keep what a layer's activations took for the next layer's: giving it back to the system and taking it
+    # again, page by page, costs a CPU up to a fifth of its time. M_ARENA_MAX and so on, of malloc.h:
+    arenas, mmap_threshold, trim_threshold, top_pad = -8, -3, -1, -2
+    threads = 1 + (model.lanes.count if model.lanes else 0)
+    settings = {arenas: threads, mmap_threshold: 32 << 20, trim_threshold: 2**31 - 1, top_pad: 256 << 20}
+    with suppress(OSError, AttributeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        for parameter, value in settings.items():
+            mallopt(parameter, value)
 
 
 def stopwatch(model: Model) -> Callable[[], dict[str, float]]:

@@ -11,7 +11,7 @@ from palindrome.model.checkpoint import Checkpoint
 from palindrome.model.engine import FLOAT32, Execution
 from palindrome.pipeline.images.metrics import round_trip_error, to_model
 from palindrome.pipeline.runs.inversion import Inversion
-from palindrome.pipeline.runtime.device import Model
+from palindrome.pipeline.runtime.device import Model, tune_process
 from palindrome.pipeline.runtime.executor import Executor
 from palindrome.pipeline.runtime.scheduler import Resources
 from palindrome.pipeline.runtime.speed import evaluations_per_second
@@ -34,20 +34,22 @@ def try_precisions(
 def _trial(
     checkpoint: Checkpoint, pixels: np.ndarray, how: Inversion, batch_size: int, threads: int | None
 ) -> dict[str, Any]:
-    def model(precision: str) -> Model:  # made anew for each use: TF32 is a setting of the process
-        return Model(checkpoint, threads, execution=Execution(precision))
+    def model_in(precision: str) -> Model:  # made anew for each use: TF32 is a setting of the process
+        model = Model(checkpoint, threads, execution=Execution(precision))
+        tune_process(model)
+        return model
 
     def errors(precision: str, x: Tensor) -> dict[str, Any]:
-        latents = model(precision).encode(x, how.levels, how.corrections, how.tolerance)[0]
+        latents = model_in(precision).encode(x, how.levels, how.corrections, how.tolerance)[0]
         stored = latents.to(getattr(torch, how.dtype)).float()
         decoders = {"round_trip": precision, "decoded_by_float32": FLOAT32.precision}
-        back = {name: model(decoder).decode(stored, how.levels) for name, decoder in decoders.items()}
+        back = {name: model_in(decoder).decode(stored, how.levels) for name, decoder in decoders.items()}
         return {"images": len(x), **{name: float(round_trip_error(x, y).mean()) for name, y in back.items()}}
 
     exact = FLOAT32.precision
-    x, device = to_model(pixels), model(exact).device.type
+    x, device = to_model(pixels), model_in(exact).device.type
     tried: dict[str, dict[str, Any]] = {
-        precision: {"per_second": evaluations_per_second(model(precision), batch_size)}
+        precision: {"per_second": evaluations_per_second(model_in(precision), batch_size)}
         for precision in (exact, *CANDIDATES[device])
     }
     slow = tried[exact]["per_second"]
