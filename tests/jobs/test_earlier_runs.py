@@ -86,7 +86,7 @@ def assert_alike(made, before):
             for a, b in zip(new.field("bytes").to_pylist(), old.field("bytes").to_pylist(), strict=True):
                 assert np.abs(pixels(a) - pixels(b)).max() <= 1
         elif field.name == "latent":
-            np.testing.assert_allclose(new.to_numpy_ndarray(), old.to_numpy_ndarray(), rtol=1e-3, atol=1e-3)
+            np.testing.assert_allclose(new.to_numpy_ndarray(), old.to_numpy_ndarray(), rtol=1e-3, atol=1e-5)
         elif pa.types.is_floating(field.type):
             assert pa.compute.is_null(new) == pa.compute.is_null(old)
             new, old = (column.to_numpy(zero_copy_only=False) for column in (new, old))
@@ -156,7 +156,7 @@ def test_an_interrupted_run_is_completed_to_the_same_latents(palindrome, copy, t
     assert not list(run.rglob(".tmp-*")), "what the interrupted process left goes"
     made, whole = read_run(run), read_run(copy / "encoded")
     assert made.ids == whole.ids
-    np.testing.assert_allclose(made.latents, whole.latents, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(made.latents, whole.latents, rtol=1e-3, atol=1e-5)
     assert palindrome("verify", run).code == 0
 
 
@@ -217,7 +217,7 @@ def test_a_notebook_decodes_to_the_recorded_pixels(earlier):
 
 def test_a_notebook_encodes_to_the_stored_latent(earlier):
     run = open_run(earlier / "encoded")
-    np.testing.assert_allclose(run.encode(earlier / "pictures/04.png"), run.latents("04.png")[0], rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(run.encode(earlier / "pictures/04.png"), run.latents("04.png")[0], rtol=1e-3, atol=1e-5)
     labels = open_run(earlier / "kept").table(columns=["image_id", "label"])
     assert labels["label"].null_count == 0
 
