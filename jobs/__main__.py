@@ -11,8 +11,9 @@ from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any, NoReturn
 
+from palindrome.jobs.arguments import ConfigError
 from palindrome.jobs.command import OPTIONS, logs_json, parse, refuse
-from palindrome.jobs.config import ConfigError, ImagesConfig, OutOptions, Planned
+from palindrome.jobs.config import ImagesConfig, OutOptions, Planned
 from palindrome.pipeline.base import interrupt
 from palindrome.pipeline.base.errors import RunError, StoreError
 from palindrome.pipeline.base.log import say, structured

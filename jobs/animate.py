@@ -5,7 +5,8 @@ from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from typing import Annotated, Any, ClassVar, Literal
 
-from palindrome.jobs.config import ConfigError, OutOptions, Planned, Range, config_error
+from palindrome.jobs.arguments import ConfigError, Range, config_error
+from palindrome.jobs.config import OutOptions, Planned
 from palindrome.pipeline.base import interrupt
 from palindrome.pipeline.base.errors import writing
 from palindrome.pipeline.base.threads import in_threads

@@ -9,7 +9,8 @@ import ray
 import torch
 
 from palindrome.infra.cluster import ClusterError, connect
-from palindrome.jobs.config import CollectionOptions, Config, ConfigError, PictureOptions, Planned, Range, config_error
+from palindrome.jobs.arguments import ConfigError, Range, config_error
+from palindrome.jobs.config import CollectionOptions, Config, PictureOptions, Planned
 from palindrome.model import checkpoint
 from palindrome.model.fit import candidates, fit_ladder
 from palindrome.model.inversion import evaluations

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NoReturn
 
-from palindrome.jobs.config import ConfigError, LogOptions, Options, StorageOptions, add_arguments, from_arguments
+from palindrome.jobs.arguments import ConfigError, Options, add_arguments, from_arguments
+from palindrome.jobs.config import LogOptions, StorageOptions
 from palindrome.pipeline.base.frozen_gc import frozen_gc
 from palindrome.pipeline.base.log import say
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
-from palindrome.jobs.config import CollectionOptions, ConfigError, PictureOptions, Range, ReadingConfig, config_error
+from palindrome.jobs.arguments import ConfigError, Range, config_error
+from palindrome.jobs.config import CollectionOptions, PictureOptions, ReadingConfig
 from palindrome.jobs.estimate import Cost, on_cluster
 from palindrome.model import checkpoint
 from palindrome.model.engine import FLOAT32

@@ -6,7 +6,8 @@ import threading
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
-from palindrome.jobs.config import ConfigError, OutOptions, Planned, Range, config_error
+from palindrome.jobs.arguments import ConfigError, Range, config_error
+from palindrome.jobs.config import OutOptions, Planned
 from palindrome.pipeline.base import interrupt
 from palindrome.pipeline.base.errors import ManifestError, RunError
 from palindrome.pipeline.base.log import note

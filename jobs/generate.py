@@ -4,7 +4,8 @@ import sys
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from palindrome.jobs.config import ConfigError, ImagesConfig, Range, config_error
+from palindrome.jobs.arguments import ConfigError, Range, config_error
+from palindrome.jobs.config import ImagesConfig
 from palindrome.jobs.estimate import Cost, on_cluster
 from palindrome.model import checkpoint
 from palindrome.pipeline.images.pixels import grid, pixels_of, png

@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from palindrome.jobs.config import ConfigError, ImagesConfig, Range, SelectionOptions, config_error, flag_of
+from palindrome.jobs.arguments import ConfigError, Range, config_error, flag_of
+from palindrome.jobs.config import ImagesConfig, SelectionOptions
 from palindrome.jobs.estimate import Cost, on_cluster
 from palindrome.pipeline.images.records import REASONS
 from palindrome.pipeline.reports.interpolation import put_report

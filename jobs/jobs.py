@@ -5,7 +5,8 @@ import time
 from dataclasses import asdict, dataclass
 
 from palindrome.infra.submission import Job, SubmissionError
-from palindrome.jobs.config import ClusterOptions, config_error
+from palindrome.jobs.arguments import config_error
+from palindrome.jobs.config import ClusterOptions
 from palindrome.pipeline.base.text import duration, printable
 
 

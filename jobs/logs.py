@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from palindrome.infra.submission import SubmissionError
-from palindrome.jobs.config import ClusterOptions, config_error
+from palindrome.jobs.arguments import config_error
+from palindrome.jobs.config import ClusterOptions
 from palindrome.pipeline.base.log import relay
 
 

@@ -4,7 +4,8 @@ import sys
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from palindrome.jobs.config import Range, ReadingConfig, config_error
+from palindrome.jobs.arguments import Range, config_error
+from palindrome.jobs.config import ReadingConfig
 from palindrome.jobs.estimate import Cost, on_cluster
 from palindrome.pipeline.images.decode import Preprocess
 from palindrome.pipeline.images.sources import Collection

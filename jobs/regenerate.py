@@ -4,7 +4,8 @@ import sys
 from dataclasses import dataclass
 from typing import Annotated
 
-from palindrome.jobs.config import ConfigError, ImagesConfig, Range, SelectionOptions, config_error
+from palindrome.jobs.arguments import ConfigError, Range, config_error
+from palindrome.jobs.config import ImagesConfig, SelectionOptions
 from palindrome.jobs.estimate import Cost, on_cluster
 from palindrome.pipeline.reports.regeneration import put_report
 from palindrome.pipeline.runs.encoded import encode_run, ladders_of, model_of

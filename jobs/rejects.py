@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any, ClassVar, Literal
 
-from palindrome.jobs.config import ConfigError, Options, config_error
+from palindrome.jobs.arguments import ConfigError, Options, config_error
 from palindrome.pipeline.base.text import printable
 from palindrome.pipeline.images.records import REASONS
 from palindrome.pipeline.runs.manifest import open_run

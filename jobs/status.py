@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from typing import ClassVar
 
-from palindrome.jobs.config import Options, config_error
+from palindrome.jobs.arguments import Options, config_error
 from palindrome.pipeline.runs.kinds import FOLDERS
 from palindrome.pipeline.runs.manifest import open_run
 from palindrome.pipeline.runs.status import State, StateReader, as_json, describe

@@ -11,8 +11,9 @@ from typing import ClassVar, Literal
 
 from palindrome.infra.package import PackageError, build
 from palindrome.infra.submission import Job, SubmissionError
+from palindrome.jobs.arguments import ConfigError, config_error, flag_of
 from palindrome.jobs.command import Command, parse
-from palindrome.jobs.config import STORAGE_OPTIONS, ClusterOptions, Config, ConfigError, config_error, flag_of
+from palindrome.jobs.config import STORAGE_OPTIONS, ClusterOptions, Config
 from palindrome.pipeline.base.log import relay
 
 PLACES = ("images", "model", "out", "latents")  # fields that name files and folders

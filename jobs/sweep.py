@@ -6,7 +6,8 @@ from itertools import product
 from pathlib import PurePosixPath
 from typing import Annotated, Any, ClassVar, Literal
 
-from palindrome.jobs.config import CollectionOptions, ConfigError, PictureOptions, Range, ReadingConfig, config_error
+from palindrome.jobs.arguments import ConfigError, Range, config_error
+from palindrome.jobs.config import CollectionOptions, PictureOptions, ReadingConfig
 from palindrome.jobs.estimate import Cost, on_cluster
 from palindrome.model import checkpoint
 from palindrome.model.schedule import NoiseSchedule

@@ -21,7 +21,8 @@ from pyarrow.fs import FSSpecHandler, PyFileSystem
 from torch import Tensor
 
 from palindrome.infra.cluster import ClusterError, connect
-from palindrome.jobs.config import CollectionOptions, Config, ConfigError, PictureOptions, Planned, Range, config_error
+from palindrome.jobs.arguments import ConfigError, Range, config_error
+from palindrome.jobs.config import CollectionOptions, Config, PictureOptions, Planned
 from palindrome.model import checkpoint
 from palindrome.model.checkpoint import Checkpoint
 from palindrome.model.ddim import sample, sample_noise

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Annotated, ClassVar
 
-from palindrome.jobs.config import ConfigError, Options, Range, config_error
+from palindrome.jobs.arguments import ConfigError, Options, Range, config_error
 from palindrome.pipeline.base.text import printable
 from palindrome.pipeline.runs.manifest import open_run
 from palindrome.pipeline.runs.verify import Account, Finding, verify
