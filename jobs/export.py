@@ -37,8 +37,13 @@ SAMPLE = 32  # shards whose images are counted for the estimate of the time left
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig(OutOptions):
-    """Write the images of a run as picture files, WebDataset tars or Hugging Face Parquet. The files have the names of
-    the images' ids, where file systems can take them."""
+    """Write the images of a run as picture files, WebDataset tars or Hugging Face Parquet, named by their image ids."""
+
+    GROUP: ClassVar[str] = "output"
+    EXAMPLES: ClassVar[str] = """
+    palindrome export runs/samples --format png --out samples/
+    palindrome export runs/samples --format webdataset --out s3://bucket/samples
+    """
 
     POSITIONAL: ClassVar[frozenset[str]] = frozenset({"run"})
 

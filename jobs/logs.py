@@ -11,7 +11,13 @@ from palindrome.pipeline.base.log import relay
 
 @dataclass(frozen=True, kw_only=True)
 class LogsConfig(ClusterOptions):
-    """Print what a submitted job has said."""
+    """Print the output of a submitted job."""
+
+    GROUP: ClassVar[str] = "output"
+    EXAMPLES: ClassVar[str] = """
+    palindrome logs raysubmit_4kbBPhVrTsJCfYLV
+    palindrome logs --follow --address http://head:8265 raysubmit_4kbBPhVrTsJCfYLV
+    """
 
     POSITIONAL: ClassVar[frozenset[str]] = frozenset({"job_id"})
 

@@ -2,7 +2,7 @@
 
 import sys
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from palindrome.jobs.arguments import Range, config_error
 from palindrome.jobs.config import ReadingConfig
@@ -27,7 +27,13 @@ from palindrome.pipeline.tasks.reconstruct import Reconstruct
 
 @dataclass(frozen=True, kw_only=True)
 class ReconstructConfig(ReadingConfig):
-    """Decode an encode run's latents, compare with the originals, and report the error in numbers and pictures."""
+    """Decode the latents of an encode run, compare the images with the originals, and report the error."""
+
+    GROUP: ClassVar[str] = "sampling"
+    EXAMPLES: ClassVar[str] = """
+    palindrome reconstruct --latents runs/photos --out runs/reconstructed
+    palindrome reconstruct --latents runs/photos --out runs/by-steps --steps 10 20 50
+    """
 
     latents: str
     """The run folder that encode wrote; a path or an fsspec URI."""

@@ -22,7 +22,13 @@ ALIGNED = 200  # rows that the table's widths are taken from; those that come la
 
 @dataclass(frozen=True, kw_only=True)
 class RejectsConfig(Options):
-    """List what a run could not use: image id, source, reason and detail of each; the counts on standard error."""
+    """List the rejected inputs of a run, each with image id, source, reason and detail; counts go to standard error."""
+
+    GROUP: ClassVar[str] = "output"
+    EXAMPLES: ClassVar[str] = """
+    palindrome rejects runs/photos
+    palindrome rejects s3://bucket/run --format csv
+    """
 
     POSITIONAL: ClassVar[frozenset[str]] = frozenset({"run"})
 

@@ -17,8 +17,13 @@ SAID = 100  # findings printed
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyConfig(Options):
-    """Check a run of encode or reconstruct: every shard is there and can be read, counts agree, every image of the plan
-    is one latent or one reject, latents are finite and of the run's model. Exit code 1 if anything is wrong."""
+    """Check that a run of encode or reconstruct is complete, readable and consistent; exit code 1 where it is not."""
+
+    GROUP: ClassVar[str] = "checks"
+    EXAMPLES: ClassVar[str] = """
+    palindrome verify runs/photos
+    palindrome verify s3://bucket/run --deep 100
+    """
 
     POSITIONAL: ClassVar[frozenset[str]] = frozenset({"run"})
 
