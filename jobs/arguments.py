@@ -143,7 +143,7 @@ def from_arguments(config: type[C], arguments: argparse.Namespace) -> C:
 
 def _default(field: dataclasses.Field[Any]) -> str:
     """The default value as the help shows it."""
-    if field.default in (dataclasses.MISSING, None, (), False):
+    if field.default in (dataclasses.MISSING, None, ()) or field.default is False:  # 0 is shown
         return ""
     if field.default is True:
         return f" (default: {flag_of(field.name)})"

@@ -191,14 +191,19 @@ class Sampled(Options):
     """A kind, 100 % of it."""
     many: tuple[int, ...] = (1, 2)
     """Numbers."""
+    zero: float = 0.0
+    """A number."""
+    switch: bool = False
+    """A switch."""
 
 
 def test_options_without_a_group_are_among_the_parser_s_own():
     parser = argparse.ArgumentParser(prog="x")
-    assert add_arguments(parser, Sampled) == ["--kind", "--many"]
+    assert add_arguments(parser, Sampled) == ["--kind", "--many", "--zero", "--switch"]
     text = " ".join(parser.format_help().split())
     assert "required: --kind KIND A kind, 100 % of it." in text
     assert "options: -h, --help show this help message and exit --many INT [INT ...] Numbers. (default: 1 2)" in text
+    assert "--zero FLOAT A number. (default: 0.0) --switch A switch. required:" in text
     assert from_arguments(Sampled, parser.parse_args(["--kind", "a", "--many", "3"])) == Sampled(kind="a", many=(3,))
     with pytest.raises(ConfigError, match="required: --kind"):
         from_arguments(Sampled, parser.parse_args([]))
