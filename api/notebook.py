@@ -25,6 +25,7 @@ from palindrome.pipeline.images.decode import Preprocess, Rejected, decode, from
 from palindrome.pipeline.images.metrics import to_model, to_pixels
 from palindrome.pipeline.images.pixels import to_pillow
 from palindrome.pipeline.runs.encoded import encode_run, execution_of, ladders_of, latents_dataset, model_of
+from palindrome.pipeline.runs.inversion import Inversion
 from palindrome.pipeline.runs.selection import Selection
 from palindrome.pipeline.runtime.device import Model
 from palindrome.pipeline.storage.folder import Folder, Options, absolute, by_protocol, current_options, open_fs, using
@@ -130,17 +131,7 @@ class Run:
                 pixels, *_ = decode(image if isinstance(image, bytes) else self._read(image), how)
         except Rejected as e:
             raise ValueError(f"{e.reason}: {e.detail}") from None
-        tolerance = self.manifest["inversion"]["tolerance"]
-        exact = tolerance == "exact"
-        latents, _ = latents_of(
-            self._loaded,
-            to_model(np.stack([pixels])),
-            tuple(self.manifest["levels"]),
-            self.manifest["inversion"]["corrections"],
-            0.0 if exact else tolerance or 0.0,
-            exact,
-            self.manifest["config"]["dtype"],
-        )
+        latents, _ = latents_of(self._loaded, to_model(np.stack([pixels])), Inversion.of(self.manifest))
         return latents[0].float().numpy()
 
     def interpolate(

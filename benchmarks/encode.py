@@ -39,7 +39,7 @@ from palindrome.pipeline.images.decode import Preprocess
 from palindrome.pipeline.images.metrics import round_trip_error, to_model
 from palindrome.pipeline.images.read import first_images
 from palindrome.pipeline.images.sources import open_collection
-from palindrome.pipeline.runtime.device import Model
+from palindrome.pipeline.runtime.device import Model, tune_process
 from palindrome.pipeline.storage.folder import absolute
 
 ROOT = Path(__file__).parent.parent
@@ -125,6 +125,7 @@ def loop(args: argparse.Namespace) -> dict[str, float]:
     precision = "float32" if args.precision == "auto" else args.precision
     threads = torch.get_num_threads() if args.loop == "lanes" else None
     model, x = Model(loaded, threads, execution=Execution(precision)), pictures(args)
+    tune_process(model)  # as in an actor
     levels = ladder("linear", args.steps, loaded.schedule.num_train_timesteps)
     started = time.monotonic()
     for batch in x.split(BATCH):

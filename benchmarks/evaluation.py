@@ -22,11 +22,11 @@ from torch import Tensor
 from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from palindrome.jobs.train import PRESETS
 from palindrome.model.checkpoint import Checkpoint
 from palindrome.model.engine import HALVES, PRECISIONS, Execution
+from palindrome.model.presets import PRESETS
 from palindrome.model.schedule import NoiseSchedule
-from palindrome.pipeline.runtime.device import Model
+from palindrome.pipeline.runtime.device import Model, tune_process
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIDE = {"cuda": 8192, "cpu": 2048}[DEVICE]  # of the square matrices
@@ -59,7 +59,9 @@ def measure(preset: str, args: argparse.Namespace) -> dict[str, object]:
     for precision in PRECISIONS if DEVICE == "cuda" else ("float32", "bfloat16"):
         for compiled in (False, True)[: 1 + args.compile]:
             # An engine sets whether its process may use TF32, so each is measured before the next is made.
-            engine = Model(checkpoint, execution=Execution(precision, compiled)).network
+            model = Model(checkpoint, execution=Execution(precision, compiled))
+            tune_process(model)  # as in an actor
+            engine = model.network
             name = precision + ", compiled" * compiled
             contenders[name] = lambda engine=engine: engine(x, 500)  # type: ignore[misc]
             errors[name] = ((engine(x[:1], 500) - expected).square().mean().sqrt() / expected.std()).item()

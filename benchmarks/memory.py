@@ -27,6 +27,7 @@ from palindrome.model.engine import PRECISIONS, Execution
 from palindrome.pipeline.images.decode import Preprocess
 from palindrome.pipeline.images.records import Shard
 from palindrome.pipeline.images.sources import open_collection
+from palindrome.pipeline.runs.inversion import Inversion
 from palindrome.pipeline.runs.outcome import Receipt
 from palindrome.pipeline.runs.plan import read_plan, write_plan
 from palindrome.pipeline.runtime.device import Model
@@ -81,7 +82,7 @@ def encoding(model: str, images: str, precision: str, batch: int, shard: int) ->
         collection, run = open_collection(f"{folder}/images.parquet"), Folder(f"{folder}/run")
         write_plan(run, collection, shard)
         reader = Reader(collection, Preprocess(loaded.config.sample_size, loaded.config.in_channels), batch, False)
-        encode = Encode(run, reader, (-1, 0), 0, 0.0, False, "float32", False, {})
+        encode = Encode(run, reader, Inversion((-1, 0), 0), False, {})
         with connect("local"):
             resources = replace(fit([1], "actor"), execution=Execution(precision))
             measured = Measured(encode, Path(folder, "peaks"))

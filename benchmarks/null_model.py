@@ -138,7 +138,7 @@ def palindrome(args: argparse.Namespace, files: Path, size: int, out: Path) -> N
     resources = fit([args.workers], args.decode)
     how = {"shard_size": args.shard_size, "batch_size": args.batch_size, "dtype": args.dtype}
     work, totals = encode_work(files, size, out, resources, **how)
-    outcomes = list(run_shards(work, null_checkpoint(), read_plan(work.run), resources))
+    outcomes = list(run_shards(work, null_checkpoint(size=size), read_plan(work.run), resources))
     assert sum(done.images for done in outcomes if isinstance(done, Receipt)) == totals.images, outcomes
 
 

@@ -21,8 +21,10 @@ import palindrome.infra.cluster  # noqa: F401, sets Ray up before it is started
 from palindrome.model.checkpoint import Checkpoint
 from palindrome.model.engine import FLOAT32, Execution
 from palindrome.model.schedule import CLEAN, Ladder, NoiseSchedule
+from palindrome.model.unet import UNetConfig
 from palindrome.pipeline.images.decode import Preprocess
 from palindrome.pipeline.images.sources import open_collection
+from palindrome.pipeline.runs.inversion import Inversion
 from palindrome.pipeline.runs.plan import Totals, write_plan
 from palindrome.pipeline.runtime.reader import Reader
 from palindrome.pipeline.runtime.scheduler import Resources
@@ -63,9 +65,9 @@ class NullCheckpoint(Checkpoint):
         return NullNetwork(self.sleep)
 
 
-def null_checkpoint(sleep: float = 0.0) -> NullCheckpoint:
-    """On diffusers' default schedule."""
-    return NullCheckpoint(None, {}, NoiseSchedule(), sleep=sleep)  # type: ignore[arg-type]
+def null_checkpoint(sleep: float = 0.0, size: int = 32) -> NullCheckpoint:
+    """Of images of so many pixels a side, on diffusers' default schedule."""
+    return NullCheckpoint(UNetConfig(sample_size=size), {}, NoiseSchedule(), sleep=sleep)
 
 
 @contextmanager
@@ -99,7 +101,7 @@ def encode_work(
     collection, run = open_collection(str(files)), Folder(str(out))
     totals = write_plan(run, collection, shard_size)
     reader = Reader(collection, Preprocess(size), batch_size, resources.read_by_tasks)
-    return Encode(run, reader, levels, 0, 0.0, False, dtype, False, {}), totals
+    return Encode(run, reader, Inversion(levels, 0, dtype=dtype), False, {}), totals
 
 
 @contextmanager

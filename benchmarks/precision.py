@@ -26,7 +26,7 @@ from palindrome.pipeline.images.metrics import round_trip_error, to_model
 from palindrome.pipeline.images.read import first_images
 from palindrome.pipeline.images.sources import open_collection
 from palindrome.pipeline.runs.ladders import KINDS, resolve
-from palindrome.pipeline.runtime.device import Model
+from palindrome.pipeline.runtime.device import Model, tune_process
 from palindrome.pipeline.storage.folder import absolute
 
 ROOT = Path(__file__).parent.parent
@@ -64,6 +64,7 @@ def round_trip(
     loaded: checkpoint.Checkpoint, precision: str, x: Tensor, levels: Ladder, corrections: int
 ) -> dict[str, Any]:
     model = Model(loaded, execution=Execution(precision))
+    tune_process(model)  # as in an actor
     model.decode(x, levels[:2])  # the first evaluation finds memory and kernels
     started = time.monotonic()
     latents = model.encode(x, levels, corrections)[0]

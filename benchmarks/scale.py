@@ -31,6 +31,7 @@ from palindrome.pipeline.images.decode import Preprocess
 from palindrome.pipeline.images.records import Piece, Shard
 from palindrome.pipeline.images.sources import PARQUET, Collection, open_collection
 from palindrome.pipeline.runs import plan
+from palindrome.pipeline.runs.inversion import Inversion
 from palindrome.pipeline.runs.outcome import Receipt
 from palindrome.pipeline.runs.plan import extend_plan, plan_totals, read_plan, write_plan
 from palindrome.pipeline.runs.shards import committed
@@ -144,7 +145,7 @@ def encoding(folder: Path, images: int) -> dict[str, Any]:
     started = time.monotonic()
     totals = write_plan(run, collection, 10_000)
     reader = Reader(collection, how, 64, by_tasks=False)
-    work = Encode(run, reader, (-1, 0), 0, 0.0, False, "float32", False, {})
+    work = Encode(run, reader, Inversion((-1, 0), 0), False, {})
     with connect("local"):
         measured = Measured(work, folder / "peak")
         outcomes = list(run_shards(measured, null_checkpoint(), read_plan(run), Resources(1, 0, 1, False)))

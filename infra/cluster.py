@@ -5,7 +5,8 @@ import os
 import signal
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
+from tempfile import TemporaryDirectory
 
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # CPU workers keep the environment as it is
 os.environ.setdefault("RAY_DEDUP_LOGS", "1")
@@ -14,7 +15,8 @@ os.environ.setdefault("RAY_raylet_client_connect_timeout_milliseconds", "50")
 os.environ.setdefault("RAY_raylet_client_num_connect_attempts", "200")
 
 import ray
-from ray._private.worker import global_worker
+
+from palindrome.pipeline.base.ray_private import stop_monitor
 
 
 class ClusterError(ConnectionError):
@@ -34,18 +36,22 @@ def connect(address: str | None = None) -> Iterator[None]:
     local = {"include_dashboard": False} if where == "local" else {}
     _answers(where)
     before = signal.getsignal(signal.SIGTERM)
-    try:
-        ray.init(address=where, logging_level=logging.ERROR, log_to_driver=False, **local)
-    except (ConnectionError, RuntimeError, ValueError) as e:
-        raise ClusterError(f"no Ray cluster at {where}: {str(e).splitlines()[0]}") from e
-    if callable(before):  # Ray has put its own there, which ends the process on the spot
-        signal.signal(signal.SIGTERM, before)
-    try:
-        yield
-    finally:
-        if local and global_worker.node:  # the monitor, told to end after the server that it says goodbye to, takes 1 s
-            global_worker.node.kill_monitor(check_alive=False)
-        ray.shutdown()
+    # Ray puts the driver's working directory first in its workers' sys.path: a user's own torch.py or palindrome/ there
+    # would be imported instead. Workers get an empty folder.
+    with TemporaryDirectory(prefix="palindrome-", ignore_cleanup_errors=True) as empty:
+        try:
+            with chdir(empty):
+                ray.init(address=where, logging_level=logging.ERROR, log_to_driver=False, **local)
+        except (ConnectionError, RuntimeError, ValueError) as e:
+            raise ClusterError(f"no Ray cluster at {where}: {str(e).splitlines()[0]}") from e
+        if callable(before):  # Ray has put its own there, which ends the process on the spot
+            signal.signal(signal.SIGTERM, before)
+        try:
+            yield
+        finally:
+            if local:
+                stop_monitor()
+            ray.shutdown()
 
 
 def _answers(address: str) -> None:

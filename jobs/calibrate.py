@@ -5,12 +5,11 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
-import ray
 import torch
 
-from palindrome.infra.cluster import ClusterError, connect
 from palindrome.jobs.arguments import ConfigError, Range, config_error
-from palindrome.jobs.config import CollectionOptions, Config, PictureOptions, Planned
+from palindrome.jobs.config import CollectionOptions, ComputeConfig, PictureOptions, Planned
+from palindrome.jobs.estimate import executor_of
 from palindrome.model import checkpoint
 from palindrome.model.fit import candidates, fit_ladder
 from palindrome.model.inversion import evaluations
@@ -20,15 +19,14 @@ from palindrome.pipeline.images.metrics import round_trip_error, statistics, to_
 from palindrome.pipeline.images.read import first_images
 from palindrome.pipeline.images.sources import open_collection
 from palindrome.pipeline.runs.ladders import KINDS, ladder_of_kind
-from palindrome.pipeline.runtime.device import Model
-from palindrome.pipeline.runtime.scheduler import fit
+from palindrome.pipeline.runtime.device import Model, tune_process
 from palindrome.pipeline.storage.folder import absolute, file_at, options_for
 
 BATCH = 64  # images on the device at once
 
 
 @dataclass(frozen=True, kw_only=True)
-class CalibrateConfig(CollectionOptions, PictureOptions, Config):
+class CalibrateConfig(CollectionOptions, PictureOptions, ComputeConfig):
     """Fit a ladder to some images of a collection: the levels with the least round-trip error at a number of steps."""
 
     GROUP: ClassVar[str] = "inversion"
@@ -59,7 +57,7 @@ def run(config: CalibrateConfig) -> int:
         raise ConfigError(f"--out: {config.out} does not end in .json, by which --ladder knows a ladder file")
     with config_error("--model"):
         model = checkpoint.load(absolute(config.model), options_for(config.model))
-        how = config.preprocess(model.config.sample_size, model.config.in_channels)
+        how = config.preprocess(model.image_shape)
     schedule = model.schedule
     top = max(schedule.num_train_timesteps * 4 // 5, config.steps - 1) if config.top is None else config.top
     with config_error("--steps" if config.top is None else "--top"):
@@ -76,10 +74,9 @@ def run(config: CalibrateConfig) -> int:
             f" an image, {each * len(pixels):,} in all; one file of some kB to write"
         )
         raise Planned
-    with config_error("--address", ClusterError), connect(config.address):
-        resources = fit([1], "actor")
-        task = ray.remote(_calibrate).options(**resources.takes)
-        errors = ray.get(task.remote(model, pixels, fine, ladders, config, resources.threads))
+    with executor_of(config) as executor:
+        resources = executor.fit([1], "actor", None, {})
+        errors = executor.call(resources, _calibrate, model, pixels, fine, ladders, config, resources.threads)
     best = min(errors, key=lambda kind: errors[kind]["mean"])
     for kind, figures in sorted(errors.items(), key=lambda item: item[1]["mean"]):
         print(f"{kind:>10}: round-trip error {figures['mean']:.3g}, p99 {figures['p99']:.3g}")
@@ -111,6 +108,7 @@ def _calibrate(
 ) -> dict[str, dict[str, Any]]:
     """By ladder, the fitted one among them: its levels and the round trip's statistics on the images."""
     model, x = Model(checkpoint, threads), to_model(pixels)
+    tune_process(model)
     products = torch.cat([model.epsilon_products(part, fine) for part in x.split(BATCH)]).mean(0).numpy()
     fitted = fit_ladder(products, fine, checkpoint.schedule, config.steps, config.corrections)
     found: dict[str, dict[str, Any]] = {}

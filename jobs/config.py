@@ -101,7 +101,9 @@ class Config(OutOptions):
     address: str | None = None
     """The address of a Ray cluster (default: $RAY_ADDRESS, else Ray is started on this machine)."""
 
-    UNRECORDED: ClassVar[frozenset[str]] = frozenset({"out", "address", "dry_run", "calibrate", "calibration"})
+    UNRECORDED: ClassVar[frozenset[str]] = frozenset(
+        {"out", "address", "inline", "dry_run", "calibrate", "calibration"}
+    )
     """Fields that are not recorded in `run.json`."""
 
     def settings(self, **resolved: Any) -> dict[str, Any]:
@@ -118,7 +120,20 @@ class Config(OutOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShardedConfig(Config):
+class ComputeConfig(Config):
+    """Options of the commands that compute on Ray or in this process."""
+
+    inline: bool = False
+    """Compute in this process, without Ray, on one GPU or all CPUs: for tens of images, or to debug."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.inline and self.address:
+            raise ConfigError("--inline: it takes no cluster, and --address names one")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardedConfig(ComputeConfig):
     """Options of the commands that map shards over worker processes which hold a model."""
 
     MUTABLE: ClassVar[frozenset[str]] = frozenset(
@@ -164,6 +179,10 @@ class ShardedConfig(Config):
                 f"--workers: must be MAX, or MIN MAX with MIN <= MAX; got {' '.join(map(str, self.workers))}"
             )
         self.custom()
+        if self.inline and (self.workers not in ((), (1,)) or self.gpus_per_worker or self.resources):
+            raise ConfigError(
+                "--inline: it runs one worker in this process; --workers, --gpus-per-worker, --resources are for Ray"
+            )
 
     def custom(self) -> dict[str, float]:
         """The custom resources by name. Raises ConfigError."""
@@ -188,6 +207,11 @@ class ReadingConfig(ShardedConfig):
     decode: Literal["auto", "tasks", "actor"] = "auto"
     """Where images are read and decoded: in Ray tasks on free CPUs, or in the worker process. auto: in tasks where the
     cluster has more CPUs than workers."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.inline and self.decode == "tasks":
+            raise ConfigError("--inline: there are no Ray tasks for --decode tasks")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -287,9 +311,10 @@ class PictureOptions(Options):
         if len(self.background) != 3:
             raise ConfigError(f"--background: must be red, green and blue; got {' '.join(map(str, self.background))}")
 
-    def preprocess(self, size: int, channels: int) -> "Preprocess":
-        """The preprocessing for a model of images of `size` x `size` pixels and `channels` channels."""
+    def preprocess(self, shape: tuple[int, int, int]) -> "Preprocess":
+        """The preprocessing for a model of images of shape [C, H, W]."""
         from palindrome.pipeline.images.decode import Preprocess  # imports Pillow, which few commands need
 
+        channels, size, _ = shape
         red, green, blue = self.background
         return Preprocess(size, channels, self.max_pixels, (red, green, blue), self.resample, self.fit)

@@ -1,33 +1,33 @@
 """palindrome encode: images -> latents in Parquet, by DDIM inversion."""
 
-import math
 import sys
 from dataclasses import dataclass
-from functools import partial
+from math import prod
 from typing import Annotated, Any, ClassVar, Literal
 
 from palindrome.jobs.arguments import ConfigError, Range, config_error
 from palindrome.jobs.config import CollectionOptions, PictureOptions, ReadingConfig
-from palindrome.jobs.estimate import Cost, on_cluster
+from palindrome.jobs.sharded import Remaining, ShardedJob, run_sharded
 from palindrome.model import checkpoint
 from palindrome.model.engine import FLOAT32
-from palindrome.model.inversion import evaluations
 from palindrome.pipeline.images.decode import Preprocess
 from palindrome.pipeline.images.read import first_images
 from palindrome.pipeline.images.records import REASONS
 from palindrome.pipeline.images.sources import Collection, open_collection
+from palindrome.pipeline.runs.inversion import Inversion
 from palindrome.pipeline.runs.kinds import REJECTS
 from palindrome.pipeline.runs.ladders import KINDS, resolve
-from palindrome.pipeline.runs.manifest import claim, note, read_manifest
+from palindrome.pipeline.runs.manifest import note, read_manifest
 from palindrome.pipeline.runs.outcome import Failure
 from palindrome.pipeline.runs.plan import Totals, extend_plan, plan_totals, read_plan, write_plan
 from palindrome.pipeline.runs.schemas import DTYPES, LATENT_COLUMNS
 from palindrome.pipeline.runs.shards import committed
 from palindrome.pipeline.runs.summary import latents_summary, put_summary
-from palindrome.pipeline.runtime.precision import IMAGES, MIN_IMAGES_FOR_TRIAL, RoundTrip, try_precisions
-from palindrome.pipeline.runtime.progress import Budget, Progress, follow
+from palindrome.pipeline.runtime.executor import Executor
+from palindrome.pipeline.runtime.precision import IMAGES, MIN_IMAGES_FOR_TRIAL, try_precisions
+from palindrome.pipeline.runtime.progress import Budget
 from palindrome.pipeline.runtime.reader import Reader
-from palindrome.pipeline.runtime.scheduler import Resources, run_shards
+from palindrome.pipeline.runtime.scheduler import Resources
 from palindrome.pipeline.storage.folder import Folder, absolute, options_for
 from palindrome.pipeline.tasks.encode import Encode
 
@@ -90,54 +90,62 @@ def run(config: EncodeConfig) -> int:
         collection = open_collection(uri, keep=config.keep, reserved=LATENT_COLUMNS, **config.reading())
     with config_error("--model"):
         model = checkpoint.load(absolute(config.model), options_for(config.model))
-        how = config.preprocess(model.config.sample_size, model.config.in_channels)
+        how = config.preprocess(model.image_shape)
     with config_error("--steps" if config.ladder in KINDS else "--ladder"):
         levels = resolve(config.ladder, config.steps, model.schedule)
     tolerance, exact = _tolerance(config)
-    out = Folder(absolute(config.out))
-    source = {"uri": uri, "kind": collection.kind, "image_column": collection.image_column}
-    with config_error("--out"):
-        facts = {
-            "model_digest": model.digest,
-            "levels": list(levels),
-            **model.describe(),
-            "inversion": {
-                "method": "fixed point" if config.corrections else "ddim",
-                "corrections": config.corrections,
-                "tolerance": "exact" if exact else tolerance or None,
-                "nfe": evaluations(len(levels) - 1, config.corrections),
-            },
-            "preprocess": how.record(),
-        }
-        settings = config.settings(images=uri, model=absolute(config.model), steps=len(levels) - 1)
-        claim(out, "encode", settings, config.MUTABLE, {**facts, "collection": source}, config.defaults())
-    with config_error("--images"):
-        totals = _plan(config, out, collection)
-    done = committed(out) - (committed(out, REJECTS) if config.retry_rejects else set())
-    left = sum(shard.name not in done for shard in read_plan(out))  # a file there need not be one of the plan's
-    print(f"{totals.images} images in {totals.shards} shards, {left} to encode", flush=True)
+    inversion = Inversion(levels, config.corrections, tolerance, exact, config.dtype)
+    measured = config.measure or exact
+    facts = {
+        "model_digest": model.digest,
+        "levels": list(levels),
+        **model.describe(),
+        "inversion": inversion.record(),
+        "preprocess": how.record(),
+    }
+    budget = Budget(config.max_failed_shards, config.max_reject_fraction)
+    totals, done = Totals(0, 0), set[str]()
 
-    most_failed = math.inf if config.max_failed_shards is None else config.max_failed_shards
-    budget = Budget(most_failed, config.max_reject_fraction)
-    failures: list[Failure] = []
-    if left or config.dry_run:
-        up, down = evaluations(len(levels) - 1, config.corrections), (len(levels) - 1) * (config.measure or exact)
-        cost = Cost.of(totals, left, up + down, model.config.values * DTYPES[config.dtype].byte_width)
-        todo = (shard for shard in read_plan(out) if shard.name not in done)
-        tried = RoundTrip(levels, config.corrections, tolerance, config.dtype)
-        worth = cost.images >= MIN_IMAGES_FOR_TRIAL and not (done or exact)
-        settle = partial(_precision, config, out, model, collection, how, tried if worth else None)
-        with on_cluster(config, model, cost, config.decode, settle) as resources:
-            reader = Reader(collection, how, resources.batch_size, resources.read_by_tasks)
-            corrected = (levels, config.corrections, tolerance, exact)
-            about = {**facts, "precision": resources.execution.precision}
-            work = Encode(out, reader, *corrected, config.dtype, config.measure, about, config.retry_rejects)
-            progress = Progress("encode", totals, totals.shards - left)
-            failures = follow(progress, run_shards(work, model, todo, resources, config.stall), budget)
-            out.clear_unfinished()
-    summary = latents_summary(out, config.measure or exact)
-    put_summary(out, summary, failures)
-    return _conclude(config, summary, failures, budget.exceeded(len(failures), summary["rejects"], totals.images))
+    def plan(out: Folder) -> Remaining:
+        nonlocal totals, done
+        with config_error("--images"):
+            totals = _plan(config, out, collection)
+        done = committed(out) - (committed(out, REJECTS) if config.retry_rejects else set())
+        left = sum(shard.name not in done for shard in read_plan(out))  # a file there need not be one of the plan's
+        print(f"{totals.images} images in {totals.shards} shards, {left} to encode", flush=True)
+        return Remaining(totals, left, (shard for shard in read_plan(out) if shard.name not in done))
+
+    def precision(executor: Executor, resources: Resources) -> str:
+        pays = totals.images >= MIN_IMAGES_FOR_TRIAL and not (done or exact)
+        return _precision(config, model, collection, how, inversion if pays else None, executor, resources)
+
+    def work(out: Folder, resources: Resources) -> Encode:
+        reader = Reader(collection, how, resources.batch_size, resources.read_by_tasks)
+        about = {**facts, "precision": resources.execution.precision}
+        return Encode(out, reader, inversion, config.measure, about, config.retry_rejects)
+
+    def finish(out: Folder, failures: list[Failure]) -> int:
+        summary = latents_summary(out, measured)
+        put_summary(out, summary, failures)
+        return _conclude(config, summary, budget.exceeded(len(failures), summary["rejects"], totals.images))
+
+    source = {"uri": uri, "kind": collection.kind, "image_column": collection.image_column}
+    job = ShardedJob(
+        name="encode",
+        model=model,
+        settings={"images": uri, "model": absolute(config.model), "steps": inversion.steps},
+        facts={**facts, "collection": source},
+        plan=plan,
+        evaluations=inversion.nfe_up + inversion.steps * measured,
+        written=prod(model.latent_shape) * DTYPES[config.dtype].byte_width,
+        work=work,
+        finish=finish,
+        decode=config.decode,
+        precision=precision,
+        stall=config.stall,
+        budget=budget,
+    )
+    return run_sharded(config, job)
 
 
 def _plan(config: EncodeConfig, out: Folder, collection: Collection) -> Totals:
@@ -162,26 +170,27 @@ def _plan(config: EncodeConfig, out: Folder, collection: Collection) -> Totals:
 
 def _precision(
     config: EncodeConfig,
-    out: Folder,
     model: checkpoint.Checkpoint,
     collection: Collection,
     how: Preprocess,
-    tried: RoundTrip | None,
+    trial: Inversion | None,
+    executor: Executor,
     resources: Resources,
 ) -> str:
-    """What the run's network computes in, from its first start on: as asked for, or as a trial finds it, for which
-    `tried` says how the run encodes; float32 where none pays."""
+    """What the run's network computes in, from its first start on: as asked for, or as a trial finds it, which is None
+    where it does not pay; float32 then."""
+    out = Folder(absolute(config.out))
     before = (read_manifest(out) or {}).get("precision")
     if before:
         return str(before)
     found: dict[str, Any] = {"precision": FLOAT32.precision if config.precision == "auto" else config.precision}
-    if config.precision == "auto" and tried:
+    if config.precision == "auto" and trial:
         try:
             pixels = first_images(collection, how, IMAGES)
         except ValueError:  # the first of them are all rejects
             pixels = None
         if pixels is not None:
-            found = try_precisions(model, pixels, tried, resources)
+            found = try_precisions(model, pixels, trial, resources, executor)
             print(f"precision: {found['precision']} ({_in_words(found['tried'])})", flush=True)
     note(out, **found)
     return str(found["precision"])
@@ -216,7 +225,7 @@ def _tolerance(config: EncodeConfig) -> tuple[float, bool]:
     return tolerance, False
 
 
-def _conclude(config: EncodeConfig, summary: dict[str, Any], failures: list[Failure], exceeded: str | None) -> int:
+def _conclude(config: EncodeConfig, summary: dict[str, Any], exceeded: str | None) -> int:
     print(f"{summary['latents']} latents and {summary['rejects']} rejects in {config.out}")
     for reason, count in summary["rejects_by_reason"].items():
         print(f"  {count} rejected as {reason}: {REASONS[reason]}")
@@ -228,10 +237,6 @@ def _conclude(config: EncodeConfig, summary: dict[str, Any], failures: list[Fail
         )
         if config.tolerance == "exact" and measured["not_identical"]:
             print(f"not identical: {', '.join(measured['not_identical_ids'])}", file=sys.stderr)
-    if failures:
-        print(f"{len(failures)} shards failed; the same command tries them again", file=sys.stderr)
-        if config.max_failed_shards is None:
-            return 1
     if exceeded:
         print(f"given up: {exceeded}", file=sys.stderr)
         return 1

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from palindrome.infra.cluster import ClusterError, connect
 from palindrome.jobs.arguments import ConfigError, config_error
-from palindrome.jobs.config import OutOptions, Planned, ShardedConfig
+from palindrome.jobs.config import ComputeConfig, OutOptions, Planned, ShardedConfig
 from palindrome.model.checkpoint import Checkpoint
 from palindrome.pipeline.base.errors import SettingError
 from palindrome.pipeline.base.text import duration, size
@@ -19,8 +19,9 @@ from palindrome.pipeline.runs.kinds import FOLDERS, REJECTS
 from palindrome.pipeline.runs.manifest import NAME, read_manifest
 from palindrome.pipeline.runs.plan import Totals
 from palindrome.pipeline.runtime.batch_size import try_batch_sizes
+from palindrome.pipeline.runtime.executor import Executor, Inline, OnRay
 from palindrome.pipeline.runtime.precision import MIN_IMAGES_FOR_TRIAL
-from palindrome.pipeline.runtime.scheduler import Resources, fit
+from palindrome.pipeline.runtime.scheduler import Resources
 from palindrome.pipeline.runtime.speed import Speed, measure, recall, record
 from palindrome.pipeline.storage.folder import Folder, absolute, file_at
 
@@ -55,16 +56,25 @@ class Cost:
 
 
 @contextmanager
-def on_cluster(
+def executor_of(config: ComputeConfig) -> Iterator[Executor]:
+    """This process, or a connection to Ray. Raises ConfigError where there is no cluster."""
+    if config.inline:
+        yield Inline()
+        return
+    with config_error("--address", ClusterError), connect(config.address):
+        yield OnRay()
+
+
+@contextmanager
+def prepared(
     config: ShardedConfig,
     model: Checkpoint,
     cost: Cost,
     decode: str,
-    encoded_in: Callable[[Resources], str | None] = lambda _: None,
-) -> Iterator[Resources]:
-    """A connection for what is left to do, and what of the cluster it takes; `decode` as `fit` takes it, `encoded_in`
-    the precision of the latents, which a trial may find. Raises Planned in a dry run, ConfigError where there is no
-    cluster."""
+    precision: Callable[[Executor, Resources], str | None],
+) -> Iterator[tuple[Executor, Resources]]:
+    """An executor for what is left to do, and what the run takes of it; `decode` and `precision` are those of a
+    ShardedJob. Raises Planned in a dry run, ConfigError where there is no cluster."""
     if config.dry_run or config.calibrate:
         print(cost.words(), flush=True)
     recorded = None
@@ -75,13 +85,13 @@ def on_cluster(
             _forecast(cost, recorded, config.workers[-1] if config.workers else 1)
     if config.dry_run and not (config.calibrate and cost.images):
         raise Planned
-    with config_error("--address", ClusterError), connect(config.address):
+    with executor_of(config) as executor:
         with config_error("--workers", SettingError):
-            resources = fit(config.workers, decode, config.gpus_per_worker, config.custom())
-        resources = replace(resources, batch_size=_batch_size(config, model, cost, resources))
-        resources = replace(resources, execution=config.execution(encoded_in(resources)))
+            resources = executor.fit(config.workers, decode, config.gpus_per_worker, config.custom())
+        resources = replace(resources, batch_size=_batch_size(config, model, cost, resources, executor))
+        resources = replace(resources, execution=config.execution(precision(executor, resources)))
         if config.calibrate:
-            recorded = measure(model, resources.batch_size, resources)
+            recorded = measure(model, resources.batch_size, resources, executor)
             if config.calibration:
                 with config_error("--calibration"):
                     record(config.calibration, model, recorded)
@@ -90,19 +100,21 @@ def on_cluster(
         if config.dry_run:
             raise Planned
         started = time.monotonic()
-        yield resources
+        yield executor, resources
         if forecast:
             took = time.monotonic() - started
             print(f"estimated {duration(forecast)}, took {duration(took)}: {took / forecast - 1:+.0%}")
 
 
-def _batch_size(config: ShardedConfig, model: Checkpoint, cost: Cost, resources: Resources) -> int:
+def _batch_size(config: ShardedConfig, model: Checkpoint, cost: Cost, resources: Resources, executor: Executor) -> int:
     """As asked for; else by trial, where that pays. More than the default makes no CPU faster."""
     if config.batch_size or not resources.gpus or cost.images < MIN_IMAGES_FOR_TRIAL:
         return config.batch_size or resources.batch_size
     workers = min(resources.workers, cost.shards)
     fast = config.execution("bfloat16")  # where the precision is open, the one that takes the most to keep a GPU busy
-    found, tried = try_batch_sizes(model, fast, cost.evaluations / workers, cost.images / cost.shards, resources)
+    found, tried = try_batch_sizes(
+        model, fast, cost.evaluations / workers, cost.images / cost.shards, resources, executor
+    )
     speeds = "; ".join(f"{images}: {speed:,.0f} network evaluations a second" for images, speed in tried.items())
     print(f"batch size: {found} ({speeds})", flush=True)
     return found

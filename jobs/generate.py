@@ -1,24 +1,22 @@
 """palindrome generate: new samples from noise."""
 
-import sys
 from dataclasses import dataclass
+from math import prod
 from typing import Annotated, ClassVar, Literal
 
 from palindrome.jobs.arguments import ConfigError, Range, config_error
 from palindrome.jobs.config import ImagesConfig
-from palindrome.jobs.estimate import Cost, on_cluster
+from palindrome.jobs.sharded import Remaining, ShardedJob, run_sharded
 from palindrome.model import checkpoint
 from palindrome.pipeline.images.pixels import grid, pixels_of, png
 from palindrome.pipeline.runs.kinds import IMAGES
 from palindrome.pipeline.runs.ladders import KINDS, resolve
-from palindrome.pipeline.runs.manifest import claim
 from palindrome.pipeline.runs.outcome import Failure
 from palindrome.pipeline.runs.plan import add_pieces, plan_totals, read_plan
 from palindrome.pipeline.runs.schemas import DTYPES
 from palindrome.pipeline.runs.shards import committed
 from palindrome.pipeline.runs.summary import generated_summary, put_summary
-from palindrome.pipeline.runtime.progress import Progress, follow
-from palindrome.pipeline.runtime.scheduler import run_shards
+from palindrome.pipeline.runtime.scheduler import Resources
 from palindrome.pipeline.storage.folder import Folder, absolute, options_for
 from palindrome.pipeline.tasks.generate import KIND, Generate, ranges
 
@@ -71,39 +69,43 @@ def run(config: GenerateConfig) -> int:
     with config_error("--steps" if config.ladder in KINDS else "--ladder"):
         steps = config.steps or (min(100, model.schedule.num_train_timesteps) if config.ladder in KINDS else None)
         levels = resolve(config.ladder, steps, model.schedule)
-    out = Folder(absolute(config.out))
-    with config_error("--out"):
-        facts = {"model_digest": model.digest, "levels": list(levels), **model.describe()}
-        settings = config.settings(model=absolute(config.model), steps=len(levels) - 1)
-        claim(out, "generate", settings, config.MUTABLE, facts, config.defaults())
-        pieces = ranges(config.count, config.seed, config.shard_size)
-        totals = plan_totals(out) or add_pieces(out, KIND, pieces, config.shard_size)
-    done = committed(out, IMAGES)
-    left = sum(shard.name not in done for shard in read_plan(out))
-    print(f"{totals.images} samples in {totals.shards} shards, {left} to generate", flush=True)
+    how = {"eta": config.eta, "use_sigma_hat": config.sigma_hat, "clip": config.clip}
+    dtype = None if config.latents == "none" else config.latents
+    facts = {"model_digest": model.digest, "levels": list(levels), **model.describe()}
 
-    failures: list[Failure] = []
-    if left or config.dry_run:
-        stored = 0 if config.latents == "none" else DTYPES[config.latents].byte_width
-        cost = Cost.of(totals, left, len(levels) - 1, model.config.values * (1 + stored))
-        todo = (shard for shard in read_plan(out) if shard.name not in done)
-        with on_cluster(config, model, cost, "actor") as resources:
-            how = {"eta": config.eta, "use_sigma_hat": config.sigma_hat, "clip": config.clip}
-            dtype = None if config.latents == "none" else config.latents
-            facts |= {"seed": config.seed, **how}
-            work = Generate(out, config.seed, levels, how, dtype, resources.batch_size, facts)
-            progress = Progress("generate", totals, totals.shards - left)
-            failures = follow(progress, run_shards(work, model, todo, resources))
-            out.clear_unfinished()
-    with config_error("--out"):
-        summary = generated_summary(out)
-        put_summary(out, summary, failures)
-        _put_samples(out)
-    print(f"{summary['images']} samples in {config.out}, the first in {config.out}/samples.png")
-    if failures:
-        print(f"{len(failures)} shards failed; the same command tries them again", file=sys.stderr)
-        return 1
-    return 0
+    def plan(out: Folder) -> Remaining:
+        with config_error("--out"):
+            pieces = ranges(config.count, config.seed, config.shard_size)
+            totals = plan_totals(out) or add_pieces(out, KIND, pieces, config.shard_size)
+        done = committed(out, IMAGES)
+        left = sum(shard.name not in done for shard in read_plan(out))
+        print(f"{totals.images} samples in {totals.shards} shards, {left} to generate", flush=True)
+        return Remaining(totals, left, (shard for shard in read_plan(out) if shard.name not in done))
+
+    def work(out: Folder, resources: Resources) -> Generate:
+        about = {**facts, "seed": config.seed, **how}
+        return Generate(out, config.seed, levels, how, dtype, resources.batch_size, about)
+
+    def finish(out: Folder, failures: list[Failure]) -> int:
+        with config_error("--out"):
+            summary = generated_summary(out)
+            put_summary(out, summary, failures)
+            _put_samples(out)
+        print(f"{summary['images']} samples in {config.out}, the first in {config.out}/samples.png")
+        return 0
+
+    job = ShardedJob(
+        name="generate",
+        model=model,
+        settings={"model": absolute(config.model), "steps": len(levels) - 1},
+        facts=facts,
+        plan=plan,
+        evaluations=len(levels) - 1,
+        written=prod(model.image_shape) + (prod(model.latent_shape) * DTYPES[dtype].byte_width if dtype else 0),
+        work=work,
+        finish=finish,
+    )
+    return run_sharded(config, job)
 
 
 def _put_samples(out: Folder) -> None:

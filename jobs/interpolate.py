@@ -3,23 +3,22 @@
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Annotated, Any, ClassVar, Literal
 
 from palindrome.jobs.arguments import ConfigError, Range, config_error, flag_of
 from palindrome.jobs.config import ImagesConfig, SelectionOptions
-from palindrome.jobs.estimate import Cost, on_cluster
+from palindrome.jobs.sharded import Remaining, ShardedJob, run_sharded
 from palindrome.pipeline.images.records import REASONS
 from palindrome.pipeline.reports.interpolation import put_report
 from palindrome.pipeline.runs.encoded import encode_run, ladders_of, model_of
 from palindrome.pipeline.runs.kinds import IMAGES
-from palindrome.pipeline.runs.manifest import claim
 from palindrome.pipeline.runs.outcome import Failure
 from palindrome.pipeline.runs.plan import add_pieces, plan_totals, read_plan
 from palindrome.pipeline.runs.selection import Selection
 from palindrome.pipeline.runs.shards import committed
 from palindrome.pipeline.runs.summary import generated_summary, put_summary, rejects_by_reason
-from palindrome.pipeline.runtime.progress import Progress, follow
-from palindrome.pipeline.runtime.scheduler import run_shards
+from palindrome.pipeline.runtime.scheduler import Resources
 from palindrome.pipeline.storage.folder import Folder, absolute
 from palindrome.pipeline.tasks.interpolate import Interpolate
 from palindrome.pipeline.tasks.paths import (
@@ -100,9 +99,9 @@ def run(config: InterpolateConfig) -> int:
     """Makes the frames that are not there yet, summary and report, and returns the exit code."""
     latents, out = Folder(absolute(config.latents)), Folder(absolute(config.out))
     with config_error("--latents"):
-        encoded, plan, done_latents = encode_run(latents)
-    if len(done_latents) < plan.shards:
-        print(f"the encode run is not complete: {len(done_latents)} of {plan.shards} shards", file=sys.stderr)
+        encoded, planned, done_latents = encode_run(latents)
+    if len(done_latents) < planned.shards:
+        print(f"the encode run is not complete: {len(done_latents)} of {planned.shards} shards", file=sys.stderr)
     which = config.selection(latents, min(done_latents))
     with config_error("--pairs"):
         pairs = read_pairs(config.pairs) if config.pairs and not config.drawn() else None
@@ -111,34 +110,46 @@ def run(config: InterpolateConfig) -> int:
     with config_error("--steps"):
         [levels] = ladders_of(encoded, () if config.steps is None else (config.steps,), model.schedule)
     with config_error("--out"):
-        totals = plan_totals(out)
-    paths = _paths(config, latents, sorted(done_latents), which, pairs) if totals is None else []
-    with config_error("--out"):
-        facts = {"model_digest": model.digest, "levels": list(levels)}
-        known = {**facts, "ids_digest": which.ids_digest, "pairs_digest": None if pairs is None else digest_of(pairs)}
-        claim(out, "interpolate", config.settings(latents=latents.uri), config.MUTABLE, known, config.defaults())
-    if totals is None:
-        pieces = (grid_pieces if config.grid else path_pieces)(paths, config.frames)
-        totals = add_pieces(out, KIND, pieces, config.shard_size)
-    done = committed(out, IMAGES)
-    print(f"{totals.images} frames in {totals.shards} shards, {totals.shards - len(done)} to make", flush=True)
+        known = plan_totals(out)
+    # What is asked for may not be there: that is said before the folder is claimed.
+    paths = _paths(config, latents, sorted(done_latents), which, pairs) if known is None else []
+    facts = {"model_digest": model.digest, "levels": list(levels)}
 
-    failures: list[Failure] = []
-    if len(done) < totals.shards or config.dry_run:
-        cost = Cost.of(totals, totals.shards - len(done), len(levels) - 1, model.config.values)
-        todo = (shard for shard in read_plan(out) if shard.name not in done)
-        with on_cluster(config, model, cost, "actor", lambda _: encoded.get("precision")) as resources:
-            about = {**facts, "method": config.method, "frames": config.frames}
-            work = Interpolate(out, latents, config.method, config.frames, levels, resources.batch_size, about)
-            progress = Progress("interpolate", totals, len(done))
-            failures = follow(progress, run_shards(work, model, todo, resources))
-            out.clear_unfinished()
-    done = committed(out, IMAGES)
-    summary = {**generated_summary(out), "rejects_by_reason": rejects_by_reason(out, done)}
-    put_summary(out, summary, failures)
-    described = {"latents": config.latents, "model": where, "steps": str(len(levels) - 1), "method": config.method}
-    put_report(out, described, (shard.name for shard in read_plan(out) if shard.name in done), model.config.values)
-    return _conclude(config, summary, failures)
+    def plan(out: Folder) -> Remaining:
+        pieces = (grid_pieces if config.grid else path_pieces)(paths, config.frames)
+        totals = known or add_pieces(out, KIND, pieces, config.shard_size)
+        done = committed(out, IMAGES)
+        print(f"{totals.images} frames in {totals.shards} shards, {totals.shards - len(done)} to make", flush=True)
+        shards = (shard for shard in read_plan(out) if shard.name not in done)
+        return Remaining(totals, totals.shards - len(done), shards)
+
+    def work(out: Folder, resources: Resources) -> Interpolate:
+        about = {**facts, "method": config.method, "frames": config.frames}
+        return Interpolate(out, latents, config.method, config.frames, levels, resources.batch_size, about)
+
+    def finish(out: Folder, failures: list[Failure]) -> int:
+        done = committed(out, IMAGES)
+        summary = {**generated_summary(out), "rejects_by_reason": rejects_by_reason(out, done)}
+        put_summary(out, summary, failures)
+        described = {"latents": config.latents, "model": where, "steps": str(len(levels) - 1), "method": config.method}
+        put_report(
+            out, described, (shard.name for shard in read_plan(out) if shard.name in done), prod(model.image_shape)
+        )
+        return _conclude(config, summary)
+
+    job = ShardedJob(
+        name="interpolate",
+        model=model,
+        settings={"latents": latents.uri},
+        facts={**facts, "ids_digest": which.ids_digest, "pairs_digest": None if pairs is None else digest_of(pairs)},
+        plan=plan,
+        evaluations=len(levels) - 1,
+        written=prod(model.image_shape),
+        work=work,
+        finish=finish,
+        precision=lambda *_: encoded.get("precision"),
+    )
+    return run_sharded(config, job)
 
 
 def _paths(
@@ -170,11 +181,8 @@ def _paths(
     return found
 
 
-def _conclude(config: InterpolateConfig, summary: Mapping[str, Any], failures: Sequence[Failure]) -> int:
+def _conclude(config: InterpolateConfig, summary: Mapping[str, Any]) -> int:
     print(f"{summary['images']} frames in {config.out}; report: {config.out}/report.html")
     for reason, count in summary["rejects_by_reason"].items():
         print(f"{count} ways rejected as {reason}: {REASONS[reason]}", file=sys.stderr)
-    if failures:
-        print(f"{len(failures)} shards failed; the same command tries them again", file=sys.stderr)
-        return 1
     return 0 if summary["images"] else 1

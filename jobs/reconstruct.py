@@ -1,26 +1,24 @@
 """palindrome reconstruct: stored latents -> images, compared with the originals."""
 
-import sys
 from dataclasses import dataclass
+from math import prod
 from typing import Annotated, Any, ClassVar
 
 from palindrome.jobs.arguments import Range, config_error
 from palindrome.jobs.config import ReadingConfig
-from palindrome.jobs.estimate import Cost, on_cluster
+from palindrome.jobs.sharded import Remaining, ShardedJob, remaining_latents, run_sharded
+from palindrome.model.checkpoint import Checkpoint
 from palindrome.pipeline.images.decode import Preprocess
 from palindrome.pipeline.images.sources import Collection
 from palindrome.pipeline.reports.comparison import choose_examples, series_at
 from palindrome.pipeline.reports.reconstruction import reconstruction_report
 from palindrome.pipeline.runs.encoded import encode_run, execution_of, ladders_of, model_of
 from palindrome.pipeline.runs.kinds import RECONSTRUCTIONS
-from palindrome.pipeline.runs.manifest import claim
 from palindrome.pipeline.runs.outcome import Failure
-from palindrome.pipeline.runs.plan import read_plan
 from palindrome.pipeline.runs.shards import committed
 from palindrome.pipeline.runs.summary import mean_nfe, put_summary, read_errors, reconstructions_summary
-from palindrome.pipeline.runtime.progress import Progress, follow
 from palindrome.pipeline.runtime.reader import Reader
-from palindrome.pipeline.runtime.scheduler import run_shards
+from palindrome.pipeline.runtime.scheduler import Resources
 from palindrome.pipeline.storage.folder import Folder, absolute
 from palindrome.pipeline.tasks.reconstruct import Reconstruct
 
@@ -46,41 +44,57 @@ class ReconstructConfig(ReadingConfig):
 
 def run(config: ReconstructConfig) -> int:
     """Reconstructs what is not reconstructed yet, writes summary and report, and returns the exit code."""
-    latents, out = Folder(absolute(config.latents)), Folder(absolute(config.out))
+    latents = Folder(absolute(config.latents))
     with config_error("--latents"):
-        encoded, plan, done_latents = encode_run(latents)
+        encoded, planned, done_latents = encode_run(latents)
     with config_error("--model"):
         _, model = model_of(encoded, config.model)
     with config_error("--steps"):
         ladders = ladders_of(encoded, config.steps, model.schedule)
-    with config_error("--out"):
-        facts = {"model_digest": model.digest, "ladders": [list(levels) for levels in ladders]}
-        claim(out, "reconstruct", config.settings(latents=latents.uri), config.MUTABLE, facts, config.defaults())
     how = Preprocess(**encoded["preprocess"])
     collection = Collection(**encoded["collection"])
 
-    done = committed(out, RECONSTRUCTIONS)
-    totals = plan.part(len(done_latents))
-    left = done_latents - done
-    print(f"{totals.shards} shards of latents, {len(left)} to reconstruct", flush=True)
-    if len(done_latents) < plan.shards:
-        print(f"the encode run is not complete: {len(done_latents)} of {plan.shards} shards", file=sys.stderr)
-    failures: list[Failure] = []
-    if left or config.dry_run:
-        decoding = sum(len(levels) - 1 for levels in ladders)
-        cost = Cost.of(totals, len(left), decoding, len(ladders) * model.config.values)
-        todo = (shard for shard in read_plan(latents) if shard.name in left)
-        with on_cluster(config, model, cost, config.decode, lambda _: encoded.get("precision")) as resources:
-            reader = Reader(collection, how, resources.batch_size, resources.read_by_tasks)
-            work = Reconstruct(out, latents, reader, ladders, {"model_digest": model.digest})
-            failures = follow(Progress("reconstruct", totals, len(done)), run_shards(work, model, todo, resources))
-            out.clear_unfinished()
-    rows, steps = read_errors(out), [len(levels) - 1 for levels in ladders]
-    summary = reconstructions_summary(out, rows, steps)
-    put_summary(out, summary, failures)
+    def plan(out: Folder) -> Remaining:
+        return remaining_latents(latents, planned, done_latents, committed(out, RECONSTRUCTIONS), "reconstruct")
+
+    def work(out: Folder, resources: Resources) -> Reconstruct:
+        reader = Reader(collection, how, resources.batch_size, resources.read_by_tasks)
+        return Reconstruct(out, latents, reader, ladders, {"model_digest": model.digest})
+
+    def finish(out: Folder, failures: list[Failure]) -> int:
+        rows, steps = read_errors(out), [len(levels) - 1 for levels in ladders]
+        summary = reconstructions_summary(out, rows, steps)
+        put_summary(out, summary, failures)
+        nfe = mean_nfe(latents)
+        series = [series_at(rows, count, nfe) for count in sorted(steps)]
+        examples = choose_examples(out, latents, collection, how, rows, max(steps))
+        described = _described(config, encoded, collection, model, nfe)
+        out.put("report.html", reconstruction_report("Reconstruction", described, series, examples).encode())
+        _conclude(config, summary)
+        return 0
+
+    job = ShardedJob(
+        name="reconstruct",
+        model=model,
+        settings={"latents": latents.uri},
+        facts={"model_digest": model.digest, "ladders": [list(levels) for levels in ladders]},
+        plan=plan,
+        evaluations=sum(len(levels) - 1 for levels in ladders),
+        written=len(ladders) * prod(model.image_shape),
+        work=work,
+        finish=finish,
+        decode=config.decode,
+        precision=lambda *_: encoded.get("precision"),
+    )
+    return run_sharded(config, job)
+
+
+def _described(
+    config: ReconstructConfig, encoded: dict[str, Any], collection: Collection, model: Checkpoint, nfe: float
+) -> dict[str, str]:
+    """The report's facts; `nfe` are the network evaluations that encoding took."""
     inversion = encoded["inversion"]
-    nfe = mean_nfe(latents)
-    described: dict[str, str] = {
+    return {
         "latents": config.latents,
         "images": collection.uri,
         "model": f"{encoded['config']['model']} (digest {model.digest[:16]})",
@@ -89,13 +103,9 @@ def run(config: ReconstructConfig) -> int:
         "ladder": f"{encoded['config']['ladder']}, {len(encoded['levels']) - 1} steps to {encoded['levels'][-1]}",
         "precision": f"{execution_of(encoded).precision}; stored as {encoded['config']['dtype']}",
     }
-    series = [series_at(rows, count, nfe) for count in sorted(steps)]
-    examples = choose_examples(out, latents, collection, how, rows, max(steps))
-    out.put("report.html", reconstruction_report("Reconstruction", described, series, examples).encode())
-    return _conclude(config, summary, failures)
 
 
-def _conclude(config: ReconstructConfig, summary: dict[str, Any], failures: list[Failure]) -> int:
+def _conclude(config: ReconstructConfig, summary: dict[str, Any]) -> None:
     for row in summary["by_steps"]:
         if row["count"]:
             print(
@@ -105,7 +115,3 @@ def _conclude(config: ReconstructConfig, summary: dict[str, Any], failures: list
         for reason, count in row["uncompared"].items():
             print(f"{row['steps']} steps: {count} images not compared: {reason}")
     print(f"report: {config.out}/report.html")
-    if failures:
-        print(f"{len(failures)} shards failed; the same command tries them again", file=sys.stderr)
-        return 1
-    return 0

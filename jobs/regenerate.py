@@ -2,22 +2,21 @@
 
 import sys
 from dataclasses import dataclass
+from math import prod
 from typing import Annotated, ClassVar
 
 from palindrome.jobs.arguments import ConfigError, Range, config_error
 from palindrome.jobs.config import ImagesConfig, SelectionOptions
-from palindrome.jobs.estimate import Cost, on_cluster
+from palindrome.jobs.sharded import Remaining, ShardedJob, remaining_latents, run_sharded
 from palindrome.pipeline.reports.regeneration import put_report
 from palindrome.pipeline.runs.encoded import encode_run, ladders_of, model_of
 from palindrome.pipeline.runs.kinds import IMAGES
-from palindrome.pipeline.runs.manifest import claim
 from palindrome.pipeline.runs.outcome import Failure
 from palindrome.pipeline.runs.plan import read_plan
 from palindrome.pipeline.runs.selection import Selection
 from palindrome.pipeline.runs.shards import committed
 from palindrome.pipeline.runs.summary import consistency, generated_summary, put_summary
-from palindrome.pipeline.runtime.progress import Progress, follow
-from palindrome.pipeline.runtime.scheduler import run_shards
+from palindrome.pipeline.runtime.scheduler import Resources
 from palindrome.pipeline.storage.folder import Folder, absolute
 from palindrome.pipeline.tasks.regenerate import Regenerate
 
@@ -55,9 +54,9 @@ def run(config: RegenerateConfig) -> int:
         raise ConfigError("--variations: without --eta or --sigma-hat all of them are the same image")
     if config.eta and config.sigma_hat:
         raise ConfigError("--sigma-hat: it stands for itself, without --eta")
-    latents, out = Folder(absolute(config.latents)), Folder(absolute(config.out))
+    latents = Folder(absolute(config.latents))
     with config_error("--latents"):
-        encoded, plan, done_latents = encode_run(latents)
+        encoded, planned, done_latents = encode_run(latents)
     which = config.selection(latents, min(done_latents))
     with config_error("--model"):
         where, model = model_of(encoded, config.model)
@@ -65,46 +64,47 @@ def run(config: RegenerateConfig) -> int:
         ladders = ladders_of(encoded, config.steps, model.schedule)
     how = {"eta": config.eta, "use_sigma_hat": config.sigma_hat}
     facts = {"model_digest": model.digest, "ladders": [list(levels) for levels in ladders]}
-    with config_error("--out"):
-        known = {**facts, "ids_digest": which.ids_digest}
-        claim(out, "regenerate", config.settings(latents=latents.uri), config.MUTABLE, known, config.defaults())
 
-    done = committed(out, IMAGES)
-    left = done_latents - done
-    totals = plan.part(len(done_latents))
-    print(f"{totals.shards} shards of latents, {len(left)} to go through", flush=True)
-    if len(done_latents) < plan.shards:
-        print(f"the encode run is not complete: {len(done_latents)} of {plan.shards} shards", file=sys.stderr)
-    failures: list[Failure] = []
-    if left or config.dry_run:
-        nfe = sum(len(levels) - 1 for levels in ladders) * config.variations
-        cost = Cost.of(totals, len(left), nfe, len(ladders) * config.variations * model.config.values)
-        todo = (shard for shard in read_plan(latents) if shard.name in left)
-        with on_cluster(config, model, cost, "actor", lambda _: encoded.get("precision")) as resources:
-            about = {**facts, **how, "seed": config.seed}
-            noise = (config.variations, config.seed, how)
-            work = Regenerate(out, latents, which, ladders, *noise, resources.batch_size, about)
-            progress = Progress("regenerate", totals, len(done), alike=which == Selection())
-            failures = follow(progress, run_shards(work, model, todo, resources))
-            out.clear_unfinished()
-    by_steps = consistency(out)
-    summary = {**generated_summary(out), "by_steps": by_steps}
-    put_summary(out, summary, failures)
-    described = {"latents": config.latents, "model": where, "steps": ", ".join(str(row["steps"]) for row in by_steps)}
-    described |= {"eta": "sigma-hat" if config.sigma_hat else f"{config.eta:g}", "images": f"{summary['images']:,}"}
-    there = committed(out, IMAGES)
-    put_report(out, described, by_steps, (shard.name for shard in read_plan(latents) if shard.name in there))
-    return _conclude(config, which, summary, failures)
+    def plan(out: Folder) -> Remaining:
+        return remaining_latents(latents, planned, done_latents, committed(out, IMAGES), "go through")
+
+    def work(out: Folder, resources: Resources) -> Regenerate:
+        about = {**facts, **how, "seed": config.seed}
+        noise = (config.variations, config.seed, how)
+        return Regenerate(out, latents, which, ladders, *noise, resources.batch_size, about)
+
+    def finish(out: Folder, failures: list[Failure]) -> int:
+        by_steps = consistency(out)
+        summary = {**generated_summary(out), "by_steps": by_steps}
+        put_summary(out, summary, failures)
+        steps = ", ".join(str(row["steps"]) for row in by_steps)
+        described = {"latents": config.latents, "model": where, "steps": steps}
+        described |= {"eta": "sigma-hat" if config.sigma_hat else f"{config.eta:g}", "images": f"{summary['images']:,}"}
+        there = committed(out, IMAGES)
+        put_report(out, described, by_steps, (shard.name for shard in read_plan(latents) if shard.name in there))
+        return _conclude(config, which, summary)
+
+    job = ShardedJob(
+        name="regenerate",
+        model=model,
+        settings={"latents": latents.uri},
+        facts={**facts, "ids_digest": which.ids_digest},
+        plan=plan,
+        evaluations=sum(len(levels) - 1 for levels in ladders) * config.variations,
+        written=len(ladders) * config.variations * prod(model.image_shape),
+        work=work,
+        finish=finish,
+        precision=lambda *_: encoded.get("precision"),
+        alike=which == Selection(),
+    )
+    return run_sharded(config, job)
 
 
-def _conclude(config: RegenerateConfig, which: Selection, summary: dict[str, object], failures: list[Failure]) -> int:
+def _conclude(config: RegenerateConfig, which: Selection, summary: dict[str, object]) -> int:
     found = summary.get("latents", 0)
     print(f"{summary['images']} images of {found} latents in {config.out}; report: {config.out}/report.html")
     if which.ids is not None and found != len(which.ids):
         print(f"of {len(which.ids)} ids {found} have a latent that was asked for", file=sys.stderr)
-    if failures:
-        print(f"{len(failures)} shards failed; the same command tries them again", file=sys.stderr)
-        return 1
     if not summary["images"]:
         print("no latent is as was asked for", file=sys.stderr)
         return 1

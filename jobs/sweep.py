@@ -1,6 +1,7 @@
 """palindrome sweep: the round trip's error against the network evaluations, over settings and a collection."""
 
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from pathlib import PurePosixPath
@@ -8,21 +9,21 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from palindrome.jobs.arguments import ConfigError, Range, config_error
 from palindrome.jobs.config import CollectionOptions, PictureOptions, ReadingConfig
-from palindrome.jobs.estimate import Cost, on_cluster
+from palindrome.jobs.sharded import Remaining, ShardedJob, run_sharded
 from palindrome.model import checkpoint
 from palindrome.model.schedule import NoiseSchedule
+from palindrome.pipeline.images.records import Shard
 from palindrome.pipeline.images.sources import open_collection
 from palindrome.pipeline.reports.sweep import as_csv, error_plot, sweep_report
+from palindrome.pipeline.runs.inversion import Inversion
 from palindrome.pipeline.runs.kinds import SWEPT
 from palindrome.pipeline.runs.ladders import KINDS, resolve
-from palindrome.pipeline.runs.manifest import claim
 from palindrome.pipeline.runs.outcome import Failure
 from palindrome.pipeline.runs.plan import Totals, plan_totals, read_plan, write_plan
 from palindrome.pipeline.runs.shards import committed
 from palindrome.pipeline.runs.summary import put_summary, rejects_by_reason
-from palindrome.pipeline.runtime.progress import Progress, follow
 from palindrome.pipeline.runtime.reader import Reader
-from palindrome.pipeline.runtime.scheduler import run_shards
+from palindrome.pipeline.runtime.scheduler import Resources
 from palindrome.pipeline.storage.folder import Folder, absolute, options_for
 from palindrome.pipeline.tasks.sweep import Setting, Sweep, read_sweep, units
 
@@ -75,44 +76,54 @@ def run(config: SweepConfig) -> int:
         collection = open_collection(uri, **config.reading())
     with config_error("--model"):
         model = checkpoint.load(absolute(config.model), options_for(config.model))
-        how = config.preprocess(model.config.sample_size, model.config.in_channels)
+        how = config.preprocess(model.image_shape)
     settings = _settings(config, model.schedule)
-    out = Folder(absolute(config.out))
-    source = {"uri": uri, "kind": collection.kind, "image_column": collection.image_column}
-    with config_error("--out"):
-        facts = {"model_digest": model.digest, "preprocess": how.record(), "collection": source}
-        named = config.settings(images=uri, model=absolute(config.model))
-        claim(out, "sweep", named, config.MUTABLE, facts, config.defaults())
-    with config_error("--images"):
-        plan = plan_totals(out) or write_plan(out, collection, config.shard_size, config.limit)
-    done = committed(out, SWEPT)
-    todo = (unit for setting in settings for unit in units(read_plan(out), setting) if unit.name not in done)
-    totals = Totals(plan.shards * len(settings), plan.images * len(settings))
-    finished = sum(unit.name in done for setting in settings for unit in units(read_plan(out), setting))
-    left = totals.shards - finished
-    print(f"{plan.images} images in {plan.shards} shards, {len(settings)} settings: {left} to do", flush=True)
 
-    failures: list[Failure] = []
-    if left or config.dry_run:
-        nfe = sum(setting.most_nfe for setting in settings) / len(settings)
-        cost = Cost.of(totals, left, nfe, 0)
-        with on_cluster(config, model, cost, config.decode) as resources:
-            reader = Reader(collection, how, resources.batch_size, resources.read_by_tasks)
-            seed = config.seed if config.recover_noise else None
-            work = Sweep(out, reader, {s.name: s for s in settings}, seed, {"model_digest": model.digest})
-            progress = Progress("sweep", totals, finished, alike=False)
-            failures = follow(progress, run_shards(work, model, todo, resources))
-            out.clear_unfinished()
-    rows = read_sweep(out)
-    of_one = {unit for unit in committed(out, SWEPT) if unit.endswith(settings[0].name)}  # the same under each setting
-    rejects = rejects_by_reason(out, of_one)
-    put_summary(out, {"images": plan.images, "rejects_by_reason": rejects, "settings": rows}, failures)
-    plot = error_plot(rows)
-    described = {"images": uri, "model": f"{absolute(config.model)} (digest {model.digest[:16]})"}
-    out.put("table.csv", as_csv(rows))
-    out.put("error.svg", plot)
-    out.put("report.html", sweep_report(described, rows, rejects, plot).encode())
-    return _conclude(config, rows, rejects, failures)
+    def plan(out: Folder) -> Remaining:
+        with config_error("--images"):
+            planned = plan_totals(out) or write_plan(out, collection, config.shard_size, config.limit)
+        done = committed(out, SWEPT)
+
+        def todo() -> Iterator[Shard]:
+            every = (unit for setting in settings for unit in units(read_plan(out), setting))
+            return (unit for unit in every if unit.name not in done)
+
+        left, count = sum(1 for _ in todo()), len(settings)
+        print(f"{planned.images} images in {planned.shards} shards, {count} settings: {left} to do", flush=True)
+        return Remaining(Totals(planned.shards * count, planned.images * count), left, todo())
+
+    def work(out: Folder, resources: Resources) -> Sweep:
+        reader = Reader(collection, how, resources.batch_size, resources.read_by_tasks)
+        seed = config.seed if config.recover_noise else None
+        return Sweep(out, reader, {s.name: s for s in settings}, seed, {"model_digest": model.digest})
+
+    def finish(out: Folder, failures: list[Failure]) -> int:
+        rows, images = read_sweep(out), (plan_totals(out) or Totals(0, 0)).images
+        of_one = {unit for unit in committed(out, SWEPT) if unit.endswith(settings[0].name)}  # alike under each setting
+        rejects = rejects_by_reason(out, of_one)
+        put_summary(out, {"images": images, "rejects_by_reason": rejects, "settings": rows}, failures)
+        plot = error_plot(rows)
+        described = {"images": uri, "model": f"{absolute(config.model)} (digest {model.digest[:16]})"}
+        out.put("table.csv", as_csv(rows))
+        out.put("error.svg", plot)
+        out.put("report.html", sweep_report(described, rows, rejects, plot).encode())
+        return _conclude(config, rows, rejects)
+
+    source = {"uri": uri, "kind": collection.kind, "image_column": collection.image_column}
+    job = ShardedJob(
+        name="sweep",
+        model=model,
+        settings={"images": uri, "model": absolute(config.model)},
+        facts={"model_digest": model.digest, "preprocess": how.record(), "collection": source},
+        plan=plan,
+        evaluations=sum(setting.most_nfe for setting in settings) / len(settings),
+        written=0,
+        work=work,
+        finish=finish,
+        decode=config.decode,
+        alike=False,
+    )
+    return run_sharded(config, job)
 
 
 def _settings(config: SweepConfig, schedule: NoiseSchedule) -> list[Setting]:
@@ -123,7 +134,8 @@ def _settings(config: SweepConfig, schedule: NoiseSchedule) -> list[Setting]:
             ladders = [resolve(named, steps, schedule) for steps in (config.steps if named in KINDS else (None,))]
         label = PurePosixPath(named).stem if named.endswith(".json") else named
         for levels, count, tolerance, dtype in product(ladders, config.corrections, config.tolerance, config.dtype):
-            setting = Setting(label, levels, count, tolerance if count else 0.0, dtype)  # plain has nothing to stop
+            # Plain inversion corrects nothing: no tolerance stops it.
+            setting = Setting(label, Inversion(levels, count, tolerance if count else 0.0, dtype=dtype))
             found.setdefault(setting.name, setting)
     most = config.max_nfe or float("inf")
     settings = sorted((s for s in found.values() if s.most_nfe <= most), key=lambda s: s.most_nfe)
@@ -132,16 +144,13 @@ def _settings(config: SweepConfig, schedule: NoiseSchedule) -> list[Setting]:
     return settings
 
 
-def _conclude(config: SweepConfig, rows: list[dict[str, Any]], rejects: dict[str, int], failures: list[Failure]) -> int:
+def _conclude(config: SweepConfig, rows: list[dict[str, Any]], rejects: dict[str, int]) -> int:
     for row in rows:
         error = "no error measured" if row["mse_mean"] is None else f"error {row['mse_mean']:.3g}"
         print(f"{row['ladder']}, {row['steps']} steps, {row['corrections']} corrections, {row['dtype']}: {error}")
     for reason, count in rejects.items():
         print(f"{count} rejected as {reason}")
     print(f"report: {config.out}/report.html, table: {config.out}/table.csv, plot: {config.out}/error.svg")
-    if failures:
-        print(f"{len(failures)} shards failed; the same command tries them again", file=sys.stderr)
-        return 1
     if not any(row["images"] for row in rows):
         print("not one image could be encoded", file=sys.stderr)
         return 1

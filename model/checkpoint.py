@@ -45,6 +45,16 @@ class Checkpoint:
     schedule: NoiseSchedule
     prediction_type: str = "epsilon"
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """[C, H, W] of the images that go in and come out."""
+        return self.config.in_channels, self.config.sample_size, self.config.sample_size
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """[C, H, W] of x_T; a pixel model's is that of its images."""
+        return self.image_shape
+
     @cached_property
     def digest(self) -> str:
         """sha256 over configs and weights, 64 hex digits: the same however the folder was written."""

@@ -55,11 +55,6 @@ class UNetConfig:
     flip_sin_to_cos: bool = True
     downsample_padding: int = 1
 
-    @property
-    def values(self) -> int:
-        """Of an image or a latent: C H W."""
-        return self.in_channels * self.sample_size**2
-
     def __post_init__(self) -> None:
         for name in ("in_channels", "out_channels", "layers_per_block", "norm_num_groups", "attention_head_dim"):
             value = getattr(self, name)

@@ -86,8 +86,8 @@ def tiny():
     """A checkpoint of 16x16 images with random weights, none near zero: its outputs are of order one."""
     import torch
 
-    from palindrome.jobs.train import PRESETS
     from palindrome.model.checkpoint import Checkpoint
+    from palindrome.model.presets import PRESETS
     from palindrome.model.schedule import NoiseSchedule
     from palindrome.model.unet import UNet
 
@@ -112,19 +112,35 @@ class Said:
     err: str
 
 
-@pytest.fixture(scope="session")
-def palindrome(ray_here):
-    """palindrome("encode", "--images", ...) -> Said, in this process."""
+def run(*arguments):
+    """A command as a person gives it, in this process."""
     from palindrome.jobs.__main__ import main
 
-    def palindrome(*arguments):
-        out, err = io.StringIO(), io.StringIO()
-        with redirect_stdout(out), redirect_stderr(err):
-            try:
-                code = main([str(argument) for argument in arguments])
-            except SystemExit as e:
-                code = e.code
-        return Said(code, out.getvalue(), err.getvalue())
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as e:
+            code = e.code
+    return Said(code, out.getvalue(), err.getvalue())
+
+
+COMPUTING = {"encode", "reconstruct", "regenerate", "generate", "interpolate", "sweep", "calibrate"}
+ON_RAY = {"--address", "--workers", "--decode", "--gpus-per-worker", "--resources", "--stall"}
+
+
+@pytest.fixture(scope="session")
+def palindrome(request):
+    """palindrome("encode", "--images", ...) -> Said, in this process. What computes does so inline, as an actor takes
+    seconds to start; and on the tests' Ray where a flag is about Ray. tests/jobs/test_on_ray.py compares the two."""
+
+    def palindrome(command, *arguments):
+        if command not in COMPUTING:
+            return run(command, *arguments)
+        if ON_RAY & set(arguments):
+            request.getfixturevalue("ray_here")
+            return run(command, *arguments)
+        return run(command, *arguments, "--inline")
 
     return palindrome
 

@@ -24,7 +24,7 @@ def size(count: float) -> str:
     return f"{count:,.3g} TB"
 
 
-def one_line(e: Exception) -> str:
-    """An error in one line."""
+def one_line(e: BaseException, most: int = 200) -> str:
+    """An error in one line of at most so many characters, without memory addresses: retries say the same."""
     text = re.sub(r"0x[0-9a-f]{6,}", "0x…", str(e), flags=re.IGNORECASE)
-    return printable(" ".join(f"{type(e).__name__}: {text}".split()))[:200]
+    return printable(" ".join(f"{type(e).__name__}: {text}".split()))[:most]

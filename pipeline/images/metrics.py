@@ -9,7 +9,8 @@ from torch import Tensor
 
 def to_model(pixels: np.ndarray) -> Tensor:
     """uint8 [B, H, W, C] -> float32 [B, C, H, W] in [-1, 1]."""
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+    writable = np.require(pixels, requirements="W")  # else torch warns; decoders hand out read-only views
+    return torch.from_numpy(writable).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
 
 def to_pixels(x: Tensor) -> np.ndarray:

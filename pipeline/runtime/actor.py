@@ -1,9 +1,7 @@
 """The process that holds a model: the Ray actor of every job. It imports little, so that the constructor says how what
 is large is imported."""
 
-import threading
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 import ray
@@ -35,29 +33,25 @@ class ShardActor:
     def __init__(self, given: "Sequence[ObjectRef[Given]]") -> None:
         """`given` is one reference: Ray itself would read it, and so import torch, before this is called."""
         with frozen_gc():
-            from palindrome.pipeline.runtime.device import Model
+            from palindrome.pipeline.runtime.device import Model, tune_process
 
             self.work, checkpoint, threads, execution = ray.get(given[0])
             self.meters = Meters(type(self.work).__name__.lower())
             self.model = Model(checkpoint, threads, self.meters, execution)
+            tune_process(self.model)
 
     def ready(self) -> None:
         """Returns once the constructor has."""
 
     def process(self, shard: Shard) -> Receipt:
-        from palindrome.pipeline.runtime.device import ShardProgress, compute_alone
+        from palindrome.pipeline.runtime.device import compute_alone
 
         compute_alone()
-        self.model.flights[threading.get_ident()] = ShardProgress(shard.name)
-        try:
+        with self.model.tracking(shard.name):
             receipt = self.work.process(self.model, shard)
-            self.meters.shard(receipt.rejects, receipt.bytes)
-            return receipt
-        finally:
-            del self.model.flights[threading.get_ident()]
+        self.meters.shard(receipt.rejects, receipt.bytes)
+        return receipt
 
     def in_flight(self) -> "list[ShardProgress]":
         """How far the shards are that are not done."""
-        flights = list(self.model.flights.values())
-        events = sum(flight.events for flight in flights)
-        return [replace(flight, events=events if flight.queued else flight.events) for flight in flights]
+        return self.model.in_flight()

@@ -1,14 +1,12 @@
 """What a cluster has room for: the nodes that are up, and whether there is one that starts more."""
 
-import json
 from collections.abc import Mapping, Sequence
 
 import ray
-from ray._private.state import state
-from ray._private.worker import global_worker
 from ray.autoscaler.v2.sdk import get_cluster_status
 
 from palindrome.pipeline.base.errors import SettingError
+from palindrome.pipeline.base.ray_private import active_node_types, draining_nodes
 
 UNMANAGED = "node_"  # begins the types of nodes that no autoscaler has started: each is one of its own, named by its id
 Node = Mapping[str, float]  # what it has in all, by the resource's name
@@ -16,7 +14,7 @@ Node = Mapping[str, float]  # what it has in all, by the resource's name
 
 def nodes_up() -> list[Node]:
     """Those that are there to stay: on a node that is being drained Ray puts nothing new."""
-    leaving = state.get_draining_nodes()
+    leaving = draining_nodes()
     return [node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]
 
 
@@ -48,9 +46,6 @@ def refusal(nodes: Sequence[Node], gpus: float, custom: Mapping[str, float]) -> 
 def grows() -> bool:
     """Whether an autoscaler starts nodes for what waits for room: of either version, the one that there is says which
     types its nodes are of."""
-    gcs = global_worker.gcs_client  # ray.experimental.internal_kv loses its own when another Ray of the process ends
-    status = json.loads(gcs.internal_kv_get(b"__autoscaling_status", None) or "{}")  # of the first version alone
-    types = set((status.get("autoscaler_report") or {}).get("active_nodes") or ())
-    found = get_cluster_status(ray.get_runtime_context().gcs_address)
-    types |= {node.ray_node_type_name for node in [*found.active_nodes, *found.idle_nodes]}
+    found = get_cluster_status(ray.get_runtime_context().gcs_address)  # of an autoscaler of the second version
+    types = active_node_types() | {node.ray_node_type_name for node in [*found.active_nodes, *found.idle_nodes]}
     return any(not name.startswith(UNMANAGED) for name in types)

@@ -4,10 +4,10 @@ import ctypes
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -38,21 +38,14 @@ class ShardProgress:
     queued: bool = False
 
 
+class Cancelled(Exception):
+    """The run has ended; what this shard would have been does not matter."""
+
+
 class _Clock(threading.local):
     """Seconds on the device, of the thread that asks: two shards overlap in a process, one a thread."""
 
     seconds = 0.0
-
-
-def _keep_memory(threads: int) -> None:
-    """Has glibc keep what a layer's activations took for the next layer's, of so many threads that compute: to give it
-    back to the system and take it again, page by page, costs a CPU up to a fifth of its time."""
-    arenas, mmap_threshold, trim_threshold, top_pad = -8, -3, -1, -2  # M_ARENA_MAX and so on, of malloc.h
-    settings = {arenas: threads, mmap_threshold: 32 << 20, trim_threshold: 2**31 - 1, top_pad: 256 << 20}
-    with suppress(OSError, AttributeError):  # another C library
-        mallopt = ctypes.CDLL(None).mallopt
-        for parameter, value in settings.items():
-            mallopt(parameter, value)
 
 
 class _Lanes:
@@ -62,7 +55,6 @@ class _Lanes:
 
     def __init__(self, threads: int, most: int) -> None:
         self.count = min(threads, most)
-        sys.setswitchinterval(SWITCH)
         compute_alone()
         self._pool = ThreadPoolExecutor(self.count, "lane", _compute_with, (threads // self.count,))
 
@@ -105,10 +97,8 @@ class Model:
         execution: Execution = FLOAT32,
     ) -> None:
         device, self.lanes = "cuda" if torch.cuda.is_available() else "cpu", None
-        if device == "cpu":
-            if threads:
-                self.lanes = _Lanes(threads, 1 if execution.compiled else MOST_LANES)
-            _keep_memory(self.lanes.count + 1 if self.lanes else 1)
+        if device == "cpu" and threads:
+            self.lanes = _Lanes(threads, 1 if execution.compiled else MOST_LANES)
         self.network = checkpoint.engine(device, execution)
         self.checkpoint, self.device = checkpoint, torch.device(device)
         self.lock = threading.Lock()  # shards overlap in this process, and the device takes one batch at a time
@@ -116,6 +106,7 @@ class Model:
         self.flights: dict[int, ShardProgress] = {}  # by the shard's thread
         self.largest = 2**31  # the largest batch that is known to fit, once one did not
         self.meters = meters
+        self.cancelled = threading.Event()  # once it is set, whatever is under way ends at its next evaluation
 
     def advance(self, images: int) -> None:
         """Tells the driver that one more batch of this thread's shard is done, with so many images."""
@@ -123,6 +114,21 @@ class Model:
         flight.images, flight.events = flight.images + images, flight.events + 1
         if self.meters:
             self.meters.batch(images)
+
+    @contextmanager
+    def tracking(self, shard: str) -> Iterator[None]:
+        """Within it, what this thread does is for that shard."""
+        self.flights[threading.get_ident()] = ShardProgress(shard)
+        try:
+            yield
+        finally:
+            del self.flights[threading.get_ident()]
+
+    def in_flight(self) -> list[ShardProgress]:
+        """How far the shards are that are being worked on."""
+        flights = list(self.flights.values())
+        events = sum(flight.events for flight in flights)
+        return [replace(flight, events=events if flight.queued else flight.events) for flight in flights]
 
     def _flight(self) -> ShardProgress:
         """Of this thread's shard; one that nobody asks for where a shard is not what is worked on."""
@@ -151,8 +157,7 @@ class Model:
     def generate(self, seed: int, indices: Sequence[int], levels: Ladder, **how: Any) -> tuple[Tensor, Tensor]:
         """x_T of the samples of that seed with those indices, and their images about [-1, 1]; `how` goes to
         model.ddim.sample (eta, use_sigma_hat, clip). The noise of a sample depends on seed and index alone."""
-        along, c = self._along(levels), self.checkpoint.config
-        shape = (c.in_channels, c.sample_size, c.sample_size)
+        along, shape = self._along(levels), self.checkpoint.latent_shape
 
         def walk(net: Network, indices: Tensor) -> tuple[Tensor, Tensor]:
             noise = noise_stream(seed, indices.tolist(), shape)
@@ -201,6 +206,8 @@ class Model:
             return _joined(self._in_parts(walk, flight, part) for part in batch.split(self.largest))
 
         def network(x: Tensor, timestep: int) -> Tensor:
+            if self.cancelled.is_set():
+                raise Cancelled
             flight.events += 1
             return self.network(x, timestep)
 
@@ -212,6 +219,25 @@ class Model:
         torch.cuda.empty_cache()
         self.largest = len(batch) // 2
         return self._in_parts(walk, flight, batch)
+
+
+def tune_process(model: Model) -> None:
+    """Tunes malloc and the interpreter for a model on a CPU. Only for a Ray worker: these are settings of the whole
+    process, and a notebook's are the user's. Were they environment variables in `runtime_env`, Ray would start a new
+    worker for each actor instead of taking an idle one: 0.8 s more."""
+    if model.device.type != "cpu":
+        return
+    if model.lanes:
+        sys.setswitchinterval(SWITCH)
+    # glibc is to keep what a layer's activations took for the next layer's: giving it back to the system and taking it
+    # again, page by page, costs a CPU up to a fifth of its time. M_ARENA_MAX and so on, of malloc.h:
+    arenas, mmap_threshold, trim_threshold, top_pad = -8, -3, -1, -2
+    threads = 1 + (model.lanes.count if model.lanes else 0)
+    settings = {arenas: threads, mmap_threshold: 32 << 20, trim_threshold: 2**31 - 1, top_pad: 256 << 20}
+    with suppress(OSError, AttributeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        for parameter, value in settings.items():
+            mallopt(parameter, value)
 
 
 def stopwatch(model: Model) -> Callable[[], dict[str, float]]:

@@ -1,19 +1,18 @@
 """Which precision a run's network computes in: the fastest whose round trips are as good as float32's, by trial."""
 
-from dataclasses import dataclass
 from math import isfinite
 from typing import Any
 
 import numpy as np
-import ray
 import torch
 from torch import Tensor
 
 from palindrome.model.checkpoint import Checkpoint
 from palindrome.model.engine import FLOAT32, Execution
-from palindrome.model.schedule import Ladder
 from palindrome.pipeline.images.metrics import round_trip_error, to_model
-from palindrome.pipeline.runtime.device import Model
+from palindrome.pipeline.runs.inversion import Inversion
+from palindrome.pipeline.runtime.device import Model, tune_process
+from palindrome.pipeline.runtime.executor import Executor
 from palindrome.pipeline.runtime.scheduler import Resources
 from palindrome.pipeline.runtime.speed import evaluations_per_second
 
@@ -23,41 +22,34 @@ IMAGES, FEW = 16, 4  # of a trial, and of a first look that shows what is far of
 FASTER, WORSE = 1.1, 1.1  # than float32: how much a candidate must be, and how much its mean error may be
 
 
-@dataclass(frozen=True)
-class RoundTrip:
-    """How a run encodes; its decoder is DDIM on the same levels."""
-
-    levels: Ladder
-    corrections: int
-    tolerance: float
-    dtype: str
-
-
-def try_precisions(checkpoint: Checkpoint, pixels: np.ndarray, how: RoundTrip, resources: Resources) -> dict[str, Any]:
+def try_precisions(
+    checkpoint: Checkpoint, pixels: np.ndarray, how: Inversion, resources: Resources, executor: Executor
+) -> dict[str, Any]:
     """`precision` is the fastest that is as good as float32 on images, uint8 [N, H, W, C]; `tried` says by precision
     the network evaluations a second, `per_second`, and of those that are fast enough the mean error on so many `images`
     of the round trip, and of the latents decoded by float32, as anyone may; None is no number."""
-    task = ray.remote(_trial).options(**resources.takes)
-    return dict(ray.get(task.remote(checkpoint, pixels, how, resources.batch_size, resources.threads)))
+    return dict(executor.call(resources, _trial, checkpoint, pixels, how, resources.batch_size, resources.threads))
 
 
 def _trial(
-    checkpoint: Checkpoint, pixels: np.ndarray, how: RoundTrip, batch_size: int, threads: int | None
+    checkpoint: Checkpoint, pixels: np.ndarray, how: Inversion, batch_size: int, threads: int | None
 ) -> dict[str, Any]:
-    def model(precision: str) -> Model:  # made anew for each use: TF32 is a setting of the process
-        return Model(checkpoint, threads, execution=Execution(precision))
+    def model_in(precision: str) -> Model:  # made anew for each use: TF32 is a setting of the process
+        model = Model(checkpoint, threads, execution=Execution(precision))
+        tune_process(model)
+        return model
 
     def errors(precision: str, x: Tensor) -> dict[str, Any]:
-        latents = model(precision).encode(x, how.levels, how.corrections, how.tolerance)[0]
+        latents = model_in(precision).encode(x, how.levels, how.corrections, how.tolerance)[0]
         stored = latents.to(getattr(torch, how.dtype)).float()
         decoders = {"round_trip": precision, "decoded_by_float32": FLOAT32.precision}
-        back = {name: model(decoder).decode(stored, how.levels) for name, decoder in decoders.items()}
+        back = {name: model_in(decoder).decode(stored, how.levels) for name, decoder in decoders.items()}
         return {"images": len(x), **{name: float(round_trip_error(x, y).mean()) for name, y in back.items()}}
 
     exact = FLOAT32.precision
-    x, device = to_model(pixels), model(exact).device.type
+    x, device = to_model(pixels), model_in(exact).device.type
     tried: dict[str, dict[str, Any]] = {
-        precision: {"per_second": evaluations_per_second(model(precision), batch_size)}
+        precision: {"per_second": evaluations_per_second(model_in(precision), batch_size)}
         for precision in (exact, *CANDIDATES[device])
     }
     slow = tried[exact]["per_second"]

@@ -1,6 +1,5 @@
 """Progress of a long run: one line kept up to date on a terminal, a line now and then elsewhere."""
 
-import math
 import sys
 import time
 from collections.abc import Generator
@@ -76,12 +75,17 @@ def say_failed(shard: str, error: str) -> None:
 class Budget:
     """How much may go wrong before a run is given up: shards that fail, and the share of the images rejected."""
 
-    failed_shards: float = math.inf
+    failed_shards: float | None = None  # None: go on to the end, and fail if one did
     reject_fraction: float = 1.0
+
+    @property
+    def tolerated(self) -> float:
+        """Failed shards with which a run succeeds."""
+        return self.failed_shards or 0
 
     def exceeded(self, failed: int, rejects: int, images: int) -> str | None:
         """In words; of a run of so many images."""
-        if failed > self.failed_shards:
+        if self.failed_shards is not None and failed > self.failed_shards:
             return f"--max-failed-shards: {failed} shards failed, and {self.failed_shards} may"
         if rejects > self.reject_fraction * images:
             return f"--max-reject-fraction: {rejects} of {images} images are rejected, above {self.reject_fraction:g}"

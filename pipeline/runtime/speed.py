@@ -15,7 +15,8 @@ from palindrome.pipeline.base.errors import RunError
 from palindrome.pipeline.images.records import Shard
 from palindrome.pipeline.runs.outcome import Failure, Receipt
 from palindrome.pipeline.runtime.device import Model, stopwatch
-from palindrome.pipeline.runtime.scheduler import Resources, run_shards
+from palindrome.pipeline.runtime.executor import Executor
+from palindrome.pipeline.runtime.scheduler import Resources
 from palindrome.pipeline.storage.folder import Folder, file_at
 
 SECONDS = 6.0  # of measurement, after one batch that is not counted
@@ -37,8 +38,8 @@ class Calibration:
 def decode_noise(model: Model, batch_size: int, seconds: float) -> tuple[int, dict[str, float]]:
     """Network evaluations, of an image each, in at least so many seconds, and what `stopwatch` says of them; behind a
     batch that is not counted."""
-    c, levels = model.checkpoint.config, ladder("linear", STEPS, model.checkpoint.schedule.num_train_timesteps)
-    x = torch.randn(batch_size, c.in_channels, c.sample_size, c.sample_size)
+    levels = ladder("linear", STEPS, model.checkpoint.schedule.num_train_timesteps)
+    x = torch.randn(batch_size, *model.checkpoint.latent_shape)
     model.decode(x, levels)
     spent, until, evaluations = stopwatch(model), time.monotonic() + seconds, 0
     while time.monotonic() < until:
@@ -64,11 +65,11 @@ class Speed:
     origin: str = "measured"
 
 
-def measure(model: Checkpoint, batch_size: int, resources: Resources) -> Speed:
-    """By an actor as the run's will be. Raises RunError."""
+def measure(model: Checkpoint, batch_size: int, resources: Resources, executor: Executor) -> Speed:
+    """By a worker as the run's will be. Raises RunError."""
     started = time.monotonic()
     shards: Iterator[Shard] = iter([Shard("calibration", "noise", batch_size, ())])
-    for outcome in run_shards(Calibration(batch_size), model, shards, replace(resources, workers=1, fewest=1)):
+    for outcome in executor.run(Calibration(batch_size), model, shards, replace(resources, workers=1, fewest=1)):
         if isinstance(outcome, Failure):
             raise RunError(f"--calibrate: {outcome.error}")
         if isinstance(outcome, Receipt):

@@ -41,8 +41,7 @@ class Generate:
 
     def process(self, model: Model, shard: Shard) -> Receipt:
         spent = stopwatch(model)
-        c = model.checkpoint.config
-        schema = sample_schema((c.in_channels, c.sample_size, c.sample_size), self.dtype)
+        schema = sample_schema(model.checkpoint.latent_shape, self.dtype)
         [piece] = shard.pieces
         with ShardWriter(self.run, IMAGES, shard.name, schema, self.metadata, once=True) as out:
             for first in range(piece.start, piece.stop, self.batch_size):

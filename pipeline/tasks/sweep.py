@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from palindrome.model.ddim import noise_index, sample_noise
-from palindrome.model.inversion import evaluations
-from palindrome.model.schedule import Ladder
 from palindrome.pipeline.images.metrics import moments, statistics, to_model
 from palindrome.pipeline.images.records import Image, Shard
+from palindrome.pipeline.runs.inversion import Inversion
 from palindrome.pipeline.runs.kinds import SWEPT
 from palindrome.pipeline.runs.outcome import Receipt
 from palindrome.pipeline.runs.schemas import SWEEP_SCHEMA
@@ -35,25 +34,29 @@ class Setting:
     """One way to encode and decode. `ladder` is its name for people."""
 
     ladder: str
-    levels: Ladder
-    corrections: int
-    tolerance: float
-    dtype: str
-
-    @property
-    def steps(self) -> int:
-        return len(self.levels) - 1
+    how: Inversion
 
     @property
     def most_nfe(self) -> int:
         """Network evaluations an image, up and down, where no tolerance saves some."""
-        return evaluations(self.steps, self.corrections) + self.steps
+        return self.how.nfe_up + self.how.steps
 
     @property
     def name(self) -> str:
         """From what it does, not from what it is called: two names of one ladder are one setting."""
-        does = [self.levels, self.corrections, self.tolerance, self.dtype]
+        does = [self.how.levels, self.how.corrections, self.how.tolerance, self.how.dtype]
         return hashlib.sha256(json.dumps(does).encode()).hexdigest()[:12]
+
+    def record(self) -> dict[str, Any]:
+        """`setting` of the metadata of its files."""
+        return {"ladder": self.ladder, **{k: v for k, v in asdict(self.how).items() if k != "exact"}}
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> "Setting":
+        levels = tuple(record["levels"])
+        return cls(
+            record["ladder"], Inversion(levels, record["corrections"], record["tolerance"], dtype=record["dtype"])
+        )
 
 
 def units(shards: Iterable[Shard], setting: Setting) -> Iterator[Shard]:
@@ -75,7 +78,7 @@ class Sweep:
     def process(self, model: Model, shard: Shard) -> Receipt:
         spent = stopwatch(model)
         setting = self.settings[shard.name.partition("-")[2]]
-        about = {**self.metadata, "setting": asdict(setting)}
+        about = {**self.metadata, "setting": setting.record()}
         round_trip = 0.0
         with ShardWriter(self.run, SWEPT, shard.name, SWEEP_SCHEMA, about, once=True) as out:
             for batch in self.reader.batches(shard):
@@ -83,7 +86,7 @@ class Sweep:
                 if batch.images:
                     x = to_model(np.stack([image.pixels for image in batch.images]))
                     before = model.clock.seconds
-                    found = _there_and_back(model, x, setting)
+                    found = _there_and_back(model, x, setting.how)
                     round_trip += model.clock.seconds - before
                     rows = self._rows(model, batch.images, found, setting)
                 out.add(rows, batch.rejects)
@@ -101,22 +104,22 @@ class Sweep:
         else:
             shape = (self.reader.how.channels, self.reader.how.size, self.reader.how.size)
             noise = torch.cat([sample_noise(self.noise_seed, noise_index(i), shape) for i in found["image_id"]])
-            found["noise_mse"] = _back_and_there(model, noise, setting)
+            found["noise_mse"] = _back_and_there(model, noise, setting.how)
         return pa.table([pa.array(found[f.name], f.type) for f in SWEEP_SCHEMA], schema=SWEEP_SCHEMA)
 
 
-def _there_and_back(model: Model, x: Tensor, setting: Setting) -> dict[str, Any]:
+def _there_and_back(model: Model, x: Tensor, how: Inversion) -> dict[str, Any]:
     """The columns that images [B, C, H, W] in [-1, 1] give."""
-    latents, residual, nfe = model.encode(x, setting.levels, setting.corrections, setting.tolerance)
-    stored = latents.to(getattr(torch, setting.dtype)).float()
-    found = measure(x, model.decode(stored, setting.levels))
+    latents, residual, nfe = model.encode(x, how.levels, how.corrections, how.tolerance)
+    stored = latents.to(getattr(torch, how.dtype)).float()
+    found = measure(x, model.decode(stored, how.levels))
     return {**found, **moments(stored), "residual": residual.numpy(), "nfe": nfe.numpy()}
 
 
-def _back_and_there(model: Model, noise: Tensor, setting: Setting) -> np.ndarray:
+def _back_and_there(model: Model, noise: Tensor, how: Inversion) -> np.ndarray:
     """Mean squared error [B] of x_T [B, C, H, W] after decoding to an image, which is not rounded, and encoding it."""
-    images = model.decode(noise, setting.levels)
-    found, *_ = model.encode(images, setting.levels, setting.corrections, setting.tolerance)
+    images = model.decode(noise, how.levels)
+    found, *_ = model.encode(images, how.levels, how.corrections, how.tolerance)
     return (found - noise).double().square().flatten(1).mean(1).numpy()
 
 
@@ -139,18 +142,19 @@ def _row(run: Folder, names: list[str]) -> dict[str, Any]:
     columns = [field.name for field in SWEEP_SCHEMA if field.type != pa.string()]
     tables = [run.read_parquet(f"{SWEPT}/{name}.parquet", columns).replace_schema_metadata() for name in names]
     found = {name: column.to_numpy() for name, column in zip(columns, pa.concat_tables(tables).columns, strict=True)}
-    setting = Setting(**{**about["setting"], "levels": tuple(about["setting"]["levels"])})
-    count, steps = len(found["mse"]), setting.steps
-    plain = not setting.corrections
+    setting = Setting.of(about["setting"])
+    how = setting.how
+    count, steps = len(found["mse"]), how.steps
+    plain = not how.corrections
     up = _mean(found["nfe"])
     figures = statistics(found["mse"])
     return {
         "ladder": setting.ladder,
         "steps": steps,
-        "top": setting.levels[-1],
-        "corrections": setting.corrections,
-        "tolerance": setting.tolerance,
-        "dtype": setting.dtype,
+        "top": how.levels[-1],
+        "corrections": how.corrections,
+        "tolerance": how.tolerance,
+        "dtype": how.dtype,
         "nfe_up": up,
         "nfe_down": steps,
         "nfe": None if up is None else up + steps,

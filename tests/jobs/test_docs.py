@@ -31,10 +31,10 @@ def test_diffusers_and_pyarrow_alone_decode_the_latents(palindrome, model, pictu
     assert torch.equal(images, unclipped.clamp(0, 1))
 
 
-def test_the_query_of_the_readme_lists_the_worst_first(palindrome, model, pictures, tmp_path, monkeypatch):
+def test_the_query_of_the_latents_page_lists_the_worst_first(palindrome, model, pictures, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     palindrome("encode", "--images", pictures, "--model", model, "--out", "runs/photos", "--steps", 2, "--measure")
-    rows = duckdb.sql(block("README.md", "sql")).fetchall()
+    rows = duckdb.sql(block("docs/latents.md", "sql")).fetchall()
     errors = [row[3] for row in rows]
     assert len(rows) == 10
     assert errors == sorted(errors, reverse=True)

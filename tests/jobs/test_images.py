@@ -9,10 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from palindrome.jobs.train import TrainConfig, _batches
+from palindrome.jobs.train import TrainConfig
 from palindrome.pipeline.images.decode import Preprocess, decode
+from palindrome.pipeline.images.shuffle import shuffled_batches
 from palindrome.pipeline.images.sources import open_collection
-from palindrome.pipeline.runs.plan import write_plan
+from palindrome.pipeline.runs.plan import read_plan, write_plan
 from palindrome.pipeline.storage.folder import Folder
 
 FLAGS = ["--fit", "pad", "--resample", "box", "--background", "200", "10", "60"]
@@ -161,6 +162,6 @@ def test_train_reads_images_so_too(pngs, tmp_path):
     images, run = open_collection(str(tmp_path / "in")), Folder(str(tmp_path / "out"))
     write_plan(run, images, 512)
     config = TrainConfig(images=images.uri, preset="tiny", out=run.uri, batch_size=4, background=(200, 10, 60))
-    batch = next(_batches(config, images, run, rank=0, seed=0))
+    batch = next(shuffled_batches(images, list(read_plan(run)), config.preprocess(16, 3), config.batch_size, seed=0))
     assert batch.shape == (4, 16, 16, 3)
-    assert (batch.numpy() == (200, 10, 60)).all()
+    assert (batch == (200, 10, 60)).all()

@@ -136,7 +136,18 @@ def test_a_run_of_an_earlier_version_goes_on_in_float32(trials, palindrome, samp
     assert manifest(run)["precision"] == "float32"
 
 
-def test_a_trial_of_rejects_alone_is_none(trials, palindrome, corpus, pictures, model, tmp_path):
+def test_a_trial_of_rejects_alone_is_none(trials, palindrome, model, tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    for i in range(20):
+        (images / f"a{i:02d}.png").write_bytes(b"no picture")
+    said = palindrome("encode", "--images", images, "--model", model, "--out", tmp_path / "run", *PLAIN)
+    assert said.code == 1 and "not one image could be encoded" in said.err
+    assert manifest(tmp_path / "run")["precision"] == "float32"
+    assert "tried" not in manifest(tmp_path / "run")
+
+
+def test_a_trial_takes_the_first_images_that_can_be_decoded(trials, palindrome, pictures, model, tmp_path):
     images = tmp_path / "images"
     images.mkdir()
     for i in range(20):
@@ -145,7 +156,8 @@ def test_a_trial_of_rejects_alone_is_none(trials, palindrome, corpus, pictures, 
         (images / f"b{path.name}").write_bytes(path.read_bytes())
     said = palindrome("encode", "--images", images, "--model", model, "--out", tmp_path / "run", *PLAIN)
     assert said.code == 0, said.err
-    assert manifest(tmp_path / "run")["precision"] == "float32"
+    found = manifest(tmp_path / "run")
+    assert found["precision"] in found["tried"]  # which one is faster depends on the machine
 
 
 def test_generate_computes_in_what_is_asked_for(palindrome, model, tmp_path):

@@ -4,7 +4,6 @@ import math
 import os
 import signal
 import time
-from itertools import islice
 
 import numpy as np
 import pytest
@@ -12,11 +11,8 @@ import torch
 from PIL import Image
 
 from palindrome.jobs import train
-from palindrome.jobs.train import PRESETS, TrainConfig, _batches
 from palindrome.model import checkpoint
-from palindrome.pipeline.images.sources import open_collection
-from palindrome.pipeline.runs.plan import read_plan, write_plan
-from palindrome.pipeline.storage.folder import Folder
+from palindrome.model.presets import PRESETS
 
 FLAGS = ["--preset", "tiny", "--batch-size", 8, "--lr-warmup", 0, "--lr", 1e-3, "--sample-every", 1000, "--limit", 64]
 
@@ -153,54 +149,3 @@ def test_images_of_which_none_decodes_are_said_in_one_line(palindrome, tmp_path,
     said = palindrome("train", "--images", tmp_path / "bad", *FLAGS, "--out", tmp_path / "run", "--train-steps", 1)
     assert said.code == 1
     assert said.err == f"palindrome train: RuntimeError: no image of {tmp_path}/bad could be decoded\n"
-
-
-def batches(images, run, rank, workers, seed=0, **settings):
-    config = TrainConfig(images=str(images), preset="tiny", out=run.uri, batch_size=16, workers=workers, **settings)
-    return _batches(config, open_collection(str(images)), run, rank, seed)
-
-
-@pytest.fixture
-def planned(pictures, tmp_path):
-    """An empty run folder with a plan of the 24 pictures, so many to a shard."""
-
-    def planned(shard_size):
-        run = Folder(str(tmp_path / f"run-{shard_size}"))
-        write_plan(run, open_collection(str(pictures)), shard_size)
-        return run
-
-    return planned
-
-
-def kinds(batch):
-    return {image.numpy().tobytes() for image in batch}
-
-
-def test_an_epoch_has_every_image_once(pictures, planned):
-    drawn = list(islice(batches(pictures, planned(8), 0, 1), 3))  # 48 images, two epochs
-    assert {batch.shape for batch in drawn} == {(16, 16, 16, 3)}
-    counts = {}
-    for image in torch.cat(drawn):
-        counts[image.numpy().tobytes()] = counts.get(image.numpy().tobytes(), 0) + 1
-    assert set(counts.values()) == {2} and len(counts) == 24
-
-
-def test_ranks_share_the_shards_of_an_epoch(pictures, planned):
-    run = planned(8)
-    assert len(list(read_plan(run))) == 3
-    first, second = (next(batches(pictures, run, rank, 2)) for rank in (0, 1))
-    assert len(first) == len(second) == 8
-    assert not kinds(first) & kinds(second)
-
-
-def test_ranks_that_share_one_shard_draw_differently(pictures, planned):
-    run = planned(24)
-    first, second = (next(batches(pictures, run, rank, 2)) for rank in (0, 1))
-    assert not torch.equal(first, second)
-
-
-def test_the_seed_gives_the_order(pictures, planned):
-    run = planned(8)
-    first, same, other = (next(batches(pictures, run, 0, 1, seed)) for seed in (1, 1, 2))
-    assert torch.equal(first, same)
-    assert not torch.equal(first, other)

@@ -13,16 +13,18 @@ from palindrome.model.engine import FLOAT32
 from palindrome.pipeline.images.records import Shard
 from palindrome.pipeline.runs.outcome import Receipt
 from palindrome.pipeline.runtime.actor import ShardActor
+from palindrome.pipeline.runtime.device import SWITCH
 
 ROOT = Path(__file__).parents[3]
 
 
 @dataclass(frozen=True)
 class Frozen:
-    """Says with its receipt's images how much of the actor's process the collector leaves alone."""
+    """Says with its receipt's images how much of the actor's process the collector leaves alone, and with its seconds
+    for how long a thread keeps the interpreter."""
 
     def process(self, model, shard):
-        return Receipt(shard, gc.get_freeze_count(), int(gc.isenabled()), 0.0, 0.0, 0)
+        return Receipt(shard, gc.get_freeze_count(), int(gc.isenabled()), sys.getswitchinterval(), 0.0, 0)
 
 
 def test_the_class_is_imported_without_torch():
@@ -31,9 +33,10 @@ def test_the_class_is_imported_without_torch():
 
 
 @pytest.mark.usefixtures("ray_here")
-def test_what_the_constructor_imports_the_collector_leaves_alone(tiny):
+def test_the_constructor_tunes_the_process_and_its_imports_are_frozen(tiny):
     actor = ray.remote(ShardActor).remote([ray.put((Frozen(), tiny, 1, FLOAT32))])
     receipt = ray.get(actor.process.remote(Shard("a", "files", 0, ())))
     assert receipt.images > 50_000  # of which torch makes most
     assert receipt.rejects == 1  # it works again
+    assert receipt.seconds == pytest.approx(SWITCH)
     ray.kill(actor)

@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from palindrome.model.engine import FLOAT32
-from palindrome.pipeline.runtime.batch_size import ENOUGH, MIN_IMAGES_FOR_TRIAL, SIZES, smallest, try_batch_sizes
+from palindrome.pipeline.runtime.batch_size import ENOUGH, MIN_SECONDS_FOR_TRIAL, SIZES, smallest, try_batch_sizes
+from palindrome.pipeline.runtime.executor import OnRay
 from palindrome.pipeline.runtime.scheduler import Resources
 
 LONG = 1e12  # evaluations: a run for which every trial pays
@@ -49,13 +50,13 @@ def test_one_that_does_not_fit_is_not_taken():
 
 def test_a_short_run_is_not_held_up():
     speed = device(5e-3, 1e-5)
-    assert list(smallest(speed, list(SIZES), MIN_IMAGES_FOR_TRIAL * speed(64) * 0.9)[1]) == [64]
-    assert list(smallest(speed, list(SIZES), MIN_IMAGES_FOR_TRIAL * speed(64) * 1.1)[1]) == [64, 128]
+    assert list(smallest(speed, list(SIZES), MIN_SECONDS_FOR_TRIAL * speed(64) * 0.9)[1]) == [64]
+    assert list(smallest(speed, list(SIZES), MIN_SECONDS_FOR_TRIAL * speed(64) * 1.1)[1]) == [64, 128]
 
 
 @pytest.mark.usefixtures("ray_here")
 @pytest.mark.parametrize(("most", "sizes"), [(150, [64, 128]), (5, [64])])
 def test_it_is_measured_on_the_cluster_with_no_more_than_a_shard_has(tiny, most, sizes):
-    size, tried = try_batch_sizes(tiny, FLOAT32, LONG, most, Resources(1, 0, 1, False))
+    size, tried = try_batch_sizes(tiny, FLOAT32, LONG, most, Resources(1, 0, 1, False), OnRay())
     assert size in sizes
     assert list(tried) == sizes[: len(tried)] and all(speed > 0 for speed in tried.values())

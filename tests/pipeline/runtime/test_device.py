@@ -1,6 +1,8 @@
 """What holds the model: batches that do not fit, lanes, and the clock."""
 
+import ctypes
 import os
+import subprocess
 import sys
 import threading
 from dataclasses import dataclass
@@ -49,11 +51,10 @@ def x():
 
 @pytest.fixture(autouse=True)
 def threads():
-    """Model sets the threads of the process that it is in."""
-    before = torch.get_num_threads(), sys.getswitchinterval()
+    """Model sets torch's threads in the process that it is in."""
+    before = torch.get_num_threads()
     yield
-    torch.set_num_threads(before[0])
-    sys.setswitchinterval(before[1])
+    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("room", [1, 2, 3, 5, 12])
@@ -193,3 +194,38 @@ def test_no_thread_computes_but_the_lanes_and_their_helpers(tiny):
         shard.start()
         shard.join()
     assert len(counted) == 2 and max(counted) <= before + MOST_LANES
+
+
+PROCESS = """
+import ctypes, sys
+from palindrome.model.checkpoint import Checkpoint
+from palindrome.model.presets import PRESETS
+from palindrome.model.schedule import NoiseSchedule
+from palindrome.model.unet import UNet
+from palindrome.pipeline.runtime.device import Model, tune_process
+
+class Mallinfo(ctypes.Structure):
+    _fields_ = [(f"other{i}", ctypes.c_size_t) for i in range(9)] + [("keepcost", ctypes.c_size_t)]
+
+network, before = UNet(PRESETS["tiny"]), sys.getswitchinterval()
+model = Model(Checkpoint(network.config, network.state_dict(), NoiseSchedule()), threads=2)
+if sys.argv[1] == "tuned":
+    tune_process(model)
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.mallinfo2.restype = ctypes.c_void_p, Mallinfo
+blocks = [libc.malloc(64 << 10) for _ in range(1000)]  # each too small to be a mapping of its own
+for block in reversed(blocks):
+    libc.free(ctypes.c_void_p(block))
+print(sys.getswitchinterval() == before, libc.mallinfo2().keepcost >> 20)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="the allocator is asked as glibc answers")
+@pytest.mark.parametrize("tuned", [False, True])
+def test_a_model_leaves_its_process_alone_which_only_a_worker_tunes(tuned):
+    """A notebook's malloc and interpreter stay as they are. A tuned malloc keeps 256 MiB more than it was asked for;
+    otherwise no more than 64 MiB stay at the end of the heap."""
+    run = [sys.executable, "-c", PROCESS, "tuned" if tuned else "plain"]
+    same_interval, kept = subprocess.run(run, check=True, stdout=subprocess.PIPE, text=True).stdout.split()
+    assert same_interval == str(not tuned)
+    assert (int(kept) > 128) == tuned

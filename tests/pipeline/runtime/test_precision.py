@@ -12,11 +12,12 @@ from palindrome.pipeline.images.decode import Preprocess
 from palindrome.pipeline.images.metrics import round_trip_error, to_model
 from palindrome.pipeline.images.read import first_images
 from palindrome.pipeline.images.sources import open_collection
+from palindrome.pipeline.runs.inversion import Inversion
 from palindrome.pipeline.runs.ladders import resolve
 from palindrome.pipeline.runtime import precision
 from palindrome.pipeline.runtime import speed as calibration
 from palindrome.pipeline.runtime.device import Model
-from palindrome.pipeline.runtime.precision import RoundTrip, _trial
+from palindrome.pipeline.runtime.precision import _trial
 
 BUNDLED = Path(__file__).parents[3] / "checkpoints/cifar10-32"
 
@@ -47,7 +48,7 @@ def pixels(sample, bundled):
 
 
 def trial(bundled, pixels, corrections, steps=5):
-    how = RoundTrip(resolve("logsnr", steps, bundled.schedule), corrections, 0.0, "float32")
+    how = Inversion(resolve("logsnr", steps, bundled.schedule), corrections)
     return _trial(bundled, pixels, how, 2, None), how
 
 

@@ -1,0 +1,90 @@
+"""The skeleton of every job that maps shards over workers: claim, plan, cost, cluster, progress, summary."""
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from palindrome.jobs.arguments import config_error
+from palindrome.jobs.config import ShardedConfig
+from palindrome.jobs.estimate import Cost, prepared
+from palindrome.model.checkpoint import Checkpoint
+from palindrome.pipeline.images.records import Shard
+from palindrome.pipeline.runs.manifest import claim
+from palindrome.pipeline.runs.outcome import Failure
+from palindrome.pipeline.runs.plan import Totals, read_plan
+from palindrome.pipeline.runtime.actor import Work
+from palindrome.pipeline.runtime.executor import Executor
+from palindrome.pipeline.runtime.progress import Budget, Progress, follow
+from palindrome.pipeline.runtime.scheduler import STALL, Resources
+from palindrome.pipeline.storage.folder import Folder, absolute
+
+
+@dataclass(frozen=True)
+class Remaining:
+    """What the plan holds, how many of its shards are left, and these, read lazily."""
+
+    totals: Totals
+    left: int
+    shards: Iterator[Shard]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardedJob:
+    """What is special about a job."""
+
+    name: str
+    """Its command, and the kind of its run."""
+    model: Checkpoint
+    settings: Mapping[str, Any]
+    """Fields of the config as they were resolved, for run.json."""
+    facts: Mapping[str, Any]
+    """What was found, such as the model's digest: it must be the same at a resume."""
+    plan: Callable[[Folder], Remaining]
+    """Makes the plan of the run or finds it there, and says on standard output what is to do."""
+    evaluations: float
+    """Network evaluations an image, at most."""
+    written: float
+    """Bytes an image, at most."""
+    work: Callable[[Folder, Resources], Work]
+    """What a worker does with a shard."""
+    finish: Callable[[Folder, list[Failure]], int]
+    """Writes summary and report, says how the run ended, and returns the exit code, but for failed shards."""
+    decode: str = "actor"
+    """Where images are read and decoded, as `scheduler.fit` takes it."""
+    precision: Callable[[Executor, Resources], str | None] = lambda executor, resources: None
+    """What the network computes in where --precision is auto, which a trial may find; None for float32."""
+    alike: bool = True
+    """Whether images cost alike, so that there is an ETA."""
+    stall: float = STALL
+    budget: Budget = field(default_factory=Budget)
+
+
+def run_sharded(config: ShardedConfig, job: ShardedJob) -> int:
+    """Does what is left of a job's run and returns the exit code. Raises ConfigError, and Planned in a dry run."""
+    out = Folder(absolute(config.out))
+    with config_error("--out"):
+        claim(out, job.name, config.settings(**job.settings), config.MUTABLE, job.facts, config.defaults())
+    remaining = job.plan(out)
+    totals, left = remaining.totals, remaining.left
+    failures: list[Failure] = []
+    if left or config.dry_run:
+        cost = Cost.of(totals, left, job.evaluations, job.written)
+        with prepared(config, job.model, cost, job.decode, job.precision) as (executor, resources):
+            outcomes = executor.run(job.work(out, resources), job.model, remaining.shards, resources, job.stall)
+            progress = Progress(job.name, totals, totals.shards - left, job.alike)
+            failures = follow(progress, outcomes, job.budget)
+            out.clear_unfinished()
+    code = job.finish(out, failures)
+    if failures:
+        print(f"{len(failures)} shards failed; the same command tries them again", file=sys.stderr)
+    return 1 if len(failures) > job.budget.tolerated else code
+
+
+def remaining_latents(latents: Folder, planned: Totals, ready: set[str], done: set[str], verb: str) -> Remaining:
+    """Of a job that works through an encode run's shards: those that are `ready` there and not `done` here."""
+    totals, left = planned.part(len(ready)), ready - done
+    print(f"{totals.shards} shards of latents, {len(left)} to {verb}", flush=True)
+    if len(ready) < planned.shards:
+        print(f"the encode run is not complete: {len(ready)} of {planned.shards} shards", file=sys.stderr)
+    return Remaining(totals, len(left), (shard for shard in read_plan(latents) if shard.name in left))

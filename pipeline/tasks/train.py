@@ -1,0 +1,113 @@
+"""What each Ray Train worker does: it trains, and reports the states from which the run resumes."""
+
+import json
+import os
+import tempfile
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import ray.train
+import ray.train.torch
+import torch
+
+from palindrome.model import checkpoint
+from palindrome.model.schedule import NoiseSchedule
+from palindrome.model.training import Hyperparameters, Training, multiplies_bfloat16
+from palindrome.model.unet import UNetConfig
+from palindrome.pipeline.images.decode import Preprocess
+from palindrome.pipeline.images.metrics import to_pixels
+from palindrome.pipeline.images.pixels import grid, png
+from palindrome.pipeline.images.shuffle import shuffled_batches
+from palindrome.pipeline.images.sources import Collection
+from palindrome.pipeline.runs.plan import read_plan
+from palindrome.pipeline.storage.folder import Folder, options_for
+
+PROGRESS, RECORD = "progress.json", "training.json"
+PROGRESS_EVERY = 10  # seconds
+SAMPLES = 16  # in a grid
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """A training into the run folder `out`, whose plan says which images there are. `batch_size` is over all workers;
+    `precision` and `save_dtype` are as `palindrome train` takes them."""
+
+    out: Folder
+    collection: Collection
+    preprocess: Preprocess
+    unet: UNetConfig
+    schedule: NoiseSchedule
+    how: Hyperparameters
+    batch_size: int
+    workers: int
+    precision: str
+    save_dtype: str
+    sample_every: int
+    save_every: int
+
+
+def train(job: dict[str, Train]) -> None:
+    """Ray Train's function; `job` has the one entry "train". Rank 0 writes progress.json about every ten seconds,
+    samples/*.png, and at the end the checkpoint and then training.json, which says that the rest is there."""
+    task = job["train"]
+    context = ray.train.get_context()
+    rank, out, steps = context.get_world_rank(), task.out, task.how.steps
+    device = ray.train.torch.get_device()
+    bfloat16 = multiplies_bfloat16(device) if task.precision == "auto" else task.precision == "bfloat16"
+    if device.type == "cpu":
+        # Ray reserves the CPUs but tells torch of one.
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // context.get_local_world_size()))
+    training = Training(task.unet, task.schedule, task.how, device, bfloat16, rank, task.workers, _last_state(device))
+    images = shuffled_batches(
+        task.collection,
+        list(read_plan(out)),
+        task.preprocess,
+        task.batch_size // task.workers,
+        hash((task.how.seed, training.step)) % 2**63,
+        rank,
+        task.workers,
+    )
+    printed, printed_at = training.step, time.monotonic()
+    for step in training.steps(map(torch.from_numpy, images)):
+        last = step == steps
+        if rank == 0 and (last or time.monotonic() - printed_at > PROGRESS_EVERY):
+            rate = (step - printed) / (time.monotonic() - printed_at)
+            progress = {"step": step, "steps": steps, "loss": training.recent_loss()}
+            progress |= {"images_per_second": rate * task.batch_size, "eta": (steps - step) / rate}
+            out.put(PROGRESS, json.dumps(progress).encode())
+            printed, printed_at = step, time.monotonic()
+        if rank == 0 and (last or step % task.sample_every == 0):
+            out.put(f"samples/step-{step:07d}.png", png(grid(list(to_pixels(training.samples(SAMPLES))), columns=4)))
+        if last or step % task.save_every == 0:
+            _report(training, rank)
+    if rank == 0:
+        trained = training.checkpoint(getattr(torch, task.save_dtype))
+        checkpoint.save(trained, out.uri, options_for(out.uri, out.storage_options))
+        record = {
+            "steps": training.step,
+            "images": training.step * task.batch_size,
+            "seconds": training.history[-1]["seconds"],
+            "loss": training.history,
+            "device": device.type,
+            "precision": "bfloat16" if bfloat16 else "float32",
+        }
+        out.put(RECORD, (json.dumps(record, indent=2) + "\n").encode())
+
+
+def _last_state(device: torch.device) -> dict[str, Any] | None:
+    if (saved := ray.train.get_checkpoint()) is None:
+        return None
+    with saved.as_directory() as folder:
+        return dict(torch.load(os.path.join(folder, "state.pt"), map_location=device, weights_only=True))
+
+
+def _report(training: Training, rank: int) -> None:
+    """Every rank reports; rank 0 brings the state."""
+    state = training.state()
+    if rank != 0:
+        ray.train.report(training.history[-1])
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(state, os.path.join(folder, "state.pt"))
+        ray.train.report(training.history[-1], checkpoint=ray.train.Checkpoint.from_directory(folder))

@@ -1,0 +1,74 @@
+"""The inline executor against what Ray's promises: an outcome for every shard, retries, and nothing left at work."""
+
+import threading
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+
+from palindrome.model.schedule import ladder
+from palindrome.pipeline.images.records import Shard
+from palindrome.pipeline.runs.outcome import Failure, Receipt
+from palindrome.pipeline.runtime import executor
+from palindrome.pipeline.runtime.executor import Inline
+from palindrome.pipeline.runtime.scheduler import RETRIES, Heartbeat, Resources
+
+ONE = Resources(workers=1, gpus=0, threads=1, read_by_tasks=False)
+LEVELS = ladder("linear", 4, 1000)
+
+
+@dataclass
+class Work:
+    """Does what a shard's name says; `seen` are the shards in the order of the tries."""
+
+    seen: list = field(default_factory=list)
+    threads: set = field(default_factory=set)
+
+    def process(self, model, shard):
+        self.seen.append(shard.name)
+        self.threads.add(threading.current_thread())
+        if shard.name == "bad" or (shard.name == "once" and self.seen.count("once") == 1):
+            raise ValueError("no good\never")
+        while shard.name == "endless":
+            model.decode(torch.zeros(1, 3, 16, 16), LEVELS)
+            model.advance(1)
+        return Receipt(shard.name, shard.images, 0, 0.0, 0.0, 0)
+
+
+def outcomes(work, model, *names):
+    shards = (Shard(name, "files", 2, ()) for name in names)
+    return [o for o in Inline().run(work, model, shards, ONE) if not isinstance(o, Heartbeat)]
+
+
+def test_every_shard_has_one_outcome_in_order(tiny):
+    work = Work()
+    found = outcomes(work, tiny, "a", "bad", "once", "b")
+    assert [o.shard.name if isinstance(o, Failure) else o.shard for o in found] == ["a", "bad", "once", "b"]
+    assert [isinstance(o, Failure) for o in found] == [False, True, False, False]
+    assert found[1].error == "ValueError: no good ever"
+    assert work.seen == ["a", *["bad"] * (RETRIES + 1), *["once"] * 2, "b"]
+
+
+def test_no_shard_is_no_outcome(tiny):
+    assert outcomes(Work(), tiny) == []
+
+
+def test_to_close_it_ends_what_is_under_way_and_its_thread(tiny, monkeypatch):
+    monkeypatch.setattr(executor, "HEARTBEAT", 0.01)
+    work = Work()
+    running = Inline().run(work, tiny, iter([Shard("endless", "files", 1, ()), Shard("a", "files", 1, ())]), ONE)
+    while not (beat := next(running)).images:
+        assert isinstance(beat, Heartbeat)
+    running.close()
+    assert work.seen == ["endless"]
+    assert not any(thread.is_alive() for thread in work.threads)
+
+
+@pytest.mark.parametrize("workers", [(), (1,)])
+def test_it_is_one_worker_that_reads_by_itself(workers):
+    resources = Inline().fit(workers, "auto", None, {})
+    assert (resources.workers, resources.read_by_tasks) == (1, False)
+
+
+def test_a_call_is_made_here():
+    assert Inline().call(ONE, threading.get_ident) == threading.get_ident()
