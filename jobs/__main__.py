@@ -1,4 +1,4 @@
-"""The command line: `palindrome JOB --flags`, or `python -m palindrome JOB --flags`."""
+"""The command line: `palindrome COMMAND --flags`, or `python -m palindrome COMMAND --flags`."""
 
 import atexit
 import gc
@@ -11,8 +11,9 @@ from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any, NoReturn
 
+from palindrome.jobs.arguments import ConfigError
 from palindrome.jobs.command import OPTIONS, logs_json, parse, refuse
-from palindrome.jobs.config import ConfigError, ImagesConfig, OutOptions, Planned
+from palindrome.jobs.config import ImagesConfig, OutOptions, Planned
 from palindrome.pipeline.base import interrupt
 from palindrome.pipeline.base.errors import RunError, StoreError
 from palindrome.pipeline.base.log import say, structured
@@ -20,15 +21,15 @@ from palindrome.pipeline.storage.folder import using
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, as a scheduler sends it before it takes the machine."""
+    """SIGTERM, which schedulers send before they take a machine away."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one job. Exit codes: 0 done; 1 the run failed; 2 the command was wrong; 130 interrupted, 143 by SIGTERM."""
+    """Runs one command. Exit codes: 0 success; 1 the run failed; 2 the command is invalid; 130 SIGINT; 143 SIGTERM."""
     argv = sys.argv[1:] if arguments is None else arguments
     if arguments is None:
         _hide_options(argv)
-        atexit.register(gc.freeze)  # all goes now: no rings need be found
+        atexit.register(gc.freeze)  # no garbage collection at exit: the process ends anyway
     try:
         as_json = logs_json(argv, sys.stdout.isatty())
     except ConfigError as e:
@@ -67,20 +68,20 @@ def _dry_run(start: Callable[[Any], int], config: OutOptions) -> int:
 
 
 def _export(config: ImagesConfig) -> int:
-    """What a job has made, in the format that it was asked for."""
+    """Exports the images that a job has made, in the format of its --format."""
     export = importlib.import_module("palindrome.jobs.export")
     out = f"{config.out.rstrip('/')}/{config.format}"
     return int(export.run(export.ExportConfig(run=config.out, out=out, format=config.format)))
 
 
 def _hide_options(argv: list[str]) -> None:
-    """Starts again as the same process with JSON of --storage-options in a pipe: anyone on the machine can read a
-    command line, and Ray writes its own into its table of jobs."""
+    """Executes the same command again with the JSON of --storage-options in a pipe: every user of the machine can read
+    a process's command line, and Ray stores the driver's in its job table."""
     flag = f"--{OPTIONS.replace('_', '-')}"
     joined = [argument.removeprefix(f"{flag}=") for argument in argv if argument.startswith(f"{flag}=")]
     for value in [*joined, *(after for before, after in pairwise(argv) if before == flag)]:
         content = value.encode()
-        if not value.lstrip().startswith("{") or len(content) > 2**14:  # more than that may not fit into a pipe
+        if not value.lstrip().startswith("{") or len(content) > 2**14:  # a pipe may not hold more
             continue
         reading, writing = os.pipe()
         os.write(writing, content)
@@ -91,21 +92,20 @@ def _hide_options(argv: list[str]) -> None:
 
 @contextmanager
 def _signals_raise() -> Iterator[None]:
-    """SIGTERM ends a job as Ctrl-C does: what is in flight is dropped, and the folder can be resumed."""
-
-    came: list[KeyboardInterrupt] = []
+    """SIGTERM ends a job as Ctrl-C does: shards in flight are dropped, and the run can be resumed."""
+    received: list[KeyboardInterrupt] = []
 
     def end(number: int, _: object) -> NoReturn:
-        came.append(Terminated() if number == signal.SIGTERM else KeyboardInterrupt())
-        interrupt.set_pending(came[-1])
-        raise came[-1]
+        received.append(Terminated() if number == signal.SIGTERM else KeyboardInterrupt())
+        interrupt.set_pending(received[-1])
+        raise received[-1]
 
     before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     except KeyboardInterrupt:
-        if came:  # Ray makes a plain one of what comes up in its code
-            raise came[-1] from None
+        if received:  # Ray replaces an exception raised within its code by a plain KeyboardInterrupt
+            raise received[-1] from None
         raise
     finally:
         interrupt.set_pending(None)

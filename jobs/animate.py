@@ -5,7 +5,8 @@ from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from typing import Annotated, Any, ClassVar, Literal
 
-from palindrome.jobs.config import ConfigError, OutOptions, Planned, Range, config_error
+from palindrome.jobs.arguments import ConfigError, Range, config_error
+from palindrome.jobs.config import OutOptions, Planned
 from palindrome.pipeline.base import interrupt
 from palindrome.pipeline.base.errors import writing
 from palindrome.pipeline.base.threads import in_threads
@@ -22,7 +23,13 @@ AT_ONCE = 4  # paths
 
 @dataclass(frozen=True, kw_only=True)
 class AnimateConfig(OutOptions):
-    """Write each path of an interpolation as one file below OUT/paths: a strip of its frames, or a film."""
+    """Write each path of an interpolate run as one file in OUT/paths: a strip of its frames, or a film."""
+
+    GROUP: ClassVar[str] = "output"
+    EXAMPLES: ClassVar[str] = """
+    palindrome animate runs/paths --format mp4 --fps 24 --out runs/films
+    palindrome animate runs/paths --format strip --scale 4 --out runs/strips
+    """
 
     POSITIONAL: ClassVar[frozenset[str]] = frozenset({"run"})
 

@@ -7,15 +7,8 @@ from typing import Annotated, Any, ClassVar
 import numpy as np
 import torch
 
-from palindrome.jobs.config import (
-    CollectionOptions,
-    ComputeConfig,
-    ConfigError,
-    PictureOptions,
-    Planned,
-    Range,
-    config_error,
-)
+from palindrome.jobs.arguments import ConfigError, Range, config_error
+from palindrome.jobs.config import CollectionOptions, ComputeConfig, PictureOptions, Planned
 from palindrome.jobs.estimate import executor_of
 from palindrome.model import checkpoint
 from palindrome.model.fit import candidates, fit_ladder
@@ -34,7 +27,13 @@ BATCH = 64  # images on the device at once
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrateConfig(CollectionOptions, PictureOptions, ComputeConfig):
-    """Find the levels that minimise the round-trip error at a number of steps, on some images of a collection."""
+    """Fit a ladder to some images of a collection: the levels with the least round-trip error at a number of steps."""
+
+    GROUP: ClassVar[str] = "inversion"
+    EXAMPLES: ClassVar[str] = """
+    palindrome calibrate --images photos/ --model checkpoints/cifar10-32 --steps 10 --out ladder.json
+    palindrome encode --images photos/ --model checkpoints/cifar10-32 --ladder ladder.json --out runs/photos
+    """
 
     OUT_IS_FILE: ClassVar[bool] = True
 

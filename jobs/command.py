@@ -1,44 +1,49 @@
-"""Commands: which there are, and what the words of one say."""
+"""Commands: which there are, and how a command line becomes one."""
 
 import argparse
 import importlib
+import platform
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from itertools import pairwise
 from typing import Any, NoReturn
 
-from palindrome.jobs.config import ConfigError, LogOptions, Options, StorageOptions, add_arguments, from_arguments
+from palindrome.jobs.arguments import ConfigError, Options, add_arguments, flag_of, from_arguments
+from palindrome.jobs.config import LogOptions, StorageOptions
 from palindrome.pipeline.base.frozen_gc import frozen_gc
 from palindrome.pipeline.base.log import say
+from palindrome.pipeline.base.text import printable
 
 JOBS = {
     "encode": "images -> latents, by DDIM inversion",
     "reconstruct": "latents -> images, compared with the originals",
-    "export": "the images of a run as files for others",
-    "calibrate": "a ladder fitted to a model, for --ladder",
-    "sweep": "the error against the network evaluations, over settings",
-    "regenerate": "latents -> images, on ladders of any length, or varied",
-    "generate": "new images, from noise",
+    "export": "write the images of a run as picture files, tars or Parquet",
+    "calibrate": "fit a ladder to a model, for --ladder",
+    "sweep": "measure the error against network evaluations, over settings",
+    "regenerate": "latents -> images, with any number of steps, or as variations",
+    "generate": "noise -> new images",
     "interpolate": "latents -> the images between them",
-    "animate": "the paths of interpolate as strips and films",
-    "train": "train a model on a collection",
-    "status": "how far a run is",
-    "verify": "whether a run holds what it should",
-    "rejects": "the inputs that a run could not use",
-    "submit": "start one of these on a Ray cluster, from anywhere",
-    "jobs": "what was submitted to a cluster",
-    "logs": "what a submitted job says",
+    "animate": "write the paths of interpolate as strips and films",
+    "train": "train a model on an image collection",
+    "status": "show the progress of a run",
+    "verify": "check that a run is complete and consistent",
+    "rejects": "list the inputs that a run rejected",
+    "submit": "run a command on a Ray cluster",
+    "jobs": "list the jobs submitted to a cluster",
+    "logs": "print the output of a submitted job",
     "stop": "stop a submitted job",
 }
+HINT = "palindrome COMMAND --help shows the options of a command, and examples."
 OPTIONS = "storage_options"
-OF_CLUSTERS = {"submit", "jobs", "logs", "stop"}  # which open no stores themselves
-ANSWERS = {"status", "verify", "rejects", "jobs", "stop"}  # which keep no log: some have --json or --format instead
+CLUSTER_COMMANDS = {"submit", "jobs", "logs", "stop"}  # they open no stores themselves
+WITHOUT_LOG = {"status", "verify", "rejects", "jobs", "stop"}  # their output is an answer; some have --json or --format
 
 
 @dataclass(frozen=True)
 class Command:
-    """A job to start, its settings, and how stores are opened for it."""
+    """A job to start, its settings, and fsspec's options by protocol."""
 
     job: str
     start: Callable[[Any], int]
@@ -47,54 +52,112 @@ class Command:
 
 
 class Parser(argparse.ArgumentParser):
-    """One line for what is wrong, and exit code 2."""
+    """Reports an error in one line, with exit code 2."""
 
     def error(self, message: str) -> NoReturn:
         say(f"{self.prog}: error: {message.removeprefix('argument ')}", "error", "error")
         sys.exit(2)
 
 
+class Version(argparse.Action):
+    """Prints the versions of Palindrome and what it runs on, from the packages' metadata: importing torch and Ray takes
+    seconds."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object, **__: object) -> NoReturn:
+        from importlib.metadata import PackageNotFoundError, version  # slow to import, and used only here
+
+        def version_of(package: str) -> str:
+            try:
+                return version(package)
+            except PackageNotFoundError:  # Palindrome itself, where `submit` sent its code
+                return "unknown"
+
+        rest = ", ".join(f"{package} {version_of(package)}" for package in ("ray", "torch"))
+        print(f"palindrome {version_of('palindrome')} (python {platform.python_version()}, {rest})")
+        sys.exit(0)
+
+
 def parse(argv: Sequence[str]) -> Command:
-    """What `palindrome ARGV` says. Exits with code 2 and one line where it is wrong, with 0 where it asks for help."""
-    parser = Parser(prog="palindrome", description="Image collections to diffusion latents and back, on Ray.")
-    jobs = parser.add_subparsers(dest="job", metavar="JOB", required=True, parser_class=Parser)
-    words = set(argv[: argv.index("--")] if "--" in argv else argv)
-    for name, summary in JOBS.items():
-        sub = jobs.add_parser(name, help=summary, allow_abbrev=False)
-        if name in words:  # a job's module is imported only to run it or to show its help
+    """The command of `palindrome ARGV`. Exits with code 2 and one line where it is invalid, with 0 after help."""
+    parser = Parser(
+        prog="palindrome",
+        usage="%(prog)s COMMAND [options]",
+        description="Image collections to diffusion latents and back, on Ray.",
+        epilog="\n".join(["commands:", *(f"  {name:<12} {summary}" for name, summary in JOBS.items()), "", HINT]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action=Version, nargs=0, help="show the version and exit")
+    jobs = parser.add_subparsers(
+        dest="job", metavar="COMMAND", help=argparse.SUPPRESS, prog="palindrome", parser_class=Parser
+    )
+    chosen = next((word for word in argv if not word.startswith("-")), None)
+    if chosen is not None and chosen == argv[0] and chosen not in JOBS:
+        parser.error(_no_command(chosen))
+    flags = ["--help", "--version"]
+    for name in JOBS:
+        sub = jobs.add_parser(name, allow_abbrev=False)
+        if name == chosen:  # a job's module is imported only to run it or to show its help
             with frozen_gc():
                 module = importlib.import_module(f"palindrome.jobs.{name}")
             config = getattr(module, f"{name.capitalize()}Config")
-            sub.description = config.__doc__
-            add_arguments(sub, config)
-            if name not in OF_CLUSTERS:
-                add_arguments(sub, StorageOptions)
-            if name not in ANSWERS:
-                add_arguments(sub, LogOptions)
+            shared: list[type[Options]] = []
+            if name not in CLUSTER_COMMANDS:
+                shared.append(StorageOptions)
+            if name not in WITHOUT_LOG:
+                shared.append(LogOptions)
+            flags = add_arguments(sub, config, *shared)
             sub.set_defaults(start=module.run, config=config)
     parsed, unknown = parser.parse_known_args(argv)
-    if unknown:  # what a shell has made of JSON without quotes may hold a secret
-        parser.error("unrecognized arguments" + ("" if hasattr(parsed, OPTIONS) else f": {' '.join(unknown)}"))
+    if unknown:
+        parser.error(_unrecognized(unknown, flags, hasattr(parsed, OPTIONS)))
+    if parsed.job is None:
+        parser.error("the following arguments are required: COMMAND")
     try:
-        stores = {} if parsed.job in OF_CLUSTERS else from_arguments(StorageOptions, parsed).read()
+        stores = {} if parsed.job in CLUSTER_COMMANDS else from_arguments(StorageOptions, parsed).read()
         return Command(parsed.job, parsed.start, from_arguments(parsed.config, parsed), stores)
     except ConfigError as e:
         refuse(parsed.job, e)
 
 
+def _no_command(name: str) -> str:
+    similar = get_close_matches(name, JOBS, 1)
+    return f"no command {name!r}; " + (f"did you mean {similar[0]!r}?" if similar else f"choose from {', '.join(JOBS)}")
+
+
+def _unrecognized(unknown: list[str], flags: list[str], secret: bool) -> str:
+    """The error for arguments that a command does not take, with the flags that were probably meant. What a shell makes
+    of unquoted JSON for --storage-options may hold a secret: then no argument is repeated, only the suggestion shown.
+    Nor are the values of unknown flags, which may be that flag, misspelt."""
+    names = [word.partition("=")[0] for word in unknown if word.startswith("--") and not (secret and "=" in word)]
+    similar = dict.fromkeys(flag for name in names for flag in _meant(name, flags))
+    hidden = secret or flag_of(OPTIONS) in similar
+    return (
+        "unrecognized arguments"
+        + ("" if hidden else f": {printable(' '.join(names or unknown))}")
+        + (f"; did you mean {', '.join(similar)}?" if similar else "")
+    )
+
+
+def _meant(name: str, flags: list[str]) -> list[str]:
+    """The one flag that begins with the name, or the most similar one, or none."""
+    begun = [flag for flag in flags if flag.startswith(name)]
+    return begun if len(begun) == 1 else get_close_matches(name, flags, 1)
+
+
 def logs_json(argv: Sequence[str], terminal: bool) -> bool:
-    """Whether what `palindrome ARGV` says is to be JSON. Found before ARGV is parsed, which may be wrong: that is said
-    in this form too. What is wrong with the form itself, `parse` says, or ConfigError."""
+    """Whether the output of `palindrome ARGV` is JSON. Found before ARGV is parsed, as its errors are reported in this
+    format too. An invalid --log is left to `parse`; an invalid $PALINDROME_LOG raises ConfigError."""
     words = list(argv[: argv.index("--")] if "--" in argv else argv)
-    if not words or words[0] not in JOBS.keys() - ANSWERS or {"-h", "--help"} & set(words):
+    if not words or words[0] not in JOBS.keys() - WITHOUT_LOG or {"-h", "--help"} & set(words):
         return False
     named = [after for before, after in pairwise(words) if before == "--log"]
     named += [word.removeprefix("--log=") for word in words if word.startswith("--log=")]
-    known = [form for form in named if form in ("auto", "text", "json")]
+    known = [value for value in named if value in ("auto", "text", "json")]
     return LogOptions(log=known[-1] if known else None).as_json(terminal)  # type: ignore[arg-type]
 
 
 def refuse(job: str, error: ConfigError) -> NoReturn:
-    """Says what is wrong with a command, and exits with code 2."""
+    """Reports an invalid command, and exits with code 2."""
     say(f"palindrome {job}: error: {error}", "error", "error")
     sys.exit(2)

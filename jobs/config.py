@@ -1,31 +1,13 @@
-"""Configs of jobs: dataclasses with a docstring under each field, from which the command line is made."""
+"""Options that several commands share: dataclasses, from which jobs/arguments.py makes the command line."""
 
-import argparse
-import ast
 import dataclasses
-import inspect
 import json
 import os
-import textwrap
-import types
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import (
-    TYPE_CHECKING,
-    Annotated,
-    Any,
-    ClassVar,
-    Literal,
-    TypeVar,
-    Union,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from palindrome.pipeline.base.errors import SettingError
+from palindrome.jobs.arguments import ConfigError, Options, Range, config_error, flag_of
 from palindrome.pipeline.storage.folder import by_protocol
 
 if TYPE_CHECKING:
@@ -35,52 +17,27 @@ if TYPE_CHECKING:
     from palindrome.pipeline.runs.selection import Selection
     from palindrome.pipeline.storage.folder import Folder
 
-STORES = frozenset({"botocore", "aiobotocore", "aiohttp", "google", "gcsfs"})  # whose errors have no common base
-STORAGE_OPTIONS, LOG = "PALINDROME_STORAGE_OPTIONS", "PALINDROME_LOG"  # of the environment
-C = TypeVar("C", bound="Options")
-
-
-class ConfigError(ValueError):
-    """A command that is wrong: one line that names the flag. Exit code 2."""
+STORAGE_OPTIONS, LOG = "PALINDROME_STORAGE_OPTIONS", "PALINDROME_LOG"  # environment variables
 
 
 class Planned(Exception):
-    """A dry run has said what there is to say."""
-
-
-@dataclass(frozen=True)
-class Range:
-    """The values a number may take, both ends included; in `Annotated[int, Range(1)]`."""
-
-    low: float
-    high: float = float("inf")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """What a command takes. Making one checks each field's range and choices and raises ConfigError."""
-
-    POSITIONAL: ClassVar[frozenset[str]] = frozenset()
-    """Fields that are named by their place, not by a flag."""
-
-    def __post_init__(self) -> None:
-        for name, kind in get_type_hints(type(self), include_extras=True).items():
-            if get_origin(kind) is not ClassVar:
-                _check(name.upper() if name in self.POSITIONAL else flag_of(name), kind, getattr(self, name))
+    """Ends a dry run, once everything has been printed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StorageOptions(Options):
-    """The flag of every command that opens URIs. No job's config holds it: it is written nowhere and may differ at each
-    start."""
+    """The flag of every command that opens URIs. It is in no job's config: it is never written to disk, and may differ
+    when a run is resumed."""
+
+    GROUP: ClassVar[str] = "storage and logging"
 
     storage_options: str | None = dataclasses.field(default=None, repr=False)
-    """How stores are opened: JSON by protocol, as in {"s3": {"endpoint_url": "https://...", "key": "...", "secret":
-    "..."}}, each as fsspec takes it for that protocol; or the name of a file that holds it (default:
-    $PALINDROME_STORAGE_OPTIONS). The AWS environment and profiles stand in for what it does not name."""
+    """fsspec's options by protocol, as JSON: {"s3": {"endpoint_url": "https://...", "key": "...", "secret": "..."}}; or
+    the path of a file that holds it (default: $PALINDROME_STORAGE_OPTIONS). For what it leaves out, the AWS environment
+    variables and profiles apply."""
 
     def read(self) -> dict[str, dict[str, Any]]:
-        """By protocol. Raises ConfigError, whose words say nothing of what is in it."""
+        """The options by protocol. Raises ConfigError, without the value in its message, as that may hold a secret."""
         text, flag = self.storage_options or os.environ.get(STORAGE_OPTIONS), flag_of("storage_options")
         if text is None:
             return {}
@@ -88,76 +45,83 @@ class StorageOptions(Options):
             try:
                 text = Path(text).expanduser().read_text()
             except (OSError, ValueError) as e:
-                why = e.strerror if isinstance(e, OSError) else "no text"
-                raise ConfigError(f"{flag}: no JSON object, and no file that can be read: {why}") from None
+                why = e.strerror if isinstance(e, OSError) else "not a text file"
+                raise ConfigError(f"{flag}: neither a JSON object nor a readable file: {why}") from None
         try:
             options = json.loads(text)
         except ValueError as e:
-            where = f", line {e.lineno} column {e.colno}" if isinstance(e, json.JSONDecodeError) else ""
-            raise ConfigError(f"{flag}: it is no JSON{where}") from None
+            where = f" at line {e.lineno} column {e.colno}" if isinstance(e, json.JSONDecodeError) else ""
+            raise ConfigError(f"{flag}: invalid JSON{where}") from None
         if not by_protocol(options):
-            raise ConfigError(f'{flag}: it takes an object by protocol, as {{"s3": {{"endpoint_url": "https://..."}}}}')
+            raise ConfigError(f'{flag}: must map protocols to options, as {{"s3": {{"endpoint_url": "https://..."}}}}')
         return dict(options)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LogOptions(Options):
-    """The flag of every command that works for a while. No job's config holds it."""
+    """The flag of every command that writes a log. It is in no job's config."""
+
+    GROUP: ClassVar[str] = "storage and logging"
 
     log: Literal["auto", "text", "json"] | None = None
-    """How what is said is written: as text, or as JSON objects, one a line, for programs that collect logs; auto: as
-    text on a terminal, as JSON elsewhere (default: $PALINDROME_LOG, else text)."""
+    """The log's format: text; json, one object a line, for log collectors; auto, text on a terminal and JSON elsewhere
+    (default: $PALINDROME_LOG, else text)."""
 
     def as_json(self, terminal: bool) -> bool:
-        """Raises ConfigError where the environment names no such form."""
-        form = self.log or os.environ.get(LOG) or "text"
-        if form not in (forms := ("auto", "text", "json")):
-            raise ConfigError(f"${LOG}: {form!r} is none of {', '.join(forms)}")
-        return form == "json" or (form == "auto" and not terminal)
+        """Raises ConfigError where the environment variable is invalid."""
+        chosen = self.log or os.environ.get(LOG) or "text"
+        if chosen not in (formats := ("auto", "text", "json")):
+            raise ConfigError(f"${LOG}: must be one of {', '.join(formats)}; got {chosen!r}")
+        return chosen == "json" or (chosen == "auto" and not terminal)
 
 
 @dataclass(frozen=True, kw_only=True)
 class OutOptions(Options):
-    """Fields of every job that writes something."""
+    """Options of every command that writes something."""
+
+    GROUP: ClassVar[str] = "output"
 
     OUT_IS_FILE: ClassVar[bool] = False
-    """Whether `out` is one file, written at the end, and no folder."""
+    """Whether `out` is one file, written at the end, instead of a folder."""
 
     out: str
     """The folder to write to, a path or an fsspec URI. The same command again resumes."""
     dry_run: bool = False
-    """Look at what goes in and where it goes to, say what there is to do and to write, and do nothing."""
+    """Check the input and the output, print what would be computed and written, and exit."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(OutOptions):
-    """Fields that every job has which takes a cluster."""
+    """Options of every command that runs on a Ray cluster."""
 
+    GROUP: ClassVar[str] = "cluster"
     MUTABLE: ClassVar[frozenset[str]] = frozenset()
-    """Fields that a resume may change: they say where and how fast, not what comes out."""
+    """Fields that a resume may change: they affect where and how fast a run is computed, not its result."""
 
     address: str | None = None
-    """A Ray cluster's address (default: $RAY_ADDRESS, else a Ray started on this machine)."""
+    """The address of a Ray cluster (default: $RAY_ADDRESS, else Ray is started on this machine)."""
 
-    APART: ClassVar[frozenset[str]] = frozenset({"out", "address", "inline", "dry_run", "calibrate", "calibration"})
-    """Fields that are no settings of a run."""
+    UNRECORDED: ClassVar[frozenset[str]] = frozenset(
+        {"out", "address", "inline", "dry_run", "calibrate", "calibration"}
+    )
+    """Fields that are not recorded in `run.json`."""
 
     def settings(self, **resolved: Any) -> dict[str, Any]:
-        """The fields for `run.json`, some of them resolved."""
-        found = {k: v for k, v in dataclasses.asdict(self).items() if k not in self.APART}
+        """The fields for `run.json`; `resolved` overrides some of them."""
+        found = {k: v for k, v in dataclasses.asdict(self).items() if k not in self.UNRECORDED}
         return {**found, **resolved}
 
     @classmethod
     def defaults(cls) -> dict[str, Any]:
-        """What the settings are that a command does not name. A setting that is new has as its default what was done
-        before there was a choice, so that runs of earlier versions go on."""
-        fields = (f for f in dataclasses.fields(cls) if f.name not in cls.APART)
+        """The default settings. That of a new setting is what was done before there was a choice, so that runs of
+        earlier versions can be resumed."""
+        fields = (f for f in dataclasses.fields(cls) if f.name not in cls.UNRECORDED)
         return {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ComputeConfig(Config):
-    """A field of the jobs that compute on Ray or in this process."""
+    """Options of the commands that compute on Ray or in this process."""
 
     inline: bool = False
     """Compute in this process, without Ray, on one GPU or all CPUs: for tens of images, or to debug."""
@@ -170,39 +134,40 @@ class ComputeConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class ShardedConfig(ComputeConfig):
-    """Fields of the jobs that map shards of images over processes which hold a model."""
+    """Options of the commands that map shards over worker processes which hold a model."""
 
     MUTABLE: ClassVar[frozenset[str]] = frozenset(
         {"workers", "batch_size", "model", "compile", "gpus_per_worker", "resources"}
     )
 
     batch_size: Annotated[int, Range(1)] | None = None
-    """Images on the device at once (default: 64); halved where they do not fit. On a GPU, a run of 1,000 images or more
-    for which nobody says it takes as few as make it as fast as it gets, by trial."""
+    """Images on the device at once; halved where they do not fit into its memory (default: 64). On a GPU, for 1,000
+    images or more, the default is the smallest batch that reaches full speed in a trial."""
     workers: tuple[Annotated[int, Range(1)], ...] = ()
-    """Processes that hold the model, at most (default: one a GPU; without GPUs, one a node). Of two numbers the first
-    is the fewest to go on with: where the cluster has no room for so many for half an hour, the run ends."""
+    """The maximum number of worker processes, each with its own copy of the model (default: one per GPU; without GPUs,
+    one per node). Two numbers are the minimum and the maximum: the run fails once the cluster has had no capacity for
+    the minimum for half an hour."""
     gpus_per_worker: Annotated[float, Range(0.01, 1)] | None = None
-    """The part of a GPU that each of them takes: 0.5 for two on one (default: 1 where the cluster has a GPU). No more
-    than one, as a model is on one. Where it is given, a GPU is waited for, and CPUs do not stand in."""
+    """The fraction of a GPU for each worker: 0.5 places two on one GPU (default: 1 where the cluster has GPUs). Where
+    it is given, the run waits for a GPU instead of using CPUs."""
     resources: str | None = None
-    """Resources of your own that each of them takes of its node, JSON, as {"a100": 1}: they are put nowhere else."""
+    """Custom Ray resources that each worker requires of its node, as JSON: {"a100": 1}."""
     precision: Literal["auto", "float32", "tf32", "bfloat16", "float16"] = "auto"
-    """What the network computes in; all else is float32. auto: encode, of 1,000 images or more, tries on some of them
-    which are faster, and takes the fastest that brings them back as well as float32 does, within 10 %; what works from
-    latents takes what they were encoded in; else float32."""
+    """The network's precision; everything else is float32. auto: for 1,000 images or more, encode tries the faster ones
+    on some of them, and uses the fastest whose round-trip error is within 10 % of float32's; commands that read latents
+    use the precision these were encoded in; otherwise float32."""
     compile: bool = False
-    """Have torch.compile make the network's kernels, which takes up to a minute at the first start."""
+    """Compile the network with torch.compile, which takes up to a minute at the first start."""
     calibrate: bool = False
-    """Measure first, for some seconds, how fast a device of this cluster is, and estimate the time; behind the run, say
-    how far off that was."""
+    """First measure the speed of one of the cluster's devices, for some seconds, and estimate the run's duration; after
+    the run, print how far off the estimate was."""
     calibration: str | None = None
-    """A JSON file of such measurements of one cluster: --calibrate adds its own, and without it the estimate is from
-    what the file says of this model; a path or an fsspec URI."""
+    """A JSON file of such measurements of one cluster, a path or an fsspec URI. With --calibrate, the new measurement
+    is added to it; without, the estimate is made from the one recorded there for this model."""
 
     def execution(self, encoded_in: str | None = None) -> "Execution":
-        """How the network is evaluated, where the latents were encoded in that precision, or were by float32."""
-        from palindrome.model.engine import FLOAT32, Execution  # brings torch
+        """How the network is evaluated. `encoded_in` is the precision of the latents that the command reads, if any."""
+        from palindrome.model.engine import FLOAT32, Execution  # imports torch
 
         chosen = encoded_in or FLOAT32.precision if self.precision == "auto" else self.precision
         return Execution(chosen, self.compile)
@@ -210,7 +175,9 @@ class ShardedConfig(ComputeConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if len(self.workers) > 2 or list(self.workers) != sorted(self.workers):
-            raise ConfigError(f"--workers: {' '.join(map(str, self.workers))} is no number, and no MIN MAX")
+            raise ConfigError(
+                f"--workers: must be MAX, or MIN MAX with MIN <= MAX; got {' '.join(map(str, self.workers))}"
+            )
         self.custom()
         if self.inline and (self.workers not in ((), (1,)) or self.gpus_per_worker or self.resources):
             raise ConfigError(
@@ -218,27 +185,28 @@ class ShardedConfig(ComputeConfig):
             )
 
     def custom(self) -> dict[str, float]:
-        """--resources by name. Raises ConfigError."""
+        """The custom resources by name. Raises ConfigError."""
         try:
             found = json.loads(self.resources or "{}")
         except ValueError:
             found = None
         amounts = found.values() if isinstance(found, dict) else (None,)
         if not all(isinstance(n, int | float) and not isinstance(n, bool) and 1e-4 <= n < 1e9 for n in amounts):
-            raise ConfigError(f'--resources: {self.resources} is no JSON of names and numbers, as {{"a100": 1}}')
-        if ours := {"CPU", "GPU", "memory", "object_store_memory"} & found.keys():
-            raise ConfigError(f"--resources: {min(ours)} is none of your own; for GPUs there is --gpus-per-worker")
+            raise ConfigError(f'--resources: must be JSON of names and numbers, as {{"a100": 1}}; got {self.resources}')
+        if builtin := {"CPU", "GPU", "memory", "object_store_memory"} & found.keys():
+            raise ConfigError(f"--resources: {min(builtin)} is not a custom resource; for GPUs, use --gpus-per-worker")
         return dict(found)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReadingConfig(ShardedConfig):
-    """Fields of those among them that read images."""
+    """Options of those among them that read images."""
 
     MUTABLE: ClassVar[frozenset[str]] = ShardedConfig.MUTABLE | {"decode"}
 
     decode: Literal["auto", "tasks", "actor"] = "auto"
-    """Where images are read and decoded: in Ray tasks on free CPUs, or in the model's process."""
+    """Where images are read and decoded: in Ray tasks on free CPUs, or in the worker process. auto: in tasks where the
+    cluster has more CPUs than workers."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -248,46 +216,52 @@ class ReadingConfig(ShardedConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ImagesConfig(ShardedConfig):
-    """A field of those among them that make images."""
+    """Options of those among them that write images."""
+
+    GROUP: ClassVar[str] = "output"
 
     MUTABLE: ClassVar[frozenset[str]] = ShardedConfig.MUTABLE | {"format"}
 
     format: Literal["png", "webp", "jpeg", "webdataset", "parquet"] | None = None
-    """Write the images for others too, in OUT/FORMAT, as the command export does."""
+    """Also export the images, to OUT/FORMAT, as the export command does."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CollectionOptions(Options):
-    """Fields of the jobs that read images: where they are, and as what."""
+    """Options of the commands that read images: where the images are, and in what format."""
+
+    GROUP: ClassVar[str] = "input"
 
     images: str
-    """The images: a folder, a glob, Parquet files with a column of images, WebDataset tars (`{00000..00099}.tar`), or
-    one text, CSV or Parquet file that lists URIs; a path or an fsspec URI."""
+    """The images: a folder, a glob, Parquet files with a column of images, WebDataset tars (`{00000..00099}.tar`), or a
+    text, CSV or Parquet file that lists URIs; a path or an fsspec URI."""
     format: Literal["auto", "files", "parquet", "webdataset", "list"] = "auto"
-    """What --images is, where it is not recognised as what it is meant to be."""
+    """The format of --images; auto recognises it."""
     extensions: tuple[str, ...] = ()
-    """Only files that end in one of these, such as jpg png."""
+    """Read only files with one of these extensions, such as jpg png."""
     image_column: str | None = None
-    """The column that holds the images or URIs, or the extension of the images in tars (default: it is found)."""
+    """The column that holds the images or URIs, or the extension of the images in tars (default: detected)."""
 
     def reading(self) -> dict[str, Any]:
-        """What `open_collection` is told."""
+        """Arguments of `open_collection`."""
         kind = None if self.format == "auto" else self.format
         return {"kind": kind, "image_column": self.image_column, "extensions": self.extensions}
 
 
 @dataclass(frozen=True, kw_only=True)
 class SelectionOptions(Options):
-    """Fields of the jobs that take some of a run's latents."""
+    """Options of the commands that can take a subset of a run's latents."""
+
+    GROUP: ClassVar[str] = "input"
 
     ids: str | None = None
-    """Only the images whose ids stand in this file, one a line; a path or an fsspec URI."""
+    """Only the images whose ids are listed in this file, one a line; a path or an fsspec URI."""
     where: str | None = None
-    """Only the latents for which this is true of their columns, such as 'label == 3 and mse < 1e-6'."""
+    """Only the latents whose columns fulfil this condition, such as 'label == 3 and mse < 1e-6'."""
 
     def selection(self, latents: "Folder", shard: str) -> "Selection":
-        """Of the latents of a run that has that shard. Raises ConfigError."""
-        from palindrome.pipeline.runs.kinds import LATENTS  # few commands need pyarrow's expressions
+        """The subset of the latents of a run; the schema is read from its shard `shard`. Raises ConfigError."""
+        from palindrome.pipeline.runs.kinds import LATENTS  # few commands need pyarrow.compute
         from palindrome.pipeline.runs.selection import Selection, listed_ids, parse
 
         if self.where is not None:
@@ -301,14 +275,16 @@ class SelectionOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterOptions(Options):
-    """A field of the commands that ask a cluster about its jobs."""
+    """Options of the commands that use a cluster's Jobs API."""
+
+    GROUP: ClassVar[str] = "cluster"
 
     address: str | None = None
     """The URL of the cluster's dashboard (default: $RAY_API_SERVER_ADDRESS, else http://127.0.0.1:8265)."""
 
     def cluster(self) -> "Cluster":
-        """The one that is meant. Raises ConfigError where it can't be used."""
-        from palindrome.infra.submission import Cluster, SubmissionError, address_of  # brings Ray
+        """A client of the cluster's Jobs API. Raises ConfigError where the cluster can't be used."""
+        from palindrome.infra.submission import Cluster, SubmissionError, address_of  # imports Ray
 
         with config_error("--address", SubmissionError):
             return Cluster(address_of(self.address))
@@ -316,129 +292,29 @@ class ClusterOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class PictureOptions(Options):
-    """Fields of the jobs that read images: how each becomes the model's input."""
+    """Options of the commands that read images: how an image becomes the model's input."""
+
+    GROUP: ClassVar[str] = "input"
 
     fit: Literal["crop", "pad"] = "crop"
-    """What is taken of an image that is not square: its largest centred square, or all of it, on the background."""
+    """How images are made square: cropped to the largest centred square, or padded with the background."""
     resample: Literal["lanczos", "bicubic", "box", "area"] = "lanczos"
-    """The filter that brings images to the model's size."""
+    """The filter that resizes images to the model's size."""
     background: tuple[Annotated[int, Range(0, 255)], ...] = (255, 255, 255)
-    """Red, green and blue, 0 to 255 each, of what lies behind transparent pixels and around padded images."""
+    """The colour on which transparent pixels are composited and with which images are padded: red, green and blue, 0 to
+    255 each."""
     max_pixels: Annotated[int, Range(1)] = 100_000_000
-    """Larger images are rejected."""
+    """Images with more pixels are rejected."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if len(self.background) != 3:
-            raise ConfigError(f"--background: {' '.join(map(str, self.background))} is not red, green and blue")
+            raise ConfigError(f"--background: must be red, green and blue; got {' '.join(map(str, self.background))}")
 
     def preprocess(self, shape: tuple[int, int, int]) -> "Preprocess":
-        """For a model of images [C, H, W]."""
-        from palindrome.pipeline.images.decode import (
-            Preprocess,  # every command imports this module, and few need Pillow
-        )
+        """The preprocessing for a model of images of shape [C, H, W]."""
+        from palindrome.pipeline.images.decode import Preprocess  # imports Pillow, which few commands need
 
         channels, size, _ = shape
         red, green, blue = self.background
         return Preprocess(size, channels, self.max_pixels, (red, green, blue), self.resample, self.fit)
-
-
-def flag_of(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-@contextmanager
-def config_error(flag: str, *only: type[Exception]) -> Iterator[None]:
-    """Errors about what a flag names become a ConfigError that begins with the flag: those of the types in `only`, or
-    those that files, stores and wrong values raise."""
-    try:
-        yield
-    except ConfigError:
-        raise
-    except Exception as e:
-        of_a_store = type(e).__module__.split(".")[0] in STORES and not only
-        if not of_a_store and not isinstance(e, only or (OSError, ValueError, ImportError)):
-            raise
-        at_fault = flag_of(e.field) if isinstance(e, SettingError) else flag
-        raise ConfigError(f"{at_fault}: {' '.join(str(e).split()) or type(e).__name__}") from e
-
-
-def add_arguments(parser: argparse.ArgumentParser, config: type[Options]) -> None:
-    """One flag or place a field, with the field's docstring as its help."""
-    docs = _docstrings(config)
-    hints = get_type_hints(config, include_extras=True)
-    required = parser.add_argument_group("required")
-    for f in sorted(dataclasses.fields(config), key=lambda f: f.name == "address"):
-        must = f.default is dataclasses.MISSING
-        kind, choices, many = _shape(hints[f.name])
-        text = docs[f.name].replace("%", "%%")
-        if not must and f.default not in (None, (), False):
-            shown = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
-            text += f" (default: {shown})"
-        if f.name in config.POSITIONAL:
-            parser.add_argument(f.name, help=text, metavar=f.name.upper(), nargs="+" if many else None)
-            continue
-        options: dict[str, Any] = {"dest": f.name, "help": text, "default": argparse.SUPPRESS}
-        if kind is bool:
-            options |= {"action": argparse.BooleanOptionalAction}
-        else:
-            options |= {"type": kind, "choices": choices, "metavar": None if choices else kind.__name__.upper()}
-            options |= {"required": must} | ({"nargs": "+"} if many else {})
-        (required if must else parser).add_argument(flag_of(f.name), **options)
-
-
-def from_arguments(config: type[C], arguments: argparse.Namespace) -> C:
-    given: dict[str, Any] = {
-        f.name: getattr(arguments, f.name) for f in dataclasses.fields(config) if hasattr(arguments, f.name)
-    }
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
-    return config(**given)
-
-
-def _shape(hint: Any) -> tuple[type, tuple[str, ...] | None, bool]:
-    """A field's type as (scalar type, choices, whether it takes several)."""
-    origin, args = get_origin(hint), get_args(hint)
-    if origin is Annotated:
-        return _shape(args[0])
-    if origin in (Union, types.UnionType):
-        return _shape(next(a for a in args if a is not type(None)))
-    if origin is tuple:
-        return (*_shape(args[0])[:2], True)
-    if origin is Literal:
-        return str, args, False
-    return hint, None, False
-
-
-def _check(flag: str, hint: Any, value: Any) -> None:
-    origin, args = get_origin(hint), get_args(hint)
-    if value is None:
-        return
-    if value == "":
-        raise ConfigError(f"{flag}: it is empty")
-    if origin in (Union, types.UnionType):
-        _check(flag, next(a for a in args if a is not type(None)), value)
-    elif origin is tuple:
-        for item in value:
-            _check(flag, args[0], item)
-    elif origin is Literal and value not in args:
-        raise ConfigError(f"{flag}: {value!r} is none of {', '.join(args)}")
-    elif origin is Annotated:
-        for bound in args[1:]:
-            if not bound.low <= value <= bound.high:
-                upper = f" to {bound.high:g}" if bound.high != float("inf") else " or more"
-                raise ConfigError(f"{flag}: {value} is out of range; it takes {bound.low:g}{upper}")
-
-
-def _docstrings(config: type) -> dict[str, str]:
-    """The string under each field, over the class and its bases."""
-    docs: dict[str, str] = {}
-    for cls in reversed(config.__mro__):
-        if not dataclasses.is_dataclass(cls):
-            continue
-        body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
-        assert isinstance(body, ast.ClassDef)
-        for field, below in zip(body.body, body.body[1:], strict=False):
-            named = isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
-            if named and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
-                docs[field.target.id] = inspect.cleandoc(str(below.value.value)).replace("\n", " ")  # type: ignore
-    return docs

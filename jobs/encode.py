@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import Annotated, Any, ClassVar, Literal
 
-from palindrome.jobs.config import CollectionOptions, ConfigError, PictureOptions, Range, ReadingConfig, config_error
+from palindrome.jobs.arguments import ConfigError, Range, config_error
+from palindrome.jobs.config import CollectionOptions, PictureOptions, ReadingConfig
 from palindrome.jobs.sharded import Remaining, ShardedJob, run_sharded
 from palindrome.model import checkpoint
 from palindrome.model.engine import FLOAT32
@@ -33,7 +34,14 @@ from palindrome.pipeline.tasks.encode import Encode
 
 @dataclass(frozen=True, kw_only=True)
 class EncodeConfig(CollectionOptions, PictureOptions, ReadingConfig):
-    """Encode an image collection to latents by DDIM inversion: one Parquet file a shard in OUT/latents."""
+    """Encode an image collection to latents by DDIM inversion, one Parquet file a shard in OUT/latents."""
+
+    GROUP: ClassVar[str] = "inversion"
+    EXAMPLES: ClassVar[str] = """
+    palindrome encode --images photos/ --model checkpoints/cifar10-32 --out runs/photos
+    palindrome encode --images photos/ --model checkpoints/cifar10-32 --out runs/exact --tolerance exact --measure
+    palindrome encode --images 's3://bucket/{000..099}.tar' --model s3://bucket/model --out s3://bucket/run --dry-run
+    """
 
     MUTABLE: ClassVar[frozenset[str]] = ReadingConfig.MUTABLE | {
         *("relist", "retry_rejects", "max_failed_shards", "max_reject_fraction", "stall"),

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from palindrome.infra.cluster import ClusterError, connect
-from palindrome.jobs.config import ComputeConfig, ConfigError, OutOptions, Planned, ShardedConfig, config_error
+from palindrome.jobs.arguments import ConfigError, config_error
+from palindrome.jobs.config import ComputeConfig, OutOptions, Planned, ShardedConfig
 from palindrome.model.checkpoint import Checkpoint
 from palindrome.pipeline.base.errors import SettingError
 from palindrome.pipeline.base.text import duration, size

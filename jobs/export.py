@@ -6,7 +6,8 @@ import threading
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
-from palindrome.jobs.config import ConfigError, OutOptions, Planned, Range, config_error
+from palindrome.jobs.arguments import ConfigError, Range, config_error
+from palindrome.jobs.config import OutOptions, Planned
 from palindrome.pipeline.base import interrupt
 from palindrome.pipeline.base.errors import ManifestError, RunError
 from palindrome.pipeline.base.log import note
@@ -36,8 +37,13 @@ SAMPLE = 32  # shards whose images are counted for the estimate of the time left
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig(OutOptions):
-    """Write the images of a run as picture files, WebDataset tars or Hugging Face Parquet. The files have the names of
-    the images' ids, where file systems can take them."""
+    """Write the images of a run as picture files, WebDataset tars or Hugging Face Parquet, named by their image ids."""
+
+    GROUP: ClassVar[str] = "output"
+    EXAMPLES: ClassVar[str] = """
+    palindrome export runs/samples --format png --out samples/
+    palindrome export runs/samples --format webdataset --out s3://bucket/samples
+    """
 
     POSITIONAL: ClassVar[frozenset[str]] = frozenset({"run"})
 

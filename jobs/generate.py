@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 from math import prod
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
-from palindrome.jobs.config import ConfigError, ImagesConfig, Range, config_error
+from palindrome.jobs.arguments import ConfigError, Range, config_error
+from palindrome.jobs.config import ImagesConfig
 from palindrome.jobs.sharded import Remaining, ShardedJob, run_sharded
 from palindrome.model import checkpoint
 from palindrome.pipeline.images.pixels import grid, pixels_of, png
@@ -24,8 +25,15 @@ SHOWN, COLUMNS = 64, 8  # samples in samples.png
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig(ImagesConfig):
-    """Generate samples from x_T ~ N(0, I): one Parquet file a shard in OUT/images. Sample i depends on the seed, i and
-    the model alone, not on batches, shards or workers."""
+    """Generate images from noise x_T ~ N(0, I), one Parquet file a shard in OUT/images.
+
+    Sample i depends on the seed, i and the model only, not on batches, shards or workers."""
+
+    GROUP: ClassVar[str] = "sampling"
+    EXAMPLES: ClassVar[str] = """
+    palindrome generate --model checkpoints/cifar10-32 --count 64 --out runs/samples
+    palindrome generate --model checkpoints/cifar10-32 --count 50000 --steps 1000 --eta 1 --clip --out runs/ddpm
+    """
 
     model: str
     """The checkpoint folder, in diffusers' layout; a path or an fsspec URI."""

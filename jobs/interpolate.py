@@ -4,9 +4,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from palindrome.jobs.config import ConfigError, ImagesConfig, Range, SelectionOptions, config_error, flag_of
+from palindrome.jobs.arguments import ConfigError, Range, config_error, flag_of
+from palindrome.jobs.config import ImagesConfig, SelectionOptions
 from palindrome.jobs.sharded import Remaining, ShardedJob, run_sharded
 from palindrome.pipeline.images.records import REASONS
 from palindrome.pipeline.reports.interpolation import put_report
@@ -41,8 +42,13 @@ WAYS = ("pairs", "path", "grid", "sequence")
 
 @dataclass(frozen=True, kw_only=True)
 class InterpolateConfig(ImagesConfig, SelectionOptions):
-    """Decode what lies between the latents of an encode run: one Parquet file a shard in OUT/images, a row a frame.
-    export turns the frames into picture files, animate each path into a strip or a film."""
+    """Decode images between the latents of an encode run, one Parquet file a shard in OUT/images, one row a frame."""
+
+    GROUP: ClassVar[str] = "interpolation"
+    EXAMPLES: ClassVar[str] = """
+    palindrome interpolate --latents runs/photos --pairs random:8 --out runs/paths
+    palindrome interpolate --latents runs/photos --path cat.png,dog.png,car.png --frames 7 --out runs/path --format png
+    """
 
     latents: str
     """The run folder that encode wrote; a path or an fsspec URI."""

@@ -3,15 +3,23 @@
 import json
 import time
 from dataclasses import asdict, dataclass
+from typing import ClassVar
 
 from palindrome.infra.submission import Job, SubmissionError
-from palindrome.jobs.config import ClusterOptions, config_error
+from palindrome.jobs.arguments import config_error
+from palindrome.jobs.config import ClusterOptions
 from palindrome.pipeline.base.text import duration, printable
 
 
 @dataclass(frozen=True, kw_only=True)
 class JobsConfig(ClusterOptions):
-    """List the jobs that were submitted to a Ray cluster, the newest first."""
+    """List the jobs submitted to a Ray cluster, newest first."""
+
+    GROUP: ClassVar[str] = "output"
+    EXAMPLES: ClassVar[str] = """
+    palindrome jobs --address http://head:8265
+    palindrome jobs --json
+    """
 
     json: bool = False
     """A JSON list, for programs."""

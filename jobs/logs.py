@@ -4,13 +4,20 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from palindrome.infra.submission import SubmissionError
-from palindrome.jobs.config import ClusterOptions, config_error
+from palindrome.jobs.arguments import config_error
+from palindrome.jobs.config import ClusterOptions
 from palindrome.pipeline.base.log import relay
 
 
 @dataclass(frozen=True, kw_only=True)
 class LogsConfig(ClusterOptions):
-    """Print what a submitted job has said."""
+    """Print the output of a submitted job."""
+
+    GROUP: ClassVar[str] = "output"
+    EXAMPLES: ClassVar[str] = """
+    palindrome logs raysubmit_4kbBPhVrTsJCfYLV
+    palindrome logs --follow --address http://head:8265 raysubmit_4kbBPhVrTsJCfYLV
+    """
 
     POSITIONAL: ClassVar[frozenset[str]] = frozenset({"job_id"})
 

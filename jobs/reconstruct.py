@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 from math import prod
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
-from palindrome.jobs.config import Range, ReadingConfig, config_error
+from palindrome.jobs.arguments import Range, config_error
+from palindrome.jobs.config import ReadingConfig
 from palindrome.jobs.sharded import Remaining, ShardedJob, remaining_latents, run_sharded
 from palindrome.model.checkpoint import Checkpoint
 from palindrome.pipeline.images.decode import Preprocess
@@ -24,7 +25,13 @@ from palindrome.pipeline.tasks.reconstruct import Reconstruct
 
 @dataclass(frozen=True, kw_only=True)
 class ReconstructConfig(ReadingConfig):
-    """Decode an encode run's latents, compare with the originals, and report the error in numbers and pictures."""
+    """Decode the latents of an encode run, compare the images with the originals, and report the error."""
+
+    GROUP: ClassVar[str] = "sampling"
+    EXAMPLES: ClassVar[str] = """
+    palindrome reconstruct --latents runs/photos --out runs/reconstructed
+    palindrome reconstruct --latents runs/photos --out runs/by-steps --steps 10 20 50
+    """
 
     latents: str
     """The run folder that encode wrote; a path or an fsspec URI."""

@@ -3,9 +3,10 @@
 import sys
 from dataclasses import dataclass
 from math import prod
-from typing import Annotated
+from typing import Annotated, ClassVar
 
-from palindrome.jobs.config import ConfigError, ImagesConfig, Range, SelectionOptions, config_error
+from palindrome.jobs.arguments import ConfigError, Range, config_error
+from palindrome.jobs.config import ImagesConfig, SelectionOptions
 from palindrome.jobs.sharded import Remaining, ShardedJob, remaining_latents, run_sharded
 from palindrome.pipeline.reports.regeneration import put_report
 from palindrome.pipeline.runs.encoded import encode_run, ladders_of, model_of
@@ -22,8 +23,13 @@ from palindrome.pipeline.tasks.regenerate import Regenerate
 
 @dataclass(frozen=True, kw_only=True)
 class RegenerateConfig(ImagesConfig, SelectionOptions):
-    """Decode an encode run's latents to images: one Parquet file a shard in OUT/images, which export turns into picture
-    files. Several --steps show how alike the images of one latent are; --eta makes variations of an image."""
+    """Decode the latents of an encode run to images, one Parquet file a shard in OUT/images."""
+
+    GROUP: ClassVar[str] = "sampling"
+    EXAMPLES: ClassVar[str] = """
+    palindrome regenerate --latents runs/photos --out runs/by-steps --steps 10 20 50
+    palindrome regenerate --latents runs/photos --out runs/variations --eta 0.5 --variations 4 --format png
+    """
 
     latents: str
     """The run folder that encode wrote; a path or an fsspec URI."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any, ClassVar, Literal
 
-from palindrome.jobs.config import ConfigError, Options, config_error
+from palindrome.jobs.arguments import ConfigError, Options, config_error
 from palindrome.pipeline.base.text import printable
 from palindrome.pipeline.images.records import REASONS
 from palindrome.pipeline.runs.manifest import open_run
@@ -22,7 +22,13 @@ ALIGNED = 200  # rows that the table's widths are taken from; those that come la
 
 @dataclass(frozen=True, kw_only=True)
 class RejectsConfig(Options):
-    """List what a run could not use: image id, source, reason and detail of each; the counts on standard error."""
+    """List the rejected inputs of a run, each with image id, source, reason and detail; counts go to standard error."""
+
+    GROUP: ClassVar[str] = "output"
+    EXAMPLES: ClassVar[str] = """
+    palindrome rejects runs/photos
+    palindrome rejects s3://bucket/run --format csv
+    """
 
     POSITIONAL: ClassVar[frozenset[str]] = frozenset({"run"})
 

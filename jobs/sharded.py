@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from palindrome.jobs.config import ShardedConfig, config_error
+from palindrome.jobs.arguments import config_error
+from palindrome.jobs.config import ShardedConfig
 from palindrome.jobs.estimate import Cost, prepared
 from palindrome.model.checkpoint import Checkpoint
 from palindrome.pipeline.images.records import Shard

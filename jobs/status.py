@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from typing import ClassVar
 
-from palindrome.jobs.config import Options, config_error
+from palindrome.jobs.arguments import Options, config_error
 from palindrome.pipeline.runs.kinds import FOLDERS
 from palindrome.pipeline.runs.manifest import open_run
 from palindrome.pipeline.runs.status import State, StateReader, as_json, describe
@@ -16,8 +16,15 @@ EVERY = 2.0  # seconds
 
 @dataclass(frozen=True, kw_only=True)
 class StatusConfig(Options):
-    """Say how far a run of encode, reconstruct or sweep is: shards and images done, rejects by reason, images/s, the
-    time left, the slowest shards. Reads the run folder alone, from any machine, while the run goes on or after."""
+    """Show the progress of a run of encode, reconstruct or sweep: shards, images, rejects, speed and time left.
+
+    It only reads the run folder, so it works from any machine, during the run or after it."""
+
+    GROUP: ClassVar[str] = "output"
+    EXAMPLES: ClassVar[str] = """
+    palindrome status runs/photos
+    palindrome status s3://bucket/run --watch
+    """
 
     POSITIONAL: ClassVar[frozenset[str]] = frozenset({"run"})
 

@@ -4,12 +4,18 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from palindrome.infra.submission import SubmissionError
-from palindrome.jobs.config import ClusterOptions, config_error
+from palindrome.jobs.arguments import config_error
+from palindrome.jobs.config import ClusterOptions
 
 
 @dataclass(frozen=True, kw_only=True)
 class StopConfig(ClusterOptions):
-    """Ask a submitted job to stop. What it has committed stays, and the same command, submitted again, resumes it."""
+    """Ask a submitted job to stop; what it has committed stays, and submitting the same command again resumes it."""
+
+    GROUP: ClassVar[str] = "cluster"
+    EXAMPLES: ClassVar[str] = """
+    palindrome stop --address http://head:8265 raysubmit_4kbBPhVrTsJCfYLV
+    """
 
     POSITIONAL: ClassVar[frozenset[str]] = frozenset({"job_id"})
 

@@ -11,8 +11,9 @@ from typing import ClassVar, Literal
 
 from palindrome.infra.package import PackageError, build
 from palindrome.infra.submission import Job, SubmissionError
+from palindrome.jobs.arguments import ConfigError, config_error, flag_of
 from palindrome.jobs.command import Command, parse
-from palindrome.jobs.config import STORAGE_OPTIONS, ClusterOptions, Config, ConfigError, config_error, flag_of
+from palindrome.jobs.config import STORAGE_OPTIONS, ClusterOptions, Config
 from palindrome.pipeline.base.log import relay
 
 PLACES = ("images", "model", "out", "latents")  # fields that name files and folders
@@ -21,10 +22,18 @@ FILES = ("ids", "pairs", "ladder")  # and those that may
 
 @dataclass(frozen=True, kw_only=True)
 class SubmitConfig(ClusterOptions):
-    """Start a job on a Ray cluster through its dashboard: palindrome submit --address URL -- encode --images s3://...
+    """Run a command on a Ray cluster, through the cluster's dashboard.
 
-    Palindrome's code travels along; the cluster needs what it imports. RAY_AUTH_MODE=token and RAY_AUTH_TOKEN, or
-    RAY_AUTH_TOKEN_PATH, open a cluster that wants a token."""
+    Palindrome's code is sent along; the cluster needs its dependencies. For a cluster with token authentication, set
+    RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH."""
+
+    GROUP: ClassVar[str] = "submission"
+    EXAMPLES: ClassVar[str] = """
+    palindrome submit --address http://head:8265 -- \\
+        encode --images s3://bucket/photos --model s3://bucket/model --out s3://bucket/run
+    palindrome submit --ship checkpoints/cifar10-32 --no-wait -- \\
+        generate --model checkpoints/cifar10-32 --count 64 --out s3://bucket/samples
+    """
 
     POSITIONAL: ClassVar[frozenset[str]] = frozenset({"command"})
 

@@ -7,7 +7,8 @@ from itertools import product
 from pathlib import PurePosixPath
 from typing import Annotated, Any, ClassVar, Literal
 
-from palindrome.jobs.config import CollectionOptions, ConfigError, PictureOptions, Range, ReadingConfig, config_error
+from palindrome.jobs.arguments import ConfigError, Range, config_error
+from palindrome.jobs.config import CollectionOptions, PictureOptions, ReadingConfig
 from palindrome.jobs.sharded import Remaining, ShardedJob, run_sharded
 from palindrome.model import checkpoint
 from palindrome.model.schedule import NoiseSchedule
@@ -29,8 +30,16 @@ from palindrome.pipeline.tasks.sweep import Setting, Sweep, read_sweep, units
 
 @dataclass(frozen=True, kw_only=True)
 class SweepConfig(CollectionOptions, PictureOptions, ReadingConfig):
-    """Take a collection there and back under every combination of the settings: a table, a CSV file and a plot of error
-    against network evaluations. Other settings into the same folder are added to what is there."""
+    """Encode and decode a collection under every combination of the settings, and report the error against the network
+    evaluations as a table, a CSV file and a plot.
+
+    The same command with other settings adds them to the folder."""
+
+    GROUP: ClassVar[str] = "inversion"
+    EXAMPLES: ClassVar[str] = """
+    palindrome sweep --images photos/ --model checkpoints/cifar10-32 --limit 256 --out runs/sweep
+    palindrome sweep --images photos/ --model checkpoints/cifar10-32 --ladder linear logsnr --out runs/sweep
+    """
 
     MUTABLE: ClassVar[frozenset[str]] = ReadingConfig.MUTABLE | {
         *("steps", "corrections", "ladder", "tolerance", "dtype", "max_nfe"),

@@ -14,7 +14,8 @@ import torch
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 
 from palindrome.infra.cluster import ClusterError, connect
-from palindrome.jobs.config import CollectionOptions, Config, ConfigError, PictureOptions, Planned, Range, config_error
+from palindrome.jobs.arguments import ConfigError, Range, config_error
+from palindrome.jobs.config import CollectionOptions, Config, PictureOptions, Planned
 from palindrome.model.presets import PRESETS
 from palindrome.model.schedule import NoiseSchedule
 from palindrome.model.training import Hyperparameters
@@ -37,7 +38,13 @@ FAILURES = 3  # deaths of workers after which a training goes on from its last s
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(CollectionOptions, PictureOptions, Config):
-    """Train a diffusion model on an image collection; --out becomes a checkpoint folder that diffusers opens too."""
+    """Train a diffusion model on an image collection; OUT becomes a checkpoint folder that diffusers opens too."""
+
+    GROUP: ClassVar[str] = "training"
+    EXAMPLES: ClassVar[str] = """
+    palindrome train --images photos/ --preset tiny --train-steps 1000 --out checkpoints/photos
+    palindrome train --images s3://bucket/photos --preset celebahq-128 --workers 4 --out s3://bucket/checkpoint
+    """
 
     MUTABLE: ClassVar[frozenset[str]] = frozenset(
         {"train_steps", "workers", "sample_every", "save_every", "precision", "save_dtype"}

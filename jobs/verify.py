@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Annotated, ClassVar
 
-from palindrome.jobs.config import ConfigError, Options, Range, config_error
+from palindrome.jobs.arguments import ConfigError, Options, Range, config_error
 from palindrome.pipeline.base.text import printable
 from palindrome.pipeline.runs.manifest import open_run
 from palindrome.pipeline.runs.verify import Account, Finding, verify
@@ -17,8 +17,13 @@ SAID = 100  # findings printed
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyConfig(Options):
-    """Check a run of encode or reconstruct: every shard is there and can be read, counts agree, every image of the plan
-    is one latent or one reject, latents are finite and of the run's model. Exit code 1 if anything is wrong."""
+    """Check that a run of encode or reconstruct is complete, readable and consistent; exit code 1 where it is not."""
+
+    GROUP: ClassVar[str] = "checks"
+    EXAMPLES: ClassVar[str] = """
+    palindrome verify runs/photos
+    palindrome verify s3://bucket/run --deep 100
+    """
 
     POSITIONAL: ClassVar[frozenset[str]] = frozenset({"run"})
 

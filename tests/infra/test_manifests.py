@@ -24,7 +24,7 @@ from ray.autoscaler.v2.utils import ResourceRequestUtil
 from ray.core.generated.autoscaler_pb2 import ClusterResourceConstraint, ResourceRequestByCount
 
 from palindrome.infra import wait
-from palindrome.jobs.config import add_arguments, from_arguments
+from palindrome.jobs.arguments import add_arguments, from_arguments
 from palindrome.jobs.encode import EncodeConfig
 
 ROOT = Path(__file__).parents[2]

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from palindrome.jobs.command import JOBS, OF_CLUSTERS
+from palindrome.jobs.command import CLUSTER_COMMANDS, JOBS
 from palindrome.model import checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -59,8 +59,10 @@ WRONG = {
     "negative steps": (f"{ENCODE} --steps -3", "--steps: -3 is out of range"),
     "steps that are no number": (f"{ENCODE} --steps ten", "--steps: invalid int value: 'ten'"),
     "no workers": (f"{ENCODE} --workers 0", "--workers: 0 is out of range"),
-    "fewer workers than there must be": (f"{ENCODE} --workers 3 2", "--workers: 3 2 is no number, and no MIN MAX"),
-    "three numbers of workers": (f"{ENCODE} --workers 1 2 3", "--workers: 1 2 3 is no number, and no MIN MAX"),
+    "fewer workers than there must be": (f"{ENCODE} --workers 3 2",
+                                         "--workers: must be MAX, or MIN MAX with MIN <= MAX; got 3 2"),
+    "three numbers of workers": (f"{ENCODE} --workers 1 2 3",
+                                 "--workers: must be MAX, or MIN MAX with MIN <= MAX; got 1 2 3"),
     "empty shards": (f"{ENCODE} --shard-size 0", "--shard-size: 0 is out of range"),
     "empty batches": (f"{ENCODE} --batch-size 0", "--batch-size: 0 is out of range"),
     "a limit of none": (f"{ENCODE} --limit 0", "--limit: 0 is out of range"),
@@ -88,11 +90,13 @@ WRONG = {
     "a sweep of an unknown dtype": ("sweep --images SAMPLE --model MODEL --out OUT --dtype int8", "--dtype: "),
     "an unknown place to decode": (f"{ENCODE} --decode moon", "--decode: invalid choice: 'moon'"),
     "an unknown flag": (f"{ENCODE} --frobnicate 3", "unrecognized arguments: --frobnicate"),
-    "an abbreviated flag": (f"{ENCODE} --step 3", "unrecognized arguments: --step"),
+    "a misspelt flag": ("encode --imagse SAMPLE --model MODEL --out OUT",
+                        "unrecognized arguments: --imagse; did you mean --images?"),
+    "an abbreviated flag": (f"{ENCODE} --step 3", "unrecognized arguments: --step; did you mean --steps?"),
     "a missing flag": ("encode --images SAMPLE --out OUT", "required: --model"),
     "a flag without its value": (f"{ENCODE} --steps", "--steps: expected one argument"),
-    "an unknown job": ("enkode --images SAMPLE", "invalid choice: 'enkode'"),
-    "no job": ("", "required: JOB"),
+    "an unknown job": ("enkode --images SAMPLE", "no command 'enkode'; did you mean 'encode'?"),
+    "no job": ("", "required: COMMAND"),
     "an out folder of an unknown scheme": ("encode --images SAMPLE --model MODEL --out nosuch://x", "--out: "),
     "an out that is a file": ("encode --images SAMPLE --model MODEL --out IN/fake.parquet", "--out: "),
     "an out folder of something else": ("encode --images SAMPLE --model MODEL --out IN/pictures",
@@ -239,7 +243,7 @@ def test_help_names_every_flag_with_words_and_default(palindrome, job):
     if job in ("status", "verify", "rejects", "export", "animate"):  # which read a run folder
         assert "RUN The run folder" in text and flags
         return
-    if job in OF_CLUSTERS:
+    if job in CLUSTER_COMMANDS:
         assert "The URL of the cluster's dashboard" in text and "--address" in flags
         return
     assert "--out" in flags and "--address" in flags

@@ -127,8 +127,8 @@ def test_the_jobs_that_read_images_take_the_same_flags(palindrome, job):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--background", 1, 2], "--background: 1 2 is not red, green and blue"),
-        (["--background", 1, 2, 3, 4], "--background: 1 2 3 4 is not red, green and blue"),
+        (["--background", 1, 2], "--background: must be red, green and blue; got 1 2"),
+        (["--background", 1, 2, 3, 4], "--background: must be red, green and blue; got 1 2 3 4"),
         (["--background", 1, 2, 256], "--background: 256 is out of range; it takes 0 to 255"),
         (["--background", "white"], "--background: invalid int value: 'white'"),
         (["--resample", "nearest"], "--resample: invalid choice: 'nearest'"),

@@ -89,11 +89,11 @@ def test_what_no_node_has_is_refused(encode, flags, words):
     [
         (["--gpus-per-worker", 2], "--gpus-per-worker: 2.0 is out of range; it takes 0.01 to 1"),
         (["--gpus-per-worker", 0], "--gpus-per-worker: 0.0 is out of range"),
-        (["--resources", "a100"], "--resources: a100 is no JSON of names and numbers"),
-        (["--resources", '["a100"]'], "is no JSON of names and numbers"),
-        (["--resources", '{"a100": "1"}'], "is no JSON of names and numbers"),
-        (["--resources", '{"a100": 0}'], "is no JSON of names and numbers"),
-        (["--resources", '{"GPU": 1}'], "--resources: GPU is none of your own; for GPUs there is --gpus-per-worker"),
+        (["--resources", "a100"], '--resources: must be JSON of names and numbers, as {"a100": 1}; got a100'),
+        (["--resources", '["a100"]'], "must be JSON of names and numbers"),
+        (["--resources", '{"a100": "1"}'], "must be JSON of names and numbers"),
+        (["--resources", '{"a100": 0}'], "must be JSON of names and numbers"),
+        (["--resources", '{"GPU": 1}'], "--resources: GPU is not a custom resource; for GPUs, use --gpus-per-worker"),
     ],
 )
 def test_what_makes_no_sense_is_refused(palindrome, sample, model, tmp_path, flags, words):

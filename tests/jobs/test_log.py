@@ -113,7 +113,7 @@ def test_people_get_text(start, palindrome, images, model, tmp_path, monkeypatch
     monkeypatch.setenv("PALINDROME_LOG", "xml")
     said = palindrome(*run)
     assert said.code == 2 and said.err == (
-        "palindrome encode: error: $PALINDROME_LOG: 'xml' is none of auto, text, json\n"
+        "palindrome encode: error: $PALINDROME_LOG: must be one of auto, text, json; got 'xml'\n"
     )
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "palindrome", *map(str, run), "--dry-run"]

@@ -229,12 +229,12 @@ def test_what_is_wrong_is_said_of_the_flag(palindrome, rclone, moto, sample, mod
 @pytest.mark.parametrize(
     ("value", "words"),
     [
-        ('{"s3": {"secret": "hush"', "it is no JSON, line 1 column 25"),
-        ('{"secret": "hush"}', "it takes an object by protocol"),
-        ('{"s3": "hush"}', "it takes an object by protocol"),
-        ('{"nosuch": {"secret": "hush"}}', "it takes an object by protocol"),
-        ("hush", "no JSON object, and no file that can be read: No such file or directory"),
-        ("", "it is empty"),
+        ('{"s3": {"secret": "hush"', "invalid JSON at line 1 column 25"),
+        ('{"secret": "hush"}', "must map protocols to options"),
+        ('{"s3": "hush"}', "must map protocols to options"),
+        ('{"nosuch": {"secret": "hush"}}', "must map protocols to options"),
+        ("hush", "neither a JSON object nor a readable file: No such file or directory"),
+        ("", "must not be empty"),
     ],
 )
 def test_options_that_are_wrong_are_refused_and_not_repeated(palindrome, value, words):

@@ -6,7 +6,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from palindrome.jobs.config import ConfigError, ShardedConfig
+from palindrome.jobs.arguments import ConfigError
+from palindrome.jobs.config import ShardedConfig
 from palindrome.jobs.sharded import Remaining, ShardedJob, run_sharded
 from palindrome.pipeline.images.records import Piece
 from palindrome.pipeline.runs.outcome import Receipt
