@@ -107,9 +107,9 @@ def number(m: int, k: int) -> str:
 
 
 def log_axis(axis: str, logs: Iterable[float], words: Callable[[int, int], str] = power) -> dict[str, Any]:
-    """What `Axes.set` takes for the axis "x" or "y" of values given as log10: limits around the finite ones at 1, 2 or 5 times a
-    power of ten, and at most seven ticks. matplotlib's own log scale writes its labels as mathematics, whose font size
-    a page can't set, and fails for subnormal numbers."""
+    """What `Axes.set` takes for the axis "x" or "y" of values given as log10: limits around the finite ones at 1, 2 or
+    5 times a power of ten, and at most seven ticks. matplotlib's own log scale writes its labels as mathematics, whose
+    font size a page can't set, and fails for subnormal numbers. Raises ValueError where no value is finite."""
     finite = [value for value in logs if math.isfinite(value)]
     low, high = min(finite), max(finite)
     marks = [(m, k) for k in range(math.floor(low) - 1, math.ceil(high) + 2) for m in (1, 2, 5)]
