@@ -130,7 +130,7 @@ def _curve(series: Sequence[Series]) -> tuple[Markup | None, list[str]]:
         *_, x, y = zip(*points, strict=True)
         axes.plot(x, y, linestyle="--" if name == "p99" else "-", color=LIGHT[name])
         for s, value, *place in points:
-            (dot,) = axes.plot(*([v] for v in place), marker="o", markersize=6, color=LIGHT[name])
+            (dot,) = axes.plot(*([v] for v in place), marker="o", markersize=6, color=LIGHT[name], zorder=3)
             tooltip(dot, f"{s.steps:,} steps, {s.nfe:,} evaluations: {name} {scientific(value)}")
         ends[name] = (x[-1], y[-1])
     axes.set(**log_axis("x", (math.log10(s.nfe) for s, _ in drawn), number))
