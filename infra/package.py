@@ -11,6 +11,7 @@ import palindrome
 
 CODE = "palindrome"  # the folder of the package that holds Palindrome itself
 ROOMS = ("infra", "jobs", "model", "pipeline")  # its parts
+TEMPLATES = "templates/*"  # of the reports' pages
 ENVIRONMENT = "environment.json"  # in the package: what is set for every process of the job
 LARGEST = 100 << 20  # bytes that Ray takes
 NAMED = 3  # files named where that is too much
@@ -51,8 +52,9 @@ def _own_code() -> Iterator[tuple[Path, Path]]:
     for room in ROOMS:
         spec = find_spec(f"{CODE}.{room}")
         for folder in (spec and spec.submodule_search_locations) or ():
-            for source in Path(folder).rglob("*.py"):
-                yield source, Path(CODE, room, source.relative_to(folder))
+            for pattern in ("*.py", TEMPLATES):
+                for source in Path(folder).rglob(pattern):
+                    yield source, Path(CODE, room, source.relative_to(folder))
 
 
 def _ship(path: Path, into: Path) -> None:

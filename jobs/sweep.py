@@ -14,7 +14,7 @@ from palindrome.model import checkpoint
 from palindrome.model.schedule import NoiseSchedule
 from palindrome.pipeline.images.records import Shard
 from palindrome.pipeline.images.sources import open_collection
-from palindrome.pipeline.reports.sweep import as_csv, error_plot, sweep_report
+from palindrome.pipeline.reports.sweep import put_report
 from palindrome.pipeline.runs.inversion import Inversion
 from palindrome.pipeline.runs.kinds import SWEPT
 from palindrome.pipeline.runs.ladders import KINDS, resolve
@@ -102,11 +102,8 @@ def run(config: SweepConfig) -> int:
         of_one = {unit for unit in committed(out, SWEPT) if unit.endswith(settings[0].name)}  # alike under each setting
         rejects = rejects_by_reason(out, of_one)
         put_summary(out, {"images": images, "rejects_by_reason": rejects, "settings": rows}, failures)
-        plot = error_plot(rows)
         described = {"images": uri, "model": f"{absolute(config.model)} (digest {model.digest[:16]})"}
-        out.put("table.csv", as_csv(rows))
-        out.put("error.svg", plot)
-        out.put("report.html", sweep_report(described, rows, rejects, plot).encode())
+        put_report(out, described, rows, rejects)
         return _conclude(config, rows, rejects)
 
     source = {"uri": uri, "kind": collection.kind, "image_column": collection.image_column}

@@ -229,7 +229,10 @@ def test_the_package_is_the_code_and_what_was_asked_for(tmp_path, monkeypatch):
     build(into, ["ladder.json"], {"A": "b"})
     found = {str(path.relative_to(into)) for path in into.rglob("*") if path.is_file()}
     assert {"ladder.json", "palindrome/notebook.py", "palindrome/pipeline/images/sources/tars.py", ENVIRONMENT} <= found
-    assert all(name.endswith(".py") for name in found - {"ladder.json", ENVIRONMENT})
+    templates = {f"palindrome/pipeline/reports/templates/{name}" for name in ("page.html", "sweep.html", "style.css")}
+    assert templates <= found
+    others = {name for name in found if not name.startswith("palindrome/pipeline/reports/templates/")}
+    assert all(name.endswith(".py") for name in others - {"ladder.json", ENVIRONMENT})
     assert (into / ENVIRONMENT).stat().st_mode & 0o077 == 0
     for name in ("palindrome", "../here", str(tmp_path), "."):
         with pytest.raises(PackageError):

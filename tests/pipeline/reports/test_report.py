@@ -63,6 +63,14 @@ class Page(HTMLParser):
     def said(self, tag: str) -> list[str]:
         return [words for name, words in self.words if name == tag]
 
+    def drawn(self, style: str) -> list[list[tuple[float, float]]]:
+        """The corners of every path whose style is matched."""
+        paths = [path["d"] for path in self.attributes("path") if re.match(style, path["style"])]
+        return [[(float(x), float(y)) for x, y in re.findall(r"[ML] (\S+) (\S+)", path)] for path in paths]
+
+    def curves(self) -> list[list[tuple[float, float]]]:
+        return [line for line in self.drawn(r"fill: none; .*stroke: var\(--(mean|p99)\)") if len(line) > 1]
+
 
 def images(count: int = 3, shape: tuple[int, int, int] = (32, 32, 3)) -> list[np.ndarray]:
     return list(np.random.default_rng(0).integers(0, 256, (count, *shape), np.uint8))
@@ -189,30 +197,34 @@ def test_charts_are_drawn_inside_and_described() -> None:
     assert curve["role"] == bars["role"] == "img"
     assert "2,000: mean" in curve["aria-label"] and "1,000 steps: 1,000 images" in bars["aria-label"]
     page = Page(full())
-    for polyline in page.attributes("polyline"):
-        points = [tuple(map(float, p.split(","))) for p in polyline["points"].split()]
+    assert len(page.curves()) == 2
+    for points in page.curves():
         assert len(points) == 3 and points == sorted(points) and all(0 < x < 400 and 0 < y < 400 for x, y in points)
-    for rect in page.attributes("rect"):
-        x, y, width, height = (float(rect[k]) for k in ("x", "y", "width", "height"))
-        assert 0 < x < x + width < 400 and 0 < y < y + height < 400
+    rects = page.drawn(r"fill: var\(--mean\)$")
+    assert len(rects) == sum(" from " in words for words in page.said("title"))
+    for rect in rects:
+        (left, bottom), (right, _), (_, top), _ = rect
+        assert 0 < left < right < 400 and 0 < top < bottom < 400
     labels = page.said("text")
     assert {"20", "50", "200", "2,000", "10⁻⁴", "mean", "p99", "network evaluations an image", "images"} <= set(labels)
 
 
 def test_a_curve_needs_two_points() -> None:
-    assert not Page(reconstruction_report("t", {}, [series(5, errors())], {})).attributes("polyline")
+    assert not Page(reconstruction_report("t", {}, [series(5, errors())], {})).curves()
     runs = [series(5, errors()), series(10, errors()), series(20, np.zeros(4)), series(30, np.zeros(0))]
     text = reconstruction_report("t", {}, runs, {})
-    assert len(Page(text).attributes("polyline")) == 2 and "no error above 0: 20 steps, 30 steps." in text
-    assert "polyline class" not in reconstruction_report("t", {}, runs[1:], {})
+    assert len(Page(text).curves()) == 2 and "no error above 0: 20 steps, 30 steps." in text
+    assert not Page(reconstruction_report("t", {}, runs[1:], {})).curves()
     rare = np.concatenate([np.zeros(999), [1e-2]])  # p99 is 0, the mean is not
-    assert len(Page(reconstruction_report("t", {}, [series(5, rare), series(5, rare)], {})).attributes("circle")) == 2
+    points = Page(reconstruction_report("t", {}, [series(5, rare), series(5, rare)], {})).said("title")
+    assert sum(" evaluations: " in words for words in points) == 2
 
 
 def test_names_of_lines_that_end_together_stand_apart() -> None:
     runs = [series(s, np.full(10, 10.0**-i)) for i, s in enumerate((5, 10))]
     page = Page(reconstruction_report("t", {}, runs, {}))
-    p99, mean = (float(t["y"]) for t in page.attributes("text") if t["class"] in ("p99", "mean"))
+    texts = zip(page.said("text"), page.attributes("text"), strict=True)
+    p99, mean = (float(attributes["y"]) for words, attributes in texts if words in ("p99", "mean"))
     assert mean - p99 == pytest.approx(13)
 
 
