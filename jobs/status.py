@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from palindrome.jobs.config import Options, config_error
-from palindrome.pipeline.runs.kinds import FOLDERS
+from palindrome.pipeline.runs.kinds import SHARDED
 from palindrome.pipeline.runs.manifest import open_run
 from palindrome.pipeline.runs.status import State, StateReader, as_json, describe
 
@@ -16,7 +16,7 @@ EVERY = 2.0  # seconds
 
 @dataclass(frozen=True, kw_only=True)
 class StatusConfig(Options):
-    """Say how far a run of encode, reconstruct or sweep is: shards and images done, rejects by reason, images/s, the
+    """Say how far a run that works shard by shard is: shards and images done, rejects by reason, images/s, the
     time left, the slowest shards. Reads the run folder alone, from any machine, while the run goes on or after."""
 
     POSITIONAL: ClassVar[frozenset[str]] = frozenset({"run"})
@@ -31,7 +31,7 @@ class StatusConfig(Options):
 
 def run(config: StatusConfig) -> int:
     with config_error("RUN"):
-        folder, manifest = open_run(config.run, *FOLDERS)
+        folder, manifest = open_run(config.run, *SHARDED)
         reader = StateReader(folder, manifest)
         state = reader.read()
     printed = _show(config, state, 0)

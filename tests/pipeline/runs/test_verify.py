@@ -8,9 +8,9 @@ import pytest
 from palindrome.pipeline.base.errors import RunError
 from palindrome.pipeline.images.records import Piece, Shard
 from palindrome.pipeline.images.sources import list_pieces, open_collection, read_raw
-from palindrome.pipeline.runs import verify as module
+from palindrome.pipeline.runs.plan import ids_of
 from palindrome.pipeline.runs.schemas import shards_table
-from palindrome.pipeline.runs.verify import Account, ids_of, verify
+from palindrome.pipeline.runs.verify import Account, plans, verify
 from palindrome.pipeline.storage.folder import Folder
 
 MANIFEST = {
@@ -46,7 +46,7 @@ def test_a_good_plan(tmp_path):
 
 @pytest.mark.parametrize("part", [1, 2, 1000])
 def test_an_id_in_two_shards_is_named_however_many_passes_it_takes(tmp_path, monkeypatch, part):
-    monkeypatch.setattr(module, "PART", part)
+    monkeypatch.setattr(plans, "PART", part)
     run = plan(tmp_path, [files("a", "b"), files("c", "b", "d"), files("e", "a")])
     assert sorted(said(run)) == ["plan: a is there 2 times", "plan: b is there 2 times"]
 
