@@ -12,7 +12,6 @@ import re
 import tarfile
 import threading
 import unicodedata
-import zlib
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -27,6 +26,7 @@ from PIL import Image as PIL
 from palindrome.pipeline.base.errors import RunError, StoreError, writing
 from palindrome.pipeline.base.text import one_line
 from palindrome.pipeline.base.threads import in_threads
+from palindrome.pipeline.images.pixels import check_png
 from palindrome.pipeline.runs.exports import PICTURES
 from palindrome.pipeline.runs.kinds import DATA, IMAGES, INDEX, Kind
 from palindrome.pipeline.runs.schemas import METADATA_KEY
@@ -96,25 +96,6 @@ def _tag(image_id: str, changed: bool) -> str:
         if len(bits := f"{int(capitals, 2):x}") < 16:
             return f"~{bits}"
     return "~" + hashlib.sha256(image_id.encode(errors="surrogatepass")).hexdigest()[:16]
-
-
-def check_png(content: bytes | None) -> None:
-    """Raises ValueError where that is no whole PNG. Nothing is decoded."""
-    if not content:
-        raise ValueError("there is no image")
-    if not content.startswith(b"\x89PNG\r\n\x1a\n"):
-        raise ValueError("it is no PNG")
-    view, at, kind = memoryview(content), 8, b""
-    while at + 12 <= len(view) and kind != b"IEND":
-        end = at + 8 + int.from_bytes(view[at : at + 4])
-        kind = bytes(view[at + 4 : at + 8])
-        if zlib.crc32(view[at + 4 : end]) != int.from_bytes(view[end : end + 4]):
-            break
-        at = end + 4
-    else:
-        if kind == b"IEND":
-            return
-    raise ValueError("the PNG is damaged or breaks off")
 
 
 def encoded(png: bytes, form: str, quality: int | None) -> bytes:

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from PIL import Image as PIL
 
 from palindrome.pipeline.base.text import one_line
+from palindrome.pipeline.images.pixels import check_png
 from palindrome.pipeline.images.records import REASONS
 from palindrome.pipeline.runs.kinds import REJECTS, Kind
 from palindrome.pipeline.runs.schemas import REJECT_SCHEMA, SHARD_KEY, metadata_of
@@ -68,7 +69,7 @@ def check_shard(run: Folder, unit: Unit, wanted: Wanted, refused: bool) -> Check
             ids, found = _read_rows(opened, wanted, read.about)
         checked.findings += [Finding(file, what) for what in found]
         read.ids = ids
-        checked.rows = max(map(len, ids.values()), default=0)
+        checked.rows = max(map(len, (ids or {}).values()), default=0)
     except Exception as e:  # damage shows as errors of many kinds
         wrong(file, f"can't be read: {one_line(e)}")
     if refused:
@@ -91,8 +92,8 @@ def check_shard(run: Folder, unit: Unit, wanted: Wanted, refused: bool) -> Check
 
 def _read_rows(
     file: pq.ParquetFile, wanted: Wanted, about: Mapping[str, Any]
-) -> tuple[dict[Variant, list[str]], list[str]]:
-    """The ids by variant, and what is wrong."""
+) -> tuple[dict[Variant, list[str]] | None, list[str]]:
+    """The ids by variant, None where there are no columns of them, and what is wrong."""
     found = list(_check_about(about, wanted))
     schema, kind = file.schema_arrow, wanted.kind
     if schema.names.count("image_id") != 1:
@@ -105,17 +106,19 @@ def _read_rows(
         elif name in wanted.schema.names and schema.field(name).type != wanted.schema.field(name).type:
             fit = False
             found.append(f"column {name} is {schema.field(name).type}, not {wanted.schema.field(name).type}")
+    if {*kind.variants} - {*schema.names}:
+        return None, found
     ids: dict[Variant, list[str]] = {}
     pictures = Pictures(wanted.shape)
     for group in range(file.metadata.num_row_groups):
-        columns = None if fit else ["image_id"]
+        columns = None if fit else ["image_id", *kind.variants]
         for batch in file.iter_batches(_batch_rows(schema), row_groups=[group], columns=columns):
             if fit:
                 nulls = [f.name for f in wanted.schema if not f.nullable and batch.column(f.name).null_count]
                 found += [f"column {name} has nulls" for name in nulls[:1]] or wanted.check_rows(batch)
                 if kind.pictures:
                     found += pictures.check(batch.column("image_id"), batch.column("image").field("bytes"))
-            variants = [batch.column(name).to_pylist() for name in kind.variants if fit]
+            variants = [batch.column(name).to_pylist() for name in kind.variants]
             for image_id, *variant in zip(batch.column("image_id").to_pylist(), *variants, strict=True):
                 ids.setdefault(tuple(variant), []).append(str(image_id))
     return ids, found
@@ -162,6 +165,8 @@ class Pictures:
         if not content:
             return "has no image"
         try:
+            if self.form == "PNG":
+                check_png(content)  # Pillow reads no further than the last pixel
             with PIL.open(io.BytesIO(content), formats=[self.form]) as image:
                 image.load()
                 shape = (image.height, image.width, len(image.getbands()))
