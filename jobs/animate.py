@@ -10,14 +10,13 @@ from palindrome.jobs.config import OutOptions, Planned
 from palindrome.pipeline.base import interrupt
 from palindrome.pipeline.base.errors import writing
 from palindrome.pipeline.base.threads import in_threads
-from palindrome.pipeline.runs.kinds import IMAGES
+from palindrome.pipeline.runs.kinds import IMAGES, PATHS, WITH_PATHS
 from palindrome.pipeline.runs.manifest import claim, open_run
 from palindrome.pipeline.runs.plan import read_plan
 from palindrome.pipeline.runs.shards import committed
 from palindrome.pipeline.storage.folder import Folder, absolute
 from palindrome.pipeline.tasks.animate import ENDS, Film, pixels, whole_paths
 
-BELOW = "paths"
 AT_ONCE = 4  # paths
 
 
@@ -50,13 +49,13 @@ def run(config: AnimateConfig) -> int:
         raise ConfigError("--format: mp4 takes PyAV, which is not installed: pip install av")
     out = Folder(absolute(config.out))
     with config_error("RUN"):
-        source, manifest = open_run(config.run, "interpolate")
+        source, manifest = open_run(config.run, *WITH_PATHS)
         paths, broken = whole_paths(source, committed(source, IMAGES))
     with config_error("--out"):
         settings = {k: v for k, v in asdict(config).items() if k not in ("out", "dry_run")}
         of = {"source_config": manifest["config"], "model_digest": manifest["model_digest"]}
         claim(out, "animate", {**settings, "run": source.uri}, (), of)
-        done = out.files(BELOW)
+        done = out.files(PATHS)
     film, end = Film(config.format, config.fps, config.scale), ENDS[config.format]
     if config.dry_run:
         names = {piece.name for shard in read_plan(source) for piece in shard.pieces}
@@ -67,14 +66,14 @@ def run(config: AnimateConfig) -> int:
     def put(path: tuple[str, list[dict[str, Any]]]) -> None:
         name, rows = path
         content = film.encoded(pixels(rows), square=rows[0]["down"] is not None)
-        with writing(f"{out.uri}/{BELOW}/{name}{end}"):
-            out.put(f"{BELOW}/{name}{end}", content)
+        with writing(f"{out.uri}/{PATHS}/{name}{end}"):
+            out.put(f"{PATHS}/{name}{end}", content)
 
     count = 0
     for _ in in_threads(put, (path for path in paths if f"{path[0]}{end}" not in done), AT_ONCE):
         interrupt.check()
         count += 1
-    print(f"{count} files written to {config.out}/{BELOW}, {len(done)} were there")
+    print(f"{count} files written to {config.out}/{PATHS}, {len(done)} were there")
     if broken:
         print(f"{broken} paths lack frames: {config.run} is not complete", file=sys.stderr)
         return 1

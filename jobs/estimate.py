@@ -15,7 +15,7 @@ from palindrome.jobs.config import ComputeConfig, OutOptions, Planned, ShardedCo
 from palindrome.model.checkpoint import Checkpoint
 from palindrome.pipeline.base.errors import SettingError
 from palindrome.pipeline.base.text import duration, size
-from palindrome.pipeline.runs.kinds import FOLDERS, REJECTS
+from palindrome.pipeline.runs.kinds import KINDS, REJECTS
 from palindrome.pipeline.runs.manifest import NAME, read_manifest
 from palindrome.pipeline.runs.plan import Totals
 from palindrome.pipeline.runtime.batch_size import try_batch_sizes
@@ -25,9 +25,6 @@ from palindrome.pipeline.runtime.scheduler import Resources
 from palindrome.pipeline.runtime.speed import Speed, measure, recall, record
 from palindrome.pipeline.storage.folder import Folder, absolute, file_at
 
-# By job, of what a run's folder holds: the folders whose files' names say what is done, and the files that say it.
-DONE = {**{job: (below,) for job, below in FOLDERS.items()}, "export": ("data", "index"), "animate": ("paths",)}
-TOLD = {"train": ("training.json", "train/checkpoint_manager_snapshot.json")}
 C = TypeVar("C", bound=OutOptions)
 
 
@@ -153,10 +150,15 @@ def dry(config: C) -> Iterator[C]:
             out, shadow = Folder(where), Folder(folder)
             _check_writable(out)
             if manifest := read_manifest(out):
-                for name in (NAME, *(f"plan/{name}" for name in out.files("plan")), *TOLD.get(manifest["job"], ())):
+                kind = KINDS.get(manifest["job"])
+                for name in (
+                    NAME,
+                    *(f"plan/{name}" for name in out.files("plan")),
+                    *(kind.state_files if kind else ()),
+                ):
                     if out.exists(name):
                         shadow.put(name, out.read(name))
-                for below in (*DONE.get(manifest["job"], ()), REJECTS):
+                for below in (*(kind.folders if kind else ()), REJECTS):
                     for name in out.files(below):
                         shadow.put(f"{below}/{name}", b"")
         try:

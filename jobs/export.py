@@ -13,21 +13,17 @@ from palindrome.pipeline.base.errors import ManifestError, RunError
 from palindrome.pipeline.base.log import note
 from palindrome.pipeline.base.text import one_line, printable, size
 from palindrome.pipeline.base.threads import in_threads
+from palindrome.pipeline.runs.exports import TABLES, exported, merged_index
+from palindrome.pipeline.runs.kinds import DATA, IMAGES, KINDS, WITH_PICTURES, Kind
 from palindrome.pipeline.runs.manifest import claim, open_run
 from palindrome.pipeline.runs.plan import Totals
 from palindrome.pipeline.runs.shards import committed
 from palindrome.pipeline.runtime.progress import Progress, say_failed
 from palindrome.pipeline.storage.folder import Folder, absolute
 from palindrome.pipeline.tasks.export import (
-    DATA,
-    HOLDS,
-    IMAGES,
-    PICTURES,
     Broken,
     Export,
-    Holds,
     clear_unfinished,
-    exported,
     put_index,
 )
 
@@ -50,7 +46,7 @@ class ExportConfig(OutOptions):
     run: str
     """The run folder of reconstruct, regenerate, generate or interpolate, a path or an fsspec URI."""
     format: Literal["png", "webp", "jpeg", "webdataset", "parquet"]
-    """Pictures below OUT/images: png is what the run holds, byte by byte, webp lossless without --quality, jpeg lossy.
+    """Pictures below OUT/images: png is what the run kind, byte by byte, webp lossless without --quality, jpeg lossy.
     Or one file a shard below OUT/data: webdataset, tars of NAME.png and NAME.json, or parquet, which Hugging Face's
     datasets shows as pictures. Both hold the PNGs."""
     quality: Annotated[int, Range(1, 100)] | None = None
@@ -68,12 +64,12 @@ def run(config: ExportConfig) -> int:
     """Exports what is not exported yet, and returns the exit code."""
     out = Folder(absolute(config.out))
     with config_error("RUN"):
-        source, manifest = open_run(config.run, *HOLDS)
-        holds = HOLDS[manifest["job"]]
-        shards = committed(source, holds.below)
+        source, manifest = open_run(config.run, *WITH_PICTURES)
+        kind = KINDS[manifest["job"]]
+        shards = committed(source, kind.folder)
         if not shards:
             raise ManifestError(f"{config.run} holds no images yet")
-    variants = [len(levels) - 1 for levels in manifest.get("ladders", [])] if holds.variant else []
+    variants = [len(levels) - 1 for levels in manifest.get("ladders", [])] if "steps" in kind.variants else []
     if config.steps is not None and config.steps not in variants:
         raise ConfigError(f"--steps: {config.run} holds images of {' and '.join(map(str, variants)) or 'no'} steps")
     with config_error("--out"):
@@ -90,7 +86,7 @@ def run(config: ExportConfig) -> int:
         clear_unfinished(out)
     per_shard = 1 if config.steps is None else len(variants)  # images of an id, of which one is taken
     if config.dry_run:
-        count, stored = (amount // per_shard for amount in _amount(source, holds, left))
+        count, stored = (amount // per_shard for amount in _amount(source, kind, left))
         same = config.format in ("png", "webdataset", "parquet")
         print(f"about {count:,} images; about {size(stored)} " + ("to write" if same else "of PNGs to read"))
         raise Planned
@@ -98,17 +94,14 @@ def run(config: ExportConfig) -> int:
     apart += ["variation"] if manifest["config"].get("variations", 1) > 1 else []
     failed = 0
     if left:
-        totals = Totals(len(shards), _amount(source, holds, left)[0] // per_shard * len(shards) // len(left))
-        work = Export(source, holds, out, config.format, config.quality, tuple(apart), config.steps, threading.Event())
+        totals = Totals(len(shards), _amount(source, kind, left)[0] // per_shard * len(shards) // len(left))
+        work = Export(source, kind, out, config.format, config.quality, tuple(apart), config.steps, threading.Event())
         failed = _follow(Progress("export", totals, len(done)), work, left)
-    if config.format in PICTURES:
-        images, index = IMAGES, f"{IMAGES}/metadata.parquet"  # a name by which Hugging Face's datasets finds it
-    else:
-        images, index = DATA, "index.parquet"
-    if config.format != "parquet" and (failed < len(left) or not out.exists(index)):
+    images, index = DATA if config.format in TABLES else IMAGES, merged_index(config.format)
+    if index and (failed < len(left) or not out.exists(index)):
         put_index(out, index)
     note(shards=len(shards), failed_shards=failed)
-    known = "" if config.format == "parquet" else f"; {index} says what each is"
+    known = f"; {index} says what each is" if index else ""
     print(f"the images are in {config.out}/{images}{known}")
     if failed:
         print(f"{failed} shards failed; the same command tries them again", file=sys.stderr)
@@ -143,13 +136,13 @@ def _follow(progress: Progress, work: Export, shards: list[str]) -> int:
     return progress.failed
 
 
-def _amount(source: Folder, holds: Holds, shards: list[str]) -> tuple[int, int]:
+def _amount(source: Folder, kind: Kind, shards: list[str]) -> tuple[int, int]:
     """How many rows there are, and the bytes of their pictures, by a sample: shards are named by hashes."""
     sample = shards[:SAMPLE]
 
     def held(shard: str) -> tuple[int, int]:
         try:
-            with source.parquet_file(f"{holds.below}/{shard}.parquet") as file:
+            with source.parquet_file(f"{kind.folder}/{shard}.parquet") as file:
                 groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
         except (OSError, ValueError):  # of which the export itself will tell
             return 0, 0

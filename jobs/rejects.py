@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 from palindrome.jobs.arguments import ConfigError, Options, config_error
 from palindrome.pipeline.base.text import printable
 from palindrome.pipeline.images.records import REASONS
+from palindrome.pipeline.runs.kinds import WITH_REJECTS
 from palindrome.pipeline.runs.manifest import open_run
 from palindrome.pipeline.runs.schemas import REJECT_SCHEMA
 from palindrome.pipeline.runs.shards import rejects
@@ -44,7 +45,7 @@ def run(config: RejectsConfig) -> int:
     if config.reason is not None and config.reason not in REASONS:
         raise ConfigError(f"--reason: {config.reason!r} is none of {', '.join(REASONS)}")
     with config_error("RUN"):
-        folder, manifest = open_run(config.run, "encode", "sweep", "interpolate")
+        folder, manifest = open_run(config.run, *WITH_REJECTS)
     counts: Counter[str] = Counter()
 
     def counted() -> Iterator[dict[str, Any]]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from palindrome.jobs.arguments import Options, config_error
-from palindrome.pipeline.runs.kinds import FOLDERS
+from palindrome.pipeline.runs.kinds import SHARDED
 from palindrome.pipeline.runs.manifest import open_run
 from palindrome.pipeline.runs.status import State, StateReader, as_json, describe
 
@@ -16,7 +16,7 @@ EVERY = 2.0  # seconds
 
 @dataclass(frozen=True, kw_only=True)
 class StatusConfig(Options):
-    """Show the progress of a run of encode, reconstruct or sweep: shards, images, rejects, speed and time left.
+    """Show the progress of a run that works shard by shard: shards, images, rejects, speed and time left.
 
     It only reads the run folder, so it works from any machine, during the run or after it."""
 
@@ -38,7 +38,7 @@ class StatusConfig(Options):
 
 def run(config: StatusConfig) -> int:
     with config_error("RUN"):
-        folder, manifest = open_run(config.run, *FOLDERS)
+        folder, manifest = open_run(config.run, *SHARDED)
         reader = StateReader(folder, manifest)
         state = reader.read()
     printed = _show(config, state, 0)

@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar
 
 from palindrome.jobs.arguments import ConfigError, Options, Range, config_error
 from palindrome.pipeline.base.text import printable
+from palindrome.pipeline.runs.kinds import KINDS, VERIFIED
 from palindrome.pipeline.runs.manifest import open_run
 from palindrome.pipeline.runs.verify import Account, Finding, verify
 
@@ -17,7 +18,7 @@ SAID = 100  # findings printed
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyConfig(Options):
-    """Check that a run of encode or reconstruct is complete, readable and consistent; exit code 1 where it is not."""
+    """Check that a run, or an export, is complete, readable and consistent; exit code 1 where it is not."""
 
     GROUP: ClassVar[str] = "checks"
     EXAMPLES: ClassVar[str] = """
@@ -28,18 +29,20 @@ class VerifyConfig(Options):
     POSITIONAL: ClassVar[frozenset[str]] = frozenset({"run"})
 
     run: str
-    """The run folder, a path or an fsspec URI."""
+    """The run folder of encode, reconstruct, sweep, generate, regenerate, interpolate or export, a path or an fsspec
+    URI."""
     deep: Annotated[int, Range(1)] | None = None
-    """Decode so many latents too, evenly over the run, on this machine, and compare with the originals."""
+    """Of encode: decode so many latents too, evenly over the run, on this machine, and compare with the originals."""
 
 
 def run(config: VerifyConfig) -> int:
     with config_error("RUN"):
-        folder, manifest = open_run(config.run, "encode", "reconstruct")
+        folder, manifest = open_run(config.run, *VERIFIED)
     if config.deep and manifest["job"] != "encode":
         raise ConfigError(f"--deep: {config.run} is a run of {manifest['job']}, which holds no latents")
     account = Account()
-    progress = _Progress(account)
+    noun = KINDS[manifest["job"]].noun
+    progress = _Progress(account, noun)
     findings = verify(folder, manifest, account, progress.show)
     if config.deep:
         from palindrome.pipeline.tasks.verify_deep import verify_decoding  # brings torch, which nothing else here needs
@@ -52,21 +55,22 @@ def run(config: VerifyConfig) -> int:
         figures = f": mean {sum(errors) / len(errors):.3g}, largest {max(errors):.3g}" if errors else ""
         print(f"{len(errors)} latents decoded, round-trip error{figures}")
     found = "all well" if not wrong else f"{wrong} things are wrong" if wrong > 1 else "1 thing is wrong"
-    print(f"{account.shards} shards, {account.latents} latents, {account.rejects} rejects: {found}")
+    print(f"{account.shards} shards, {account.rows} {noun}, {account.rejects} rejects: {found}")
     return 1 if wrong else 0
 
 
 class _Progress:
     """On a terminal, how many shards were read, in a line that gives way to others."""
 
-    def __init__(self, account: Account) -> None:
-        self.account, self.shown = account, time.monotonic()
+    def __init__(self, account: Account, noun: str) -> None:
+        self.account, self.noun, self.shown = account, noun, time.monotonic()
         self.terminal = sys.stderr.isatty()
 
     def show(self) -> None:
         if self.terminal and time.monotonic() - self.shown > 0.2:
             self.shown = time.monotonic()
-            print(f"\r\x1b[K{self.account.shards} shards, {self.account.latents} latents", end="", file=sys.stderr)
+            counted = f"{self.account.shards} shards, {self.account.rows} {self.noun}"
+            print(f"\r\x1b[K{counted}", end="", file=sys.stderr)
 
     def clear(self) -> None:
         if self.terminal:

@@ -17,7 +17,7 @@ settings.load_profile("palindrome")
 
 
 def pytest_unconfigure():
-    """Commands run in this process leave what is there to its end (pipeline/lasting.py), which libraries of the tests
+    """Commands run in this process leave what is there to its end (pipeline/base/frozen_gc.py), which libraries of the tests
     would report as lost."""
     gc.unfreeze()
 

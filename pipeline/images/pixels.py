@@ -2,6 +2,7 @@
 
 import io
 import math
+import zlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -26,6 +27,25 @@ def pixels_of(content: bytes) -> np.ndarray:
     """A PNG of ours back to uint8 [H, W, C]."""
     pixels = np.asarray(PIL.open(io.BytesIO(content)))
     return pixels[:, :, None] if pixels.ndim == 2 else pixels
+
+
+def check_png(content: bytes | None) -> None:
+    """Raises ValueError where that is no whole PNG: every chunk is held to its checksum, and nothing is decoded."""
+    if not content:
+        raise ValueError("there is no image")
+    if not content.startswith(b"\x89PNG\r\n\x1a\n"):
+        raise ValueError("it is no PNG")
+    view, at, kind = memoryview(content), 8, b""
+    while at + 12 <= len(view) and kind != b"IEND":
+        end = at + 8 + int.from_bytes(view[at : at + 4])
+        kind = bytes(view[at + 4 : at + 8])
+        if zlib.crc32(view[at + 4 : end]) != int.from_bytes(view[end : end + 4]):
+            break
+        at = end + 4
+    else:
+        if kind == b"IEND":
+            return
+    raise ValueError("the PNG is damaged or breaks off")
 
 
 def grid(images: Sequence[np.ndarray], columns: int, gap: int = 2) -> np.ndarray:

@@ -13,11 +13,12 @@ from typing import Any
 
 from palindrome.pipeline.base.errors import RunError, writing
 from palindrome.pipeline.images.records import Piece, Shard, pack
-from palindrome.pipeline.images.sources import Collection, SourceError, list_pieces
+from palindrome.pipeline.images.sources import ONE_EACH, Collection, SourceError, list_pieces
 from palindrome.pipeline.runs.manifest import COMPLETE
 from palindrome.pipeline.runs.schemas import shard_of, shards_table
 from palindrome.pipeline.storage.folder import Folder
 
+SAMPLES, PATHS = "samples", "paths"  # kinds of shards that are not of an image collection
 NAMED = 10  # names said of the inputs that changed or are gone
 
 PIECES_A_FILE = 100_000  # bounds what planning holds in memory
@@ -156,3 +157,26 @@ def _complete(run: Folder) -> dict[str, Any]:
     except FileNotFoundError:
         return {"shards": 0, "images": 0, "files": 0, "generations": []}
     return {"generations": [found["files"]], **found}  # those of a first version have one
+
+
+def sample_id(index: int) -> str:
+    """The image id of a generated sample."""
+    return f"{index:09d}"
+
+
+def frame_id(path: str, frame: int) -> str:
+    """The image id of a frame of an interpolation."""
+    return f"{path}/{frame:06d}"
+
+
+def ids_of(shard: Shard) -> Iterator[str]:
+    """The image ids that a shard stands for, in its order."""
+    for piece in shard.pieces:
+        if shard.kind in ONE_EACH:
+            yield piece.name
+            continue
+        for number in range(piece.start, piece.stop):
+            if shard.kind == SAMPLES:
+                yield sample_id(number)
+            else:
+                yield frame_id(piece.name, number) if shard.kind == PATHS else f"{piece.name}#{number}"

@@ -16,7 +16,7 @@ from palindrome.pipeline.base.errors import RunError
 from palindrome.pipeline.base.text import one_line
 from palindrome.pipeline.images.records import Image, Reject
 from palindrome.pipeline.runs.entries import entries
-from palindrome.pipeline.runs.kinds import FOLDERS, LATENTS, REJECTS
+from palindrome.pipeline.runs.kinds import KINDS, LATENTS, REJECTS
 from palindrome.pipeline.runs.manifest import read_manifest
 from palindrome.pipeline.runs.schemas import (
     MEASURED,
@@ -200,10 +200,11 @@ def read_rejects(run: Folder, done: Collection[str]) -> Iterator[dict[str, Any]]
 def rejects(run: Folder, manifest: dict[str, Any], reason: str | None = None) -> Iterator[dict[str, Any]]:
     """The rejects of the shards that are done, shard by shard, as rows of records.REJECT_SCHEMA; those of a sweep
     once, not under every setting. Raises RunError naming a file that can't be read."""
-    done = {entry.shard for entry in entries(run, FOLDERS[manifest["job"]])}
+    kind = KINDS[manifest["job"]]
+    done = {entry.shard for entry in entries(run, kind.folder)}
     before = None
     for shard in sorted(entry.shard for entry in entries(run, REJECTS) if entry.shard and entry.shard in done):
-        of = shard.partition("-")[0] if manifest["job"] == "sweep" else shard
+        of = kind.planned(shard)
         if of == before:
             continue
         before, name = of, f"{REJECTS}/{shard}.parquet"

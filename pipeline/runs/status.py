@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from palindrome.pipeline.base.text import duration, printable, size
 from palindrome.pipeline.base.threads import in_threads
 from palindrome.pipeline.runs.entries import Entry, entries, modified_of
-from palindrome.pipeline.runs.kinds import FOLDERS, LATENTS, REJECTS
+from palindrome.pipeline.runs.kinds import KINDS, LATENTS, REJECTS, Plan
 from palindrome.pipeline.runs.plan import Totals, plan_totals
 from palindrome.pipeline.runs.shards import shard_metadata
 from palindrome.pipeline.storage.folder import Folder
@@ -69,14 +69,14 @@ class StateReader:
 
     def __init__(self, run: Folder, manifest: dict[str, Any], most: int = READ) -> None:
         self.run, self.manifest, self.most = run, manifest, most
-        self.job, self.below = manifest["job"], FOLDERS[manifest["job"]]
+        self.kind = KINDS[manifest["job"]]
         self.known: dict[Entry, Footer] = {}
 
     def read(self, now: float | None = None) -> State:
-        shards = [entry for entry in entries(self.run, self.below) if entry.shard]
+        shards = [entry for entry in entries(self.run, self.kind.folder) if entry.shard]
         refused = {entry.shard: entry.size for entry in entries(self.run, REJECTS) if entry.shard}
         plan, collection = self._plan()
-        total = plan.shards if plan and self.job != "sweep" else None
+        total = plan.shards if plan and not self.kind.per_setting else None
         summary, current = self._summary(shards)
         complete = bool(shards) and (current if total is None else len(shards) >= total)
 
@@ -94,7 +94,7 @@ class StateReader:
             "rejects_by_reason": {k: round(v * scale) for k, v in sorted(rejects.items())},
             "exact": len(read) == len(shards),
         }
-        if self.job == "encode" and current and not counts["exact"]:
+        if current and not counts["exact"] and counts.keys() <= summary.keys() | {"exact"}:
             counts = {k: summary[k] for k in ("latents", "rejects", "rejects_by_reason")} | {"exact": True}
 
         times = sorted(entry.modified for entry in shards if entry.modified is not None)
@@ -106,12 +106,12 @@ class StateReader:
         done = {entry.shard for entry in shards}
         return State(
             run=self.run.uri,
-            job=self.job,
+            job=self.kind.name,
             collection=collection,
             complete=complete,
             shards=len(shards),
             shards_total=total,
-            settings=len({str(e.shard).partition("-")[2] for e in shards}) if self.job == "sweep" else None,
+            settings=len({str(e.shard).partition("-")[2] for e in shards}) if self.kind.per_setting else None,
             images_total=plan.images if plan else None,
             **counts,
             bytes=sum(e.size for e in shards) + sum(refused.values()),
@@ -126,13 +126,9 @@ class StateReader:
 
     def _plan(self) -> tuple[Totals | None, str]:
         """What there is to do, None where that is not known (yet), and of what."""
-        if self.job == "generate":
-            return plan_totals(self.run), str(self.manifest["config"].get("model"))
-        uri = str(self.manifest["config"].get("latents"))
-        if self.job == "interpolate":
+        uri = self.kind.source_of(self.manifest)
+        if self.kind.plan is Plan.OWN:
             return plan_totals(self.run), uri
-        if self.job not in ("reconstruct", "regenerate"):
-            return plan_totals(self.run), str(self.manifest.get("collection", {}).get("uri"))
         latents = Folder(uri)
         try:
             plan, done = plan_totals(latents), sum(e.shard is not None for e in entries(latents, LATENTS))
@@ -159,7 +155,7 @@ class StateReader:
         def read(entry: Entry) -> Footer:
             found = self.known.get(entry)
             if found is None or found.counts is None:  # a store that did not answer may do so now
-                found = _footer(self.run, self.below, str(entry.shard), entry.shard in refused)
+                found = _footer(self.run, self.kind.folder, str(entry.shard), entry.shard in refused)
             return found
 
         wanted = list(dict.fromkeys(shards))
@@ -168,7 +164,7 @@ class StateReader:
 
     def _rejects(self, sample: Sequence[Entry], footers: dict[Entry, Footer]) -> Counter[str]:
         """By reason. A sweep meets each again under every setting: it counts once."""
-        by_shard = {str(e.shard).partition("-")[0] if self.job == "sweep" else e.shard: e for e in sample}
+        by_shard = {self.kind.planned(str(e.shard)): e for e in sample}
         found: Counter[str] = Counter()
         for entry in by_shard.values():
             found.update(footers[entry].reasons)
@@ -209,6 +205,7 @@ def pace(times: Sequence[float], now: float, longest: float) -> tuple[float | No
 
 def describe(state: State) -> list[str]:
     """The state in lines for people."""
+    kind = KINDS[state.job]
     about = "" if state.exact else "about "
     of = (
         f" of {state.shards_total} shards ({state.shards / state.shards_total:.1%})"
@@ -219,11 +216,12 @@ def describe(state: State) -> list[str]:
     if state.settings is not None:
         lines[-1] += f", under {state.settings} settings so far"
     elif not state.shards_total:
-        lines[-1] += "; how many there are to do is not known" + (" yet" if state.job == "encode" else "")
+        lines[-1] += "; how many there are to do is not known" + (" yet" if kind.plan is Plan.OWN else "")
     if state.latents is not None:
-        what = "latents" if state.job == "encode" else "images"
         reasons = ", ".join(f"{count} {reason}" for reason, count in state.rejects_by_reason.items())
-        lines.append(f"{about}{state.latents} {what}, {state.rejects} rejects" + (f" ({reasons})" if reasons else ""))
+        lines.append(
+            f"{about}{state.latents} {kind.noun}, {state.rejects} rejects" + (f" ({reasons})" if reasons else "")
+        )
     if state.complete:
         lines.append("complete")
     elif state.standing_still:

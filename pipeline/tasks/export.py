@@ -12,12 +12,11 @@ import re
 import tarfile
 import threading
 import unicodedata
-import zlib
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -27,28 +26,13 @@ from PIL import Image as PIL
 from palindrome.pipeline.base.errors import RunError, StoreError, writing
 from palindrome.pipeline.base.text import one_line
 from palindrome.pipeline.base.threads import in_threads
-from palindrome.pipeline.runs.kinds import FOLDERS
+from palindrome.pipeline.images.pixels import check_png
+from palindrome.pipeline.runs.exports import PICTURES
+from palindrome.pipeline.runs.kinds import DATA, IMAGES, INDEX, Kind
 from palindrome.pipeline.runs.schemas import METADATA_KEY
 from palindrome.pipeline.runs.shards import open_checked
 from palindrome.pipeline.storage.folder import TEMPORARY, Folder, TableWriter
 
-
-class Holds(NamedTuple):
-    """Where a run holds images, as rows of `image_id`, `image` (struct<bytes: a PNG, path>) and others: the folder of
-    its shards, and the column that tells the images of one id apart, where there may be several."""
-
-    below: str
-    variant: str | None
-
-
-HOLDS = {  # by job
-    "reconstruct": Holds(FOLDERS["reconstruct"], "steps"),
-    "regenerate": Holds(FOLDERS["regenerate"], "steps"),
-    "generate": Holds(FOLDERS["generate"], None),
-    "interpolate": Holds(FOLDERS["interpolate"], None),
-}
-PICTURES = {"png": ".png", "webp": ".webp", "jpeg": ".jpg"}  # formats that are a file an image, and how it ends
-IMAGES, DATA, INDEX = "images", "data", "index"  # folders: of pictures; of tars or tables; of what each picture is
 JPEG_QUALITY = 95
 THREADS = 16  # pictures of a shard that are put at once
 BATCH = 64  # rows
@@ -114,25 +98,6 @@ def _tag(image_id: str, changed: bool) -> str:
     return "~" + hashlib.sha256(image_id.encode(errors="surrogatepass")).hexdigest()[:16]
 
 
-def check_png(content: bytes | None) -> None:
-    """Raises ValueError where that is no whole PNG. Nothing is decoded."""
-    if not content:
-        raise ValueError("there is no image")
-    if not content.startswith(b"\x89PNG\r\n\x1a\n"):
-        raise ValueError("it is no PNG")
-    view, at, kind = memoryview(content), 8, b""
-    while at + 12 <= len(view) and kind != b"IEND":
-        end = at + 8 + int.from_bytes(view[at : at + 4])
-        kind = bytes(view[at + 4 : at + 8])
-        if zlib.crc32(view[at + 4 : end]) != int.from_bytes(view[end : end + 4]):
-            break
-        at = end + 4
-    else:
-        if kind == b"IEND":
-            return
-    raise ValueError("the PNG is damaged or breaks off")
-
-
 def encoded(png: bytes, form: str, quality: int | None) -> bytes:
     """A PNG as one of PICTURES; a PNG stays the same bytes. WebP is lossless where no quality (1 to 100) is given."""
     if form == "png":
@@ -148,19 +113,13 @@ def encoded(png: bytes, form: str, quality: int | None) -> bytes:
     return content.getvalue()
 
 
-def exported(out: Folder, form: str) -> set[str]:
-    """The names of the shards that are done."""
-    below, end = {"webdataset": (DATA, ".tar"), "parquet": (DATA, ".parquet")}.get(form, (INDEX, ".parquet"))
-    return {name.removesuffix(end) for name in out.files(below) if name.endswith(end)}
-
-
 @dataclass(frozen=True)
 class Export:
     """A run's shards -> files in `out`, in a folder for each value of the columns `apart`, in which the images of an id
-    differ; with `only`, those of that variant."""
+    differ; with `only`, those of so many steps."""
 
     run: Folder
-    holds: Holds
+    kind: Kind
     out: Folder
     form: str
     quality: int | None
@@ -258,12 +217,12 @@ class Export:
 
     def _read(self, shard: str) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
         """The schema of a shard and its rows, those of `only`."""
-        name = f"{self.holds.below}/{shard}.parquet"
+        name = f"{self.kind.folder}/{shard}.parquet"
         try:
             file = open_checked(self.run, name)
         except (OSError, ValueError) as e:  # pyarrow's errors are one or the other
             raise self._unreadable(name, e) from e
-        missing = {"image_id", "image", self.holds.variant} - {None, *file.schema_arrow.names}
+        missing = {"image_id", "image", *self.kind.variants} - {*file.schema_arrow.names}
         if missing:
             raise Broken(f"{self.run.uri}/{name} has no column {' and no '.join(sorted(map(str, missing)))}")
         return file.schema_arrow, self._batches(name, file)
@@ -274,7 +233,7 @@ class Export:
                 for group in range(file.num_row_groups):  # of several at once the file's bytes would all be held
                     for batch in file.iter_batches(BATCH, row_groups=[group]):
                         if self.only is not None:
-                            batch = batch.filter(pc.equal(batch[str(self.holds.variant)], self.only))
+                            batch = batch.filter(pc.equal(batch["steps"], self.only))
                         yield batch
         except (OSError, ValueError) as e:
             raise self._unreadable(name, e) from e

@@ -13,12 +13,13 @@ from palindrome.pipeline.images.pixels import png
 from palindrome.pipeline.images.records import Piece, Shard
 from palindrome.pipeline.runs.kinds import IMAGES
 from palindrome.pipeline.runs.outcome import Receipt
+from palindrome.pipeline.runs.plan import SAMPLES, sample_id
 from palindrome.pipeline.runs.schemas import sample_schema
 from palindrome.pipeline.runs.shards import ShardWriter, tensor_array
 from palindrome.pipeline.runtime.device import Model, stopwatch
 from palindrome.pipeline.storage.folder import Folder
 
-KIND = "samples"  # of the plan's shards
+KIND = SAMPLES
 
 
 def ranges(count: int, seed: int, shard_size: int) -> Iterator[Piece]:
@@ -55,7 +56,7 @@ class Generate:
 
 
 def _rows(schema: pa.Schema, indices: range, pixels: np.ndarray, noise: np.ndarray) -> pa.Table:
-    ids = [f"{index:09d}" for index in indices]
+    ids = [sample_id(index) for index in indices]
     images = [{"bytes": png(p), "path": f"{name}.png"} for name, p in zip(ids, pixels, strict=True)]
     columns: dict[str, Any] = {"image_id": ids, "index": list(indices), "image": images}
     arrays = [pa.array(columns[f.name], f.type) for f in schema if f.name in columns]

@@ -16,6 +16,7 @@ from palindrome.pipeline.images.pixels import png
 from palindrome.pipeline.images.records import REASONS, Piece, Reject, Shard
 from palindrome.pipeline.runs.kinds import IMAGES
 from palindrome.pipeline.runs.outcome import Receipt
+from palindrome.pipeline.runs.plan import frame_id
 from palindrome.pipeline.runs.schemas import FRAME_SCHEMA
 from palindrome.pipeline.runs.selection import Selection
 from palindrome.pipeline.runs.shards import ShardWriter, check_made, read_latents
@@ -71,7 +72,7 @@ class Interpolate:
     ) -> Iterator[tuple[dict[str, Any], Tensor]]:
         """Rows of FRAME_SCHEMA without their images, and latents [C, H, W]; what has no latents between is rejected."""
         for piece, leg in legs:
-            name = f"{piece.name}/{piece.start:06d}"
+            name = frame_id(piece.name, piece.start)
             if missing := [image_id for image_id in leg.ids if image_id not in found]:
                 out.add(None, [Reject(name, " ".join(leg.ids), "no_latent", ", ".join(missing))])
                 continue
@@ -84,7 +85,7 @@ class Interpolate:
             rms = {f"rms_{method}": _rms(x) for method, x in by_method.items()}
             for i, x in enumerate(by_method[self.method]):
                 frame = piece.start + i
-                place = {"image_id": f"{piece.name}/{frame:06d}", "path": piece.name, "frame": frame}
+                place = {"image_id": frame_id(piece.name, frame), "path": piece.name, "frame": frame}
                 down = leg.row / (leg.rows - 1) if leg.rows else None
                 place |= {"ids": leg.ids, "t": t[i].item(), "down": down}
                 yield {**place, **{column: values[i].item() for column, values in rms.items()}}, x

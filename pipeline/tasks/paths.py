@@ -19,11 +19,12 @@ import numpy as np
 
 from palindrome.pipeline.base.threads import in_threads
 from palindrome.pipeline.images.records import Piece
+from palindrome.pipeline.runs.plan import PATHS
 from palindrome.pipeline.runs.selection import Selection
 from palindrome.pipeline.runs.shards import count_rows, read_ids, read_latents
 from palindrome.pipeline.storage.folder import Folder, options_for
 
-KIND = "paths"  # of the plan's shards
+KIND = PATHS
 NUMBERED = re.compile(r"(.*?)(\d+)(\D*(?:\.[A-Za-z]\w{0,4})?)", re.DOTALL)  # the last number before the extension
 NAMED = 5  # ids named in an error
 BATCH = 1024  # latents compared at once

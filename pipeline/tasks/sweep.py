@@ -1,7 +1,5 @@
 """A sweep: every image there and back under each of several settings, one file a shard and setting."""
 
-import hashlib
-import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,7 +15,7 @@ from palindrome.model.ddim import noise_index, sample_noise
 from palindrome.pipeline.images.metrics import moments, statistics, to_model
 from palindrome.pipeline.images.records import Image, Shard
 from palindrome.pipeline.runs.inversion import Inversion
-from palindrome.pipeline.runs.kinds import SWEPT
+from palindrome.pipeline.runs.kinds import SWEPT, setting_name
 from palindrome.pipeline.runs.outcome import Receipt
 from palindrome.pipeline.runs.schemas import SWEEP_SCHEMA
 from palindrome.pipeline.runs.shards import ShardWriter, committed, shard_metadata
@@ -43,9 +41,7 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """From what it does, not from what it is called: two names of one ladder are one setting."""
-        does = [self.how.levels, self.how.corrections, self.how.tolerance, self.how.dtype]
-        return hashlib.sha256(json.dumps(does).encode()).hexdigest()[:12]
+        return setting_name(self.how.levels, self.how.corrections, self.how.tolerance, self.how.dtype)
 
     def record(self) -> dict[str, Any]:
         """`setting` of the metadata of its files."""

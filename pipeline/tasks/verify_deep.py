@@ -41,7 +41,7 @@ def verify_decoding(run: Folder, manifest: Mapping[str, Any], count: int, accoun
         return
     model, levels = Model(loaded, execution=execution_of(manifest)), tuple(manifest["levels"])
     how, collection = Preprocess(**manifest["preprocess"]), Collection(**manifest["collection"])
-    for shard, places in _spread(run, account.of_shard, count):
+    for shard, places in _spread(run, account.rows_of_shard, count):
         file = f"{LATENTS}/{shard.name}.parquet"
         for row in _rows(run, file, places):
             image_id = row["image_id"]

@@ -18,7 +18,10 @@ from palindrome import open as open_run
 from palindrome.model import checkpoint
 
 EARLIER = sorted((Path(__file__).parents[1] / "fixtures/earlier").iterdir())
-VERIFIED = ("encoded", "kept", "reconstructed")
+VERIFIED = (
+    *("encoded", "kept", "reconstructed", "regenerated", "generated", "pairs", "grid", "swept"),
+    *("png", "webdataset", "parquet"),
+)
 WHOLE = ("encoded", "kept", "pairs")  # resumed as they are
 LOST = {  # resumed after one file of this folder was removed
     "reconstructed": "reconstructions",

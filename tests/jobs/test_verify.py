@@ -1,15 +1,20 @@
-"""A run that is well, and the same run with one thing after another damaged by hand: each is named."""
+"""A run of each kind that is well, and the same run with one thing after another damaged by hand: each is named."""
 
+import io
 import json
 import re
 import shutil
+import tarfile
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+
+from palindrome.pipeline.runs.kinds import INDEX, KINDS, VERIFIED
 
 GOOD, BAD = 40, 40
 SHARD = b"palindrome.shard"
@@ -327,6 +332,313 @@ def test_a_reconstruction(palindrome, run, tmp_path):
     assert f"reconstructions/{second.name}: can't be read" in said.out
     assert f"reconstructions/{third.name}: is missing" in said.out
     assert "reconstructions/stray.parquet: is of no shard of" in said.out
+
+
+@pytest.fixture(scope="module")
+def made(palindrome, model, mixed, whole, read_run, tmp_path_factory):
+    """One run of each kind that is sharded, by the name of the job."""
+    folder = tmp_path_factory.mktemp("made")
+    ids = read_run(whole).ids
+    (folder / "ids.txt").write_text("\n".join(ids[: GOOD // 2]))
+    (folder / "pairs.csv").write_text(f"{ids[0]},{ids[1]}\n{ids[2]},{ids[3]}\n{ids[4]},none\n{ids[5]},{ids[6]}\n")
+    commands = {
+        "reconstruct": ["--latents", whole, "--steps", 1, 2],
+        "sweep": ["--images", mixed, "--model", model, "--steps", 1, 2, "--corrections", 0, "--shard-size", 32],
+        "generate": ["--model", model, "--count", 20, "--steps", 1, "--shard-size", 8, "--latents", "float16"],
+        "regenerate": [
+            "--latents",
+            whole,
+            "--steps",
+            1,
+            2,
+            "--eta",
+            0.5,
+            "--variations",
+            2,
+            "--ids",
+            folder / "ids.txt",
+        ],
+        "interpolate": ["--latents", whole, "--pairs", folder / "pairs.csv", "--frames", 5, "--shard-size", 10],
+    }
+    for job, flags in commands.items():
+        said = palindrome(job, *flags, "--out", folder / job)
+        assert said.code == 0, said.err
+    return folder
+
+
+WELL = {
+    "reconstruct": f"5 shards, {GOOD} latents, 0 rejects: all well\n",
+    "sweep": f"6 shards, {2 * GOOD} images, {2 * BAD} rejects: all well\n",
+    "generate": "3 shards, 20 images, 0 rejects: all well\n",
+    "regenerate": f"5 shards, {GOOD // 2} latents, 0 rejects: all well\n",
+    "interpolate": "2 shards, 15 frames, 1 rejects: all well\n",
+}
+
+
+def test_every_kind_that_verify_takes_is_tested():
+    assert {"encode", "export", *WELL} == set(VERIFIED)
+
+
+def with_rows(run, job):
+    """The file of a shard that has most rows, and its folder and name."""
+    files = (run / KINDS[job].folder).iterdir()
+    return max(sorted(files), key=lambda path: pq.read_metadata(path).num_rows)
+
+
+def flip_in_a_page(path):
+    """Right before the end of the largest column."""
+    group = pq.read_metadata(path).row_group(0)
+    column = max((group.column(i) for i in range(group.num_columns)), key=lambda c: c.total_compressed_size)
+    flip(path, (column.dictionary_page_offset or column.data_page_offset) + column.total_compressed_size - 5)
+
+
+def count_is(value):
+    return lambda counts: dict.fromkeys(counts, value)
+
+
+def picture(content):
+    def change(table):
+        images = table["image"].to_pylist()
+        images[0] = {**images[0], "bytes": content}
+        return with_column(table, "image", pa.array(images, table.schema.field("image").type))
+
+    return change
+
+
+def png_of(*size):
+    content = io.BytesIO()
+    PIL.Image.new("RGB", size).save(content, "PNG")
+    return content.getvalue()
+
+
+# What is done to a shard's file of each kind -> what is said of it; {} stands for the file's name below the run folder.
+DAMAGE_OF_ALL = {
+    "removed": (Path.unlink, "^{}: is missing"),
+    "truncated": (lambda p: p.write_bytes(p.read_bytes()[:-20]), "^{}: can't be read: ArrowInvalid: "),
+    "a bit of a page": (flip_in_a_page, "^{}: can't be read: .*CRC"),
+    "a row twice": (lambda p: rewrite(p, lambda t: pa.concat_tables([t, t[:1]])), "^{}: .*(2 times|other ids)"),
+    "a row short": (lambda p: rewrite(p, lambda t: t[1:]), "^{}: (lacks .*: |has other ids at)"),
+    "a foreign id": (lambda p: rewrite(p, changed("image_id", 0, "x")), "^{}: (x is not in|has other ids at)"),
+    "counts": (lambda p: rewrite(p, footer=count_is(99)), "^{}: has .* and its footer says 99"),
+    "a foreign digest": (lambda p: rewrite(p, schema_says(model_digest="ab" * 32)), "^{}: says model_digest abab"),
+    "no column": (lambda p: rewrite(p, lambda t: t.drop_columns([t.schema.names[1]])), "^{}: has no column "),
+}  # fmt: skip
+DAMAGE_OF_PICTURES = {
+    "no picture": (lambda p: rewrite(p, picture(b"")), "^{}: .* has no image$"),
+    "a picture that breaks off": (lambda p: rewrite(p, picture(png_of(16, 16)[:-20])), "^{}: .* that is no whole PNG"),
+    "a picture of another size": (lambda p: rewrite(p, picture(png_of(8, 8))), "^{}: .* pixels and 3 channels, not "),
+}
+DAMAGE_OF_ONE = [
+    ("sweep", lambda p: rewrite(p, schema_says(setting={})), "^{}: says a setting that is not the one"),
+    ("sweep", lambda p: rewrite(p, changed("nfe", 0, 0)), "^{}: .* has an nfe below 1"),
+    ("generate", lambda p: rewrite(p, changed("index", 0, 19)), "^{}: 00000000. has the index of another sample"),
+    ("generate", lambda p: rewrite(p, schema_says(seed=7)), "^{}: says seed 7, and run.json 0"),
+    ("regenerate", lambda p: rewrite(p, changed("variation", 0, 2)), "^{}: has rows at . steps in variation 2"),
+    ("regenerate", lambda p: rewrite(p, schema_says(eta=1)), "^{}: says eta 1, and run.json 0.5"),
+    ("interpolate", lambda p: rewrite(p, changed("frame", 0, 3)), "^{}: .* has the path or the frame of another"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("job", WELL)
+def test_a_run_of_each_kind_is_well(palindrome, made, times, job):
+    before = times(made / job)
+    said = palindrome("verify", made / job)
+    assert (said.code, said.out, said.err) == (0, WELL[job], "")
+    assert times(made / job) == before
+
+
+def check_damage(palindrome, run, job, damage, words):
+    path = with_rows(run, job)
+    damage(path)
+    said = palindrome("verify", run)
+    assert said.code == 1, said.out
+    file = re.escape(f"{KINDS[job].folder}/{path.name}")
+    assert re.search(words.replace("{}", file), said.out, re.M), said.out
+    others = {line.split(":")[0] for line in said.out.splitlines()[:-1]}
+    assert {Path(name).stem for name in others} == {path.stem}, "no other shard is blamed"
+
+
+@pytest.mark.parametrize("what", DAMAGE_OF_ALL)
+@pytest.mark.parametrize("job", WELL)
+def test_a_damaged_shard_of_each_kind_is_named(palindrome, made, tmp_path, job, what):
+    check_damage(palindrome, shutil.copytree(made / job, tmp_path / "run"), job, *DAMAGE_OF_ALL[what])
+
+
+@pytest.mark.parametrize("what", DAMAGE_OF_PICTURES)
+@pytest.mark.parametrize("job", [job for job in WELL if KINDS[job].pictures])
+def test_a_picture_that_is_none_is_named(palindrome, made, tmp_path, job, what):
+    check_damage(palindrome, shutil.copytree(made / job, tmp_path / "run"), job, *DAMAGE_OF_PICTURES[what])
+
+
+@pytest.mark.parametrize(("job", "damage", "words"), DAMAGE_OF_ONE)
+def test_what_one_kind_alone_has_is_checked(palindrome, made, tmp_path, job, damage, words):
+    check_damage(palindrome, shutil.copytree(made / job, tmp_path / "run"), job, damage, words)
+
+
+@pytest.mark.parametrize("job", WELL)
+def test_orphans_and_temporary_files_of_each_kind_are_named(palindrome, made, tmp_path, job):
+    run = shutil.copytree(made / job, tmp_path / "run")
+    path = with_rows(run, job)
+    shutil.copyfile(path, path.with_name("stray.parquet"))
+    path.with_name(".tmp-1").touch()
+    said = palindrome("verify", run)
+    assert said.code == 1
+    assert re.match(rf"{KINDS[job].folder}/stray.parquet: is of no shard of ", said.out)
+    assert said.err == (
+        f"warning: {KINDS[job].folder}/.tmp-1: is a temporary file, of a writer at work or of one that was killed\n"
+    )
+
+
+def test_a_way_that_is_neither_made_nor_rejected(palindrome, made, tmp_path):
+    run = shutil.copytree(made / "interpolate", tmp_path / "run")
+    [rejects] = (run / "rejects").iterdir()
+    rejects.unlink()
+    rewrite(run / "images" / rejects.name, footer=lambda counts: counts | {"rejects": 0})
+    said = palindrome("verify", run)
+    assert said.code == 1
+    assert re.search(r"lacks 000002/000000: there is neither the frame nor a reject", said.out), said.out
+
+
+def test_rejects_of_a_sweep_that_are_gone(palindrome, made, tmp_path):
+    run = shutil.copytree(made / "sweep", tmp_path / "run")
+    rejects = min((run / "rejects").iterdir())
+    rejects.unlink()
+    said = palindrome("verify", run)
+    assert said.code == 1 and said.out.startswith(f"rejects/{rejects.name}: is missing: sweep/{rejects.name} says that")
+
+
+@pytest.mark.parametrize("job", ["reconstruct", "regenerate", "interpolate"])
+def test_a_run_whose_latents_are_out_of_reach_is_checked_alone(palindrome, made, tmp_path, job):
+    run = shutil.copytree(made / job, tmp_path / "run")
+    manifest = json.loads((run / "run.json").read_text())
+    manifest["config"]["latents"] = str(tmp_path / "gone")
+    (run / "run.json").write_text(json.dumps(manifest))
+    said = palindrome("verify", run)
+    assert (said.code, said.out) == (0, WELL[job])
+    assert said.err.startswith(f"warning: {tmp_path}/gone: can't be read, so what was made of it is checked alone")
+    assert said.err.count("\n") == 1
+    path = with_rows(run, job)
+    flip_in_a_page(path)
+    assert f"images/{path.name}: can't be read" in palindrome("verify", run).out.replace("reconstructions", "images")
+
+
+def test_latents_of_another_model_and_ids_that_are_others(palindrome, made, tmp_path):
+    run = shutil.copytree(made / "regenerate", tmp_path / "run")
+    manifest = json.loads((run / "run.json").read_text())
+    (tmp_path / "ids.txt").write_text("other\n")
+    manifest["config"]["ids"] = str(tmp_path / "ids.txt")
+    (run / "run.json").write_text(json.dumps(manifest))
+    said = palindrome("verify", run)
+    assert said.code == 0 and "warning: " in said.err and "names other ids than when the run was made" in said.err
+    path = with_rows(run, "regenerate")
+    rewrite(path, changed("image_id", 0, "x"))
+    assert re.search(
+        rf"images/{path.name}: has other ids at . steps in variation . than its latents", palindrome("verify", run).out
+    )
+    (run / "run.json").write_text(json.dumps({**manifest, "model_digest": "ab" * 32}))
+    assert "run.json: is of another model than the latents in " in palindrome("verify", run).out
+
+
+FORMATS = {"png": ".png", "webp": ".webp", "jpeg": ".jpg"}
+
+
+@pytest.fixture(scope="module")
+def exports(palindrome, made, tmp_path_factory):
+    """An export in each format."""
+    folder = tmp_path_factory.mktemp("exports")
+    for form in (*FORMATS, "webdataset", "parquet"):
+        said = palindrome("export", made / "regenerate", "--out", folder / form, "--format", form)
+        assert said.code == 0, said.err
+    return folder
+
+
+@pytest.mark.parametrize("form", [*FORMATS, "webdataset", "parquet"])
+def test_an_export_is_well(palindrome, exports, form):
+    said = palindrome("verify", exports / form)
+    assert (said.code, said.err) == (0, "")
+    assert said.out == f"5 shards, {2 * GOOD} images, 0 rejects: all well\n"
+
+
+def test_an_export_of_some_steps_is_well(palindrome, made, tmp_path):
+    command = ["export", made / "regenerate", "--out", tmp_path / "one", "--format", "png", "--steps", 2]
+    assert palindrome(*command).code == 0
+    assert palindrome("verify", tmp_path / "one").out == f"5 shards, {GOOD} images, 0 rejects: all well\n"
+
+
+def a_picture(run):
+    return min(path for path in (run / "images").rglob("*.*") if path.suffix in FORMATS.values())
+
+
+def largest(run, below):
+    return max(sorted((run / below).iterdir()), key=lambda path: path.stat().st_size)
+
+
+def cut(path, at):
+    path.write_bytes(path.read_bytes()[:at])
+
+
+def broken_in_tar(path):
+    """A byte of the first picture, past its header."""
+    with tarfile.open(path) as tar:
+        at = tar.getmembers()[0].offset_data + 60
+    flip(path, at)
+
+
+def again_in_index(run):
+    path = largest(run, INDEX)
+    table = pq.read_table(path)
+    pq.write_table(pa.concat_tables([table, table[:1]]), path)
+    return path
+
+
+# What is done to an export, in which format -> the file that is named, and what is said of it.
+DAMAGE_OF_EXPORTS = {
+    "a picture removed": ("png", a_picture, Path.unlink, "is missing"),
+    "a picture cut": ("webp", a_picture, lambda p: cut(p, -20), "that is no whole WEBP"),
+    "a picture of text": ("jpeg", a_picture, lambda p: p.write_text("text"), "has an image that is no whole JPEG"),
+    "a bit of a picture": ("png", a_picture, lambda p: flip(p, 60), "has an image that is no whole PNG"),
+    "a picture of another size": ("png", a_picture, lambda p: p.write_bytes(png_of(8, 8)), "and 3 channels, not "),
+    "an index removed": ("png", lambda r: largest(r, INDEX), Path.unlink, "is missing: the shard is not exported"),
+    "an index damaged": ("jpeg", lambda r: largest(r, INDEX), flip_in_a_page, "can't be read"),
+    "a row twice": ("png", again_in_index, lambda p: None, "is there 2 times"),
+    "a picture too many": ("png", lambda r: r / "images/more.png", Path.touch, "is in no shard's index"),
+    "the whole index removed": ("png", lambda r: r / "images/metadata.parquet", Path.unlink, "is missing"),
+    "a tar removed": ("webdataset", lambda r: largest(r, "data"), Path.unlink, "is missing: the shard is not exported"),
+    "a tar cut": ("webdataset", lambda r: largest(r, "data"), lambda p: cut(p, 9_000), "can't be read"),
+    "a bit of a tar": ("webdataset", lambda r: largest(r, "data"), broken_in_tar, "png has an image that is no"),
+    "a tar's index removed": ("webdataset", lambda r: largest(r, INDEX), Path.unlink, "can't be read: FileNotFound"),
+    "a table cut": ("parquet", lambda r: largest(r, "data"), lambda p: cut(p, -9), "can't be read"),
+    "a bit of a table": ("parquet", lambda r: largest(r, "data"), flip_in_a_page, "can't be read"),
+    "a row short": ("parquet", lambda r: largest(r, "data"),
+                    lambda p: pq.write_table(pq.read_table(p)[1:], p), "has other images than "),
+    "a table too many": ("parquet", lambda r: r / "data/stray.parquet", Path.touch, "is of no shard of "),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", DAMAGE_OF_EXPORTS)
+def test_a_damaged_export_is_named(palindrome, exports, tmp_path, what):
+    form, which, damage, words = DAMAGE_OF_EXPORTS[what]
+    run = shutil.copytree(exports / form, tmp_path / "run")
+    path = which(run)
+    damage(path)
+    said = palindrome("verify", run)
+    assert said.code == 1, said.out
+    found = [line for line in said.out.splitlines()[:-1] if words in line]
+    assert any(line.startswith(f"{path.relative_to(run)}: ") for line in found), said.out
+
+
+def test_an_export_whose_source_is_out_of_reach_is_checked_alone(palindrome, exports, tmp_path):
+    run = shutil.copytree(exports / "png", tmp_path / "run")
+    manifest = json.loads((run / "run.json").read_text())
+    manifest["config"]["run"] = str(tmp_path / "gone")
+    (run / "run.json").write_text(json.dumps(manifest))
+    (run / "images/.tmp-1").touch()
+    said = palindrome("verify", run)
+    assert (said.code, said.out) == (0, f"5 shards, {2 * GOOD} images, 0 rejects: all well\n")
+    assert said.err.count("warning: ") == 2 and f"{tmp_path}/gone: can't be read" in said.err
+    assert "images/.tmp-1: is a temporary file" in said.err
+    a_picture(run).unlink()
+    assert palindrome("verify", run).code == 1
 
 
 def test_what_is_no_run(palindrome, tmp_path):

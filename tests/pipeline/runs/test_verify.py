@@ -8,10 +8,13 @@ import pytest
 from palindrome.pipeline.base.errors import RunError
 from palindrome.pipeline.images.records import Piece, Shard
 from palindrome.pipeline.images.sources import list_pieces, open_collection, read_raw
-from palindrome.pipeline.runs import verify as module
+from palindrome.pipeline.runs.kinds import KINDS
+from palindrome.pipeline.runs.plan import PATHS, SAMPLES, ids_of
 from palindrome.pipeline.runs.schemas import shards_table
-from palindrome.pipeline.runs.verify import Account, ids_of, verify
+from palindrome.pipeline.runs.verify import Account, plans, verify
 from palindrome.pipeline.storage.folder import Folder
+from palindrome.pipeline.tasks.generate import ranges
+from palindrome.pipeline.tasks.paths import At, path_pieces
 
 MANIFEST = {
     "job": "encode",
@@ -46,7 +49,7 @@ def test_a_good_plan(tmp_path):
 
 @pytest.mark.parametrize("part", [1, 2, 1000])
 def test_an_id_in_two_shards_is_named_however_many_passes_it_takes(tmp_path, monkeypatch, part):
-    monkeypatch.setattr(module, "PART", part)
+    monkeypatch.setattr(plans, "PART", part)
     run = plan(tmp_path, [files("a", "b"), files("c", "b", "d"), files("e", "a")])
     assert sorted(said(run)) == ["plan: a is there 2 times", "plan: b is there 2 times"]
 
@@ -96,6 +99,70 @@ def test_a_manifest_that_lacks_something(tmp_path, lacking):
 def test_a_manifest_of_other_types(tmp_path):
     with pytest.raises(RunError, match=r"run\.json is not as encode writes it"):
         list(verify(plan(tmp_path, [files("a")]), {**MANIFEST, "preprocess": {}}, Account()))
+
+
+CONFIGS = {  # what each kind's run.json has, besides the keys of MANIFEST
+    "reconstruct": {"ladders": [[-1, 5]], "config": {"latents": "nowhere"}},
+    "sweep": {},
+    "generate": {"config": {"count": 5, "seed": 0}},
+    "regenerate": {
+        "ladders": [[-1, 5]],
+        "config": {"latents": "nowhere", "variations": 1, "eta": 0, "sigma_hat": False, "seed": 0},
+    },
+    "interpolate": {"config": {"latents": "nowhere", "method": "slerp", "frames": 3}},
+    "export": {"source": {"job": "generate"}, "source_config": {}, "config": {"run": "nowhere", "format": "png"}},
+}
+
+
+@pytest.mark.parametrize("job", CONFIGS)
+@pytest.mark.parametrize("lacking", ["nothing", "a key", "settings"])
+def test_a_manifest_of_each_kind_that_lacks_something(tmp_path, job, lacking):
+    manifest = {**MANIFEST, "job": job, **CONFIGS[job]}
+    run = plan(tmp_path, [files("a")])
+    if lacking == "a key":
+        manifest.pop(KINDS[job].manifest_keys[0])
+        with pytest.raises(RunError, match=f"run.json lacks {KINDS[job].manifest_keys[0]}"):
+            list(verify(run, manifest, Account()))
+    elif lacking == "settings" and job not in ("reconstruct", "sweep"):  # which need none
+        with pytest.raises(RunError, match=rf"run\.json is not as {job} writes it"):
+            list(verify(run, {**manifest, "config": {}}, Account()))
+    else:
+        list(verify(run, manifest, Account()))
+
+
+def test_a_plan_of_samples(tmp_path):
+    manifest = {**MANIFEST, "job": "generate", **CONFIGS["generate"]}
+    pieces = list(ranges(5, 0, 2))
+    shards = [Shard.of(SAMPLES, [piece]) for piece in pieces]
+    assert said(plan(tmp_path, shards), manifest) == []
+    assert said(plan(tmp_path, shards[:2]), manifest) == ["plan: is of 4 images, and run.json asks for 5"]
+    again = Shard.of(SAMPLES, [replace(pieces[2], start=3)])
+    assert said(plan(tmp_path, [*shards[:2], again]), manifest)[-1] == "plan: 000000003 is there 2 times"
+
+
+def test_a_plan_of_paths(tmp_path):
+    manifest = {**MANIFEST, "job": "interpolate", **CONFIGS["interpolate"]}
+    places = [[At("a", "x"), At("b", "x"), At("c", "x")], [At("d", "x"), At("e", "x")]]
+    first, second, third = path_pieces(places, 3)
+    whole = Shard.of(PATHS, [first, second])
+    [line] = said(plan(tmp_path, [whole, Shard.of(PATHS, [third])]), manifest)
+    assert line.startswith("nowhere: can't be read")
+    _, *wrong = said(plan(tmp_path, [whole, Shard.of(PATHS, [replace(second, start=3)])]), manifest)
+    assert wrong == ["plan: 000000/000003 is there 2 times", "plan: 000000/000004 is there 2 times"]
+
+
+def test_a_sweep_is_under_the_settings_that_were_begun(tmp_path):
+    shards = [files("a"), files("b")]
+    run = plan(tmp_path, shards)
+    for name in (f"{shards[0].name}-{'a' * 12}", "stray", f"{'0' * 24}-{'b' * 12}"):
+        run.put(f"sweep/{name}.parquet", b"")
+    found = list(verify(run, {**MANIFEST, "job": "sweep"}, Account()))
+    missing = {f"sweep/{shards[i].name}-{s * 12}.parquet" for i, s in ((1, "a"), (0, "b"), (1, "b"))}
+    assert {f.where for f in found if "is missing" in f.what} == missing
+    assert {f.where for f in found if "is of no shard" in f.what} == {
+        "sweep/stray.parquet",
+        f"sweep/{'0' * 24}-{'b' * 12}.parquet",
+    }
 
 
 def test_ids_are_those_that_are_read(sample, corpus, tmp_path):

@@ -12,8 +12,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from palindrome.pipeline.images.pixels import png
-from palindrome.pipeline.tasks.export import check_png, encoded, name_of
+from palindrome.pipeline.images.pixels import check_png, png
+from palindrome.pipeline.tasks.export import encoded, name_of
 
 # Letters that some file system takes for others, what has a meaning in paths, and what our own names are made of.
 AWKWARD = [

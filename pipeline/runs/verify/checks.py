@@ -1,0 +1,369 @@
+"""How each kind of run is checked: its plan, and what its shards must be."""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain, product
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from palindrome.pipeline.base.text import one_line
+from palindrome.pipeline.base.threads import in_threads
+from palindrome.pipeline.images.records import REASONS
+from palindrome.pipeline.runs.kinds import KINDS, REJECTS, Kind, Manifest, setting_name
+from palindrome.pipeline.runs.plan import frame_id, ids_of, sample_id
+from palindrome.pipeline.runs.schemas import DTYPES
+from palindrome.pipeline.runs.selection import Selection, listed_ids
+from palindrome.pipeline.runs.shards import read_ids
+from palindrome.pipeline.runs.verify.exports import check_export
+from palindrome.pipeline.runs.verify.findings import Checked, Finding
+from palindrome.pipeline.runs.verify.plans import EncodePlan, OwnPlan, Plan, Unit, about, names_in, reached
+from palindrome.pipeline.runs.verify.shards import Read, Shape, Variant, Wanted, check_shard, compare_ids
+from palindrome.pipeline.runs.verify.strays import strays
+from palindrome.pipeline.storage.folder import Folder
+
+THREADS = 4  # shards read at a time
+UNIT = re.compile(r"[0-9a-f]{24}-([0-9a-f]{12})")  # a file of a sweep: its shard and its setting
+
+
+def _in_shards(run: Folder, plan: Plan, wanted: Wanted) -> Iterator[Checked]:
+    """Every unit of the plan, then the plan itself, files that are of no unit, and what else lies in the folders."""
+    kind = wanted.kind
+    present = names_in(run, kind.folder)
+    refused = names_in(run, REJECTS) if kind.rejects else set()
+    planned: set[str] = set()
+
+    def units() -> Iterator[Unit]:
+        for unit in plan.units():
+            planned.add(unit.name)
+            yield unit
+
+    def check(unit: Unit) -> Checked:
+        if unit.name in present:
+            return check_shard(run, unit, wanted, unit.name in refused)
+        what = f"is missing: the shard's {unit.shard.images} images are not done" if unit.shard else "is missing"
+        return Checked([Finding(f"{kind.folder}/{unit.name}.parquet", what)], unit.name)
+
+    yield from in_threads(check, units(), THREADS)
+    findings, whole = plan.conclude()
+    if whole:
+        for below, found in ((kind.folder, present), (REJECTS, refused)):
+            findings += [Finding(f"{below}/{name}.parquet", plan.orphan) for name in sorted(found - planned)]
+    yield Checked([*findings, *strays(run, ("plan", kind.folder, REJECTS))])
+
+
+def _encode(run: Folder, manifest: Manifest) -> Iterator[Checked]:
+    kind, config, inversion = KINDS["encode"], manifest["config"], manifest["inversion"]
+    exact = inversion.get("tolerance") == "exact"
+    wanted = Wanted(
+        kind,
+        _schema(kind, manifest),
+        about(manifest),
+        _latent_rows(
+            steps=len(manifest["levels"]) - 1,
+            most_nfe=inversion["nfe"],
+            corrected=inversion["corrections"] > 0,
+            tolerance=inversion.get("tolerance"),
+            measured=config["measure"] or exact,
+        ),
+        lambda unit, read: _compare_images(kind, unit, read, "it is neither a latent nor a reject"),
+        kept=tuple(config["keep"]),
+    )
+    return _in_shards(run, OwnPlan(run), wanted)
+
+
+def _sweep(run: Folder, manifest: Manifest) -> Iterator[Checked]:
+    kind = KINDS["sweep"]
+    settings = sorted({match[1] for name in names_in(run, kind.folder) if (match := UNIT.fullmatch(name))})
+
+    def compare(unit: Unit, read: Read) -> Iterator[str]:
+        said = read.about.get("setting")
+        if said is not None:
+            try:
+                name = setting_name(*(said[key] for key in ("levels", "corrections", "tolerance", "dtype")))
+            except (KeyError, TypeError):
+                name = ""
+            if not unit.name.endswith(f"-{name}"):
+                yield "says a setting that is not the one that it is named after"
+        yield from _compare_images(kind, unit, read, "it is neither measured nor a reject")
+
+    wanted = Wanted(kind, _schema(kind, manifest), about(manifest), _sweep_rows, compare)
+    return _in_shards(run, OwnPlan(run, settings), wanted)
+
+
+def _generate(run: Folder, manifest: Manifest) -> Iterator[Checked]:
+    kind, config = KINDS["generate"], manifest["config"]
+    said = {"eta": config.get("eta"), "use_sigma_hat": config.get("sigma_hat"), "clip": config.get("clip")}
+    said = {key: value for key, value in said.items() if value is not None}  # settings that are newer than the run
+    dtype = None if config.get("latents", "none") == "none" else DTYPES[config["latents"]]
+    wanted = Wanted(
+        kind,
+        _schema(kind, manifest),
+        about(manifest, seed=config["seed"], **said),
+        lambda batch: _sample_rows(batch, dtype),
+        lambda unit, read: _compare_images(kind, unit, read, "there is no such sample"),
+        kept=("latent",) if dtype else (),
+    )
+    return _in_shards(run, OwnPlan(run, images=config["count"]), wanted)
+
+
+def _interpolate(run: Folder, manifest: Manifest) -> Iterator[Checked]:
+    kind, config = KINDS["interpolate"], manifest["config"]
+    said = {"method": config["method"], "frames": config["frames"]}
+    _, encoded, findings = reached(kind.source_of(manifest), KINDS["encode"])
+    shape, others = _of_source(kind, manifest, encoded)
+    wanted = Wanted(kind, _schema(kind, manifest), about(manifest, **said), _frame_rows, _compare_frames, shape=shape)
+    return chain([Checked([*findings, *others])], _in_shards(run, OwnPlan(run), wanted))
+
+
+def _reconstruct(run: Folder, manifest: Manifest) -> Iterator[Checked]:
+    variants = [(len(levels) - 1,) for levels in manifest["ladders"]]
+    return _of_latents(KINDS["reconstruct"], run, manifest, variants, _error_rows, {}, Selection())
+
+
+def _regenerate(run: Folder, manifest: Manifest) -> Iterator[Checked]:
+    config, findings = manifest["config"], []
+    variants = list(product((len(levels) - 1 for levels in manifest["ladders"]), range(config["variations"])))
+    said = {"eta": config["eta"], "use_sigma_hat": config["sigma_hat"], "seed": config["seed"]}
+    which: Selection | None = Selection(where=config.get("where"))
+    if config.get("ids"):
+        try:
+            which = Selection(listed_ids(config["ids"]), config.get("where"))
+            why = "" if which.ids_digest == manifest.get("ids_digest") else "names other ids than when the run was made"
+        except Exception as e:  # of whichever store
+            why = f"can't be read: {one_line(e)}"
+        if why:
+            which = None
+            what = f"{why}; whether all its ids are there is not checked"
+            findings.append(Finding(config["ids"], what, warning=True))
+    shards = _of_latents(KINDS["regenerate"], run, manifest, variants, _regenerated_rows, said, which)
+    return chain([Checked(findings)], shards)
+
+
+def _of_latents(
+    kind: Kind,
+    run: Folder,
+    manifest: Manifest,
+    variants: Sequence[Variant],
+    check_rows: Callable[[pa.RecordBatch], Iterator[str]],
+    said: Mapping[str, Any],
+    which: Selection | None,
+) -> Iterator[Checked]:
+    """A run that decodes an encode run's latents, each to all variants; `which` is None where that is not known."""
+    plan = EncodePlan(kind.source_of(manifest), names_in(run, kind.folder))
+    shape, findings = _of_source(kind, manifest, plan.manifest)
+
+    def compare(unit: Unit, read: Read) -> Iterator[str]:
+        if read.ids is None:
+            return
+        ids = {variant: read.ids.get(variant, []) for variant in (*variants, *read.ids)}
+        yield from (f"has rows {_at(kind, v)}, for which nobody asked" for v in sorted(ids.keys() - {*variants}))
+        for variant, found in ids.items():
+            if len(found) != read.counts.get(kind.row_count):
+                at = _at(kind, variant)
+                yield f"has {len(found)} rows {at}, and its footer says {read.counts.get(kind.row_count)}"
+        total = sum(map(len, ids.values()))
+        if kind.row_count != "images" and read.counts.get("images") != total:
+            yield f"has {total} images, and its footer says {read.counts.get('images')}"
+        if unit.shard is None:
+            return
+        try:
+            stored = Counter(read_ids(plan.latents, unit.name, which or Selection()))
+        except Exception as e:
+            yield f"its latents can't be read: {one_line(e)}"
+            return
+        first = Counter(ids[variants[0]])
+        for variant, found in ids.items():
+            have = Counter(found)
+            differ = (have - stored) + (stored - have if which else first - have)
+            if differ:
+                yield f"has other ids {_at(kind, variant)} than its latents: {', '.join(sorted(differ)[:3])}"
+
+    wanted = Wanted(kind, _schema(kind, manifest), about(manifest, **said), check_rows, compare, shape=shape)
+    return chain([Checked(findings)], _in_shards(run, plan, wanted))
+
+
+def _at(kind: Kind, variant: Variant) -> str:
+    steps, *variation = variant
+    return f"at {steps} steps" + "".join(f" in variation {number}" for number in variation)
+
+
+def _of_source(kind: Kind, manifest: Manifest, encoded: Manifest | None) -> tuple[Shape | None, list[Finding]]:
+    """The pictures' shape by the encode run's run.json, where it is known, and whether the models are the same."""
+    if encoded is None:
+        return None, []
+    findings = []
+    if encoded.get("model_digest") != manifest["model_digest"]:
+        findings = [Finding("run.json", f"is of another model than the latents in {kind.source_of(manifest)}")]
+    how = encoded.get("preprocess") or {}
+    return (how["size"], how["size"], how["channels"]) if {"size", "channels"} <= how.keys() else None, findings
+
+
+def _schema(kind: Kind, manifest: Manifest) -> pa.Schema:
+    assert kind.schema is not None
+    return kind.schema(manifest)
+
+
+def _compare_images(kind: Kind, unit: Unit, read: Read, lacks: str) -> Iterator[str]:
+    """A row or a reject for each id that the shard stands for."""
+    assert unit.shard is not None
+    rows = None if read.ids is None else read.ids.get((), [])
+    yield from _compare_count(kind, rows, read)
+    if read.counts and read.counts.get("images") != unit.shard.images:
+        said, images = read.counts.get("images"), unit.shard.images
+        yield f"is of {said} images by its footer, and the plan has {images} in the shard"
+    if rows is not None:
+        known = read.rejects is not None  # else what is lacking may be among them
+        yield from compare_ids([*rows, *(read.rejects or ())], ids_of(unit.shard), lacks if known else None)
+
+
+def _compare_count(kind: Kind, rows: list[str] | None, read: Read) -> Iterator[str]:
+    if rows is not None and read.counts.get(kind.row_count) != len(rows):
+        yield f"has {len(rows)} {kind.noun}, and its footer says {read.counts.get(kind.row_count)}"
+
+
+def _compare_frames(unit: Unit, read: Read) -> Iterator[str]:
+    """All frames of a piece of the plan, or one reject that has the first one's id."""
+    assert unit.shard is not None
+    rows = None if read.ids is None else read.ids.get((), [])
+    yield from _compare_count(KINDS["interpolate"], rows, read)
+    pieces = [[frame_id(p.name, frame) for frame in range(p.start, p.stop)] for p in unit.shard.pieces]
+    rejected = Counter(read.rejects or ())
+    firsts = {first for first, *_ in pieces}
+    yield from (f"{image_id} is not in the plan of this shard" for image_id in sorted(rejected.keys() - firsts))
+    yield from (f"{image_id} is rejected {n} times" for image_id, n in sorted(rejected.items()) if n > 1)
+    if rows is not None:
+        planned = (frame for piece in pieces if piece[0] not in rejected for frame in piece)
+        lacks = "there is neither the frame nor a reject" if read.rejects is not None else None
+        yield from compare_ids(rows, planned, lacks)
+
+
+def _named(ids: pa.Array, wrong: Mapping[str, np.ndarray]) -> Iterator[str]:
+    """What is wrong with which rows, by id."""
+    for what, rows in wrong.items():
+        yield from (f"{ids[int(row)].as_py()} {what}" for row in np.flatnonzero(rows))
+
+
+def _column(batch: pa.RecordBatch, name: str) -> np.ndarray:
+    """As float64; nulls are NaN."""
+    return batch.column(name).to_numpy(zero_copy_only=False).astype(np.float64)
+
+
+def _null(batch: pa.RecordBatch, name: str) -> np.ndarray:
+    return np.asarray(pc.is_null(batch.column(name)))
+
+
+def _is_error(values: np.ndarray) -> np.ndarray:
+    return (values >= 0) & np.isfinite(values)
+
+
+def _is_psnr(psnr: np.ndarray, mse: np.ndarray) -> np.ndarray:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.isclose(psnr, -10 * np.log10(mse), rtol=1e-6, atol=1e-6) | ~(mse >= 0)
+
+
+def _finite(latents: pa.Array) -> np.ndarray:
+    return np.isfinite(latents.to_numpy_ndarray()).reshape(len(latents), -1).all(1)
+
+
+def _latent_rows(
+    steps: int, most_nfe: int, corrected: bool, tolerance: Any, measured: bool
+) -> Callable[[pa.RecordBatch], Iterator[str]]:
+    def check(batch: pa.RecordBatch) -> Iterator[str]:
+        nfe, residual, mse, identical = (_column(batch, name) for name in ("nfe", "residual", "mse", "identical"))
+        hashed = pc.match_substring_regex(batch.column("content_hash"), "^[0-9a-f]{64}$")
+        wrong = {
+            "has a latent that is not finite": ~_finite(batch.column("latent")),
+            "has a width or height below 1": (_column(batch, "width") < 1) | (_column(batch, "height") < 1),
+            "has no sha256 as its content_hash": ~np.asarray(hashed),
+            f"has an nfe below {steps}": ~(nfe >= steps),
+        }
+        if tolerance is None:
+            wrong[f"has an nfe other than {most_nfe}"] = (nfe >= steps) & (nfe != most_nfe)
+        elif tolerance != "exact":
+            wrong[f"has an nfe above {most_nfe}"] = nfe > most_nfe
+        if corrected:
+            wrong["has a residual that is no number of 0 or more"] = ~_is_error(residual)
+        else:
+            wrong["has a residual, of an inversion that has none"] = ~_null(batch, "residual")
+        if measured:
+            psnr = _column(batch, "psnr")
+            wrong["has an mse that is no number of 0 or more"] = ~_is_error(mse)
+            wrong["has an `identical` that is no share"] = ~((identical >= 0) & (identical <= 1))
+            wrong["has a psnr that is not that of its mse"] = ~_null(batch, "mse") & ~_is_psnr(psnr, mse)
+        else:
+            there = [~_null(batch, name) for name in ("mse", "psnr", "identical")]
+            wrong["has a measured error, of a run that measures none"] = np.logical_or.reduce(there)
+        yield from _named(batch.column("image_id"), wrong)
+
+    return check
+
+
+def _sweep_rows(batch: pa.RecordBatch) -> Iterator[str]:
+    """Errors may be infinite or no number: some settings fail, which is what a sweep shows."""
+    identical, mse = _column(batch, "identical"), _column(batch, "mse")
+    wrong = {
+        "has an nfe below 1": ~(_column(batch, "nfe") >= 1),
+        "has a negative mse": mse < 0,
+        "has an `identical` that is no share": ~((identical >= 0) & (identical <= 1)),
+        "has a psnr that is not that of its mse": np.isfinite(mse) & ~_is_psnr(_column(batch, "psnr"), mse),
+    }
+    yield from _named(batch.column("image_id"), wrong)
+
+
+def _sample_rows(batch: pa.RecordBatch, dtype: pa.DataType | None) -> Iterator[str]:
+    ids = batch.column("image_id")
+    named = [i == sample_id(n) for i, n in zip(ids.to_pylist(), _numbers(batch, "index"), strict=True)]
+    wrong = {"has the index of another sample": ~np.array(named, bool)}
+    if dtype is not None:
+        latents = batch.column("latent")
+        if not isinstance(latents.type, pa.FixedShapeTensorType) or latents.type.value_type != dtype:
+            yield f"column latent is {latents.type}, not a tensor of {dtype}"
+        elif latents.null_count:
+            yield "column latent has nulls"
+        else:
+            wrong["has a latent that is not finite"] = ~_finite(latents)
+    yield from _named(ids, wrong)
+
+
+def _numbers(batch: pa.RecordBatch, name: str) -> list[int]:
+    return [-1 if value is None else value for value in batch.column(name).to_pylist()]
+
+
+def _frame_rows(batch: pa.RecordBatch) -> Iterator[str]:
+    ids, t = batch.column("image_id"), _column(batch, "t")
+    places = zip(ids.to_pylist(), batch.column("path").to_pylist(), _numbers(batch, "frame"), strict=True)
+    wrong = {
+        "has the path or the frame of another": np.array([i != frame_id(path, n) for i, path, n in places], bool),
+        "has a t outside of 0 to 1": ~((t >= 0) & (t <= 1)),
+        "has a latent that is not finite": ~np.isfinite(_column(batch, "rms_slerp") + _column(batch, "rms_linear")),
+    }
+    yield from _named(ids, wrong)
+
+
+def _regenerated_rows(batch: pa.RecordBatch) -> Iterator[str]:
+    wrong = {"has a to_longest that is no number of 0 or more": ~_is_error(_column(batch, "to_longest"))}
+    yield from _named(batch.column("image_id"), wrong)
+
+
+def _error_rows(batch: pa.RecordBatch) -> Iterator[str]:
+    for row in batch.select(["image_id", "steps", "status", "mse"]).to_pylist():
+        at, mse = f"{row['image_id']} at {row['steps']} steps", row["mse"]
+        if row["status"] not in {*REASONS, "compared", "missing", "changed"}:
+            yield f"{at} has the status {row['status']}, which is none"
+        elif row["status"] == "compared" and not (mse is not None and np.isfinite(mse) and mse >= 0):
+            yield f"{at} has an mse that is no number of 0 or more"
+
+
+CHECKS: Mapping[str, Callable[[Folder, Manifest], Iterator[Checked]]] = {
+    "encode": _encode,
+    "reconstruct": _reconstruct,
+    "sweep": _sweep,
+    "generate": _generate,
+    "regenerate": _regenerate,
+    "interpolate": _interpolate,
+    "export": check_export,
+}
