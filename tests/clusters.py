@@ -26,12 +26,14 @@ SOON = {  # Ray's counters by the second; and when it finds that a node does not
 
 
 def free_ports(count):
-    sockets = [socket.socket() for _ in range(count)]
-    for s in sockets:
-        s.bind(("127.0.0.1", 0))
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
+    """Ports that nothing has and nothing takes by itself: those of the system's choice go to any connection that is
+    opened before they are used, and Ray's workers take those up to 19,999."""
+    ports = []
+    while len(ports) < count:
+        port = 20_000 + secrets.randbelow(12_000)
+        with socket.socket() as s, suppress(OSError):
+            s.bind(("", port))
+            ports += [port] if port not in ports else []
     return ports
 
 

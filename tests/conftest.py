@@ -16,6 +16,22 @@ settings.register_profile("palindrome", deadline=None, derandomize=True)  # no f
 settings.load_profile("palindrome")
 
 
+# The files that take longest, first: else one process works through them while the others are done.
+SLOW = [
+    *("jobs/test_faults.py", "jobs/test_submit.py", "jobs/test_s3.py", "jobs/test_kinds.py", "jobs/test_train.py"),
+    *("pipeline/runtime/test_scheduler.py", "infra/test_two_nodes.py", "jobs/test_encode.py", "jobs/test_generate.py"),
+    *("jobs/test_estimate.py", "jobs/test_precision.py", "jobs/test_on_ray.py", "jobs/test_verify.py"),
+    *("jobs/test_earlier_runs.py", "jobs/test_export.py", "jobs/test_autoscaling.py", "jobs/test_hosts.py"),
+    *("jobs/test_log.py", "jobs/test_collections.py", "infra/test_installed.py", "test_notebook.py"),
+]
+
+
+def pytest_collection_modifyitems(items):
+    here = Path(__file__).parent
+    order = {here / name: place for place, name in enumerate(SLOW)}
+    items.sort(key=lambda item: order.get(item.path, len(SLOW)))
+
+
 def pytest_unconfigure():
     """Commands run in this process leave what is there to its end (pipeline/base/frozen_gc.py), which libraries of the tests
     would report as lost."""

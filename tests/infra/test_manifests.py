@@ -206,7 +206,7 @@ def test_the_batch_script_is_a_script_whose_command_is_there():
     assert not [line for line in lines[first:] if line.startswith("#SBATCH")]  # sbatch would not see it
     words = shlex.split(re.search(r"^command=\((.*?)^\)", text, re.MULTILINE | re.DOTALL).group(1), comments=True)
     assert encode(words).out == "s3://bucket/runs/photos"
-    arguments = re.search(r"python -m infra\.wait (.*) -- ", text).group(1)
+    arguments = re.search(r"python -m palindrome\.infra\.wait (.*) -- ", text).group(1)
     assert wait.parse(shlex.split(arguments.replace('"$SLURM_NNODES"', "2"))).nodes == 2
 
 
