@@ -33,8 +33,8 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_unconfigure():
-    """Commands run in this process leave what is there to its end (pipeline/base/frozen_gc.py), which libraries of the tests
-    would report as lost."""
+    """Commands freeze their process's garbage (pipeline/base/frozen_gc.py), which the tests' libraries would report as
+    leaks."""
     gc.unfreeze()
 
 
