@@ -8,8 +8,8 @@ demo: .venv/.installed
 	@.venv/bin/palindrome encode --images samples/cifar10-test-256.parquet --model checkpoints/cifar10-32 --out demo/encoded
 	@.venv/bin/palindrome reconstruct --latents demo/encoded --out demo/reconstructed
 
-# Many tests wait for Ray or a server to start, so three processes keep two cores busy.
-PYTEST_ARGS ?= -n 3 --dist loadfile --no-loadscope-reorder --durations=25
+# Two processes for two cores: with three, starts of Ray wait for one another.
+PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder --durations=25
 test: .venv/.installed-test lint
 	.venv/bin/python -m pytest $(PYTEST_ARGS)
 
