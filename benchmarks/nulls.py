@@ -72,7 +72,7 @@ def null_checkpoint(sleep: float = 0.0, size: int = 32) -> NullCheckpoint:
 
 @contextmanager
 def local_ray(cpus: int) -> Iterator[None]:
-    """A Ray of this machine with so many logical CPUs, which pipeline.run and Ray Data then both use."""
+    """A Ray of this machine with so many logical CPUs, which Palindrome and Ray Data then both use."""
     ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     try:
         yield

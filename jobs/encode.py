@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from palindrome.jobs.arguments import ConfigError, Range, config_error
 from palindrome.jobs.config import CollectionOptions, PictureOptions, ReadingConfig
-from palindrome.jobs.sharded import Remaining, ShardedJob, run_sharded
+from palindrome.jobs.sharded import Remaining, ShardedJob, remaining_shards, run_sharded
 from palindrome.model import checkpoint
 from palindrome.model.engine import FLOAT32
 from palindrome.pipeline.images.decode import Preprocess
@@ -19,7 +19,7 @@ from palindrome.pipeline.runs.kinds import REJECTS
 from palindrome.pipeline.runs.ladders import KINDS, resolve
 from palindrome.pipeline.runs.manifest import note, read_manifest
 from palindrome.pipeline.runs.outcome import Failure
-from palindrome.pipeline.runs.plan import Totals, extend_plan, plan_totals, read_plan, write_plan
+from palindrome.pipeline.runs.plan import Totals, extend_plan, plan_totals, write_plan
 from palindrome.pipeline.runs.schemas import DTYPES, LATENT_COLUMNS
 from palindrome.pipeline.runs.shards import committed
 from palindrome.pipeline.runs.summary import latents_summary, put_summary
@@ -111,9 +111,9 @@ def run(config: EncodeConfig) -> int:
         with config_error("--images"):
             totals = _plan(config, out, collection)
         done = committed(out) - (committed(out, REJECTS) if config.retry_rejects else set())
-        left = sum(shard.name not in done for shard in read_plan(out))  # a file there need not be one of the plan's
-        print(f"{totals.images} images in {totals.shards} shards, {left} to encode", flush=True)
-        return Remaining(totals, left, (shard for shard in read_plan(out) if shard.name not in done))
+        remaining = remaining_shards(out, totals, done)
+        print(f"{totals.images} images in {totals.shards} shards, {remaining.left} to encode", flush=True)
+        return remaining
 
     def precision(executor: Executor, resources: Resources) -> str:
         pays = totals.images >= MIN_IMAGES_FOR_TRIAL and not (done or exact)

@@ -27,7 +27,7 @@ from palindrome.pipeline.tasks.export import (
     put_index,
 )
 
-AT_ONCE = 4  # shards; of each, so many pictures as pipeline.export says
+AT_ONCE = 4  # shards; of each, so many pictures as pipeline/tasks/export.py says
 SAMPLE = 32  # shards whose images are counted for the estimate of the time left
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from palindrome.jobs.arguments import ConfigError, Range, config_error
 from palindrome.jobs.config import ImagesConfig
-from palindrome.jobs.sharded import Remaining, ShardedJob, run_sharded
+from palindrome.jobs.sharded import Remaining, ShardedJob, remaining_shards, run_sharded
 from palindrome.model import checkpoint
 from palindrome.pipeline.images.pixels import grid, pixels_of, png
 from palindrome.pipeline.runs.kinds import IMAGES
@@ -77,10 +77,9 @@ def run(config: GenerateConfig) -> int:
         with config_error("--out"):
             pieces = ranges(config.count, config.seed, config.shard_size)
             totals = plan_totals(out) or add_pieces(out, KIND, pieces, config.shard_size)
-        done = committed(out, IMAGES)
-        left = sum(shard.name not in done for shard in read_plan(out))
-        print(f"{totals.images} samples in {totals.shards} shards, {left} to generate", flush=True)
-        return Remaining(totals, left, (shard for shard in read_plan(out) if shard.name not in done))
+        remaining = remaining_shards(out, totals, committed(out, IMAGES))
+        print(f"{totals.images} samples in {totals.shards} shards, {remaining.left} to generate", flush=True)
+        return remaining
 
     def work(out: Folder, resources: Resources) -> Generate:
         about = {**facts, "seed": config.seed, **how}

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from palindrome.jobs.arguments import ConfigError, Range, config_error, flag_of
 from palindrome.jobs.config import ImagesConfig, SelectionOptions
-from palindrome.jobs.sharded import Remaining, ShardedJob, run_sharded
+from palindrome.jobs.sharded import Remaining, ShardedJob, remaining_shards, run_sharded
 from palindrome.pipeline.images.records import REASONS
 from palindrome.pipeline.reports.interpolation import put_report
 from palindrome.pipeline.runs.encoded import encode_run, ladders_of, model_of
@@ -118,10 +118,9 @@ def run(config: InterpolateConfig) -> int:
     def plan(out: Folder) -> Remaining:
         pieces = (grid_pieces if config.grid else path_pieces)(paths, config.frames)
         totals = known or add_pieces(out, KIND, pieces, config.shard_size)
-        done = committed(out, IMAGES)
-        print(f"{totals.images} frames in {totals.shards} shards, {totals.shards - len(done)} to make", flush=True)
-        shards = (shard for shard in read_plan(out) if shard.name not in done)
-        return Remaining(totals, totals.shards - len(done), shards)
+        remaining = remaining_shards(out, totals, committed(out, IMAGES))
+        print(f"{totals.images} frames in {totals.shards} shards, {remaining.left} to make", flush=True)
+        return remaining
 
     def work(out: Folder, resources: Resources) -> Interpolate:
         about = {**facts, "method": config.method, "frames": config.frames}

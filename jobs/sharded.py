@@ -81,6 +81,12 @@ def run_sharded(config: ShardedConfig, job: ShardedJob) -> int:
     return 1 if len(failures) > job.budget.tolerated else code
 
 
+def remaining_shards(out: Folder, totals: Totals, done: set[str]) -> Remaining:
+    """Of a run with a plan of its own. A file that is there need not be of one of the plan's shards."""
+    left = sum(shard.name not in done for shard in read_plan(out))
+    return Remaining(totals, left, (shard for shard in read_plan(out) if shard.name not in done))
+
+
 def remaining_latents(latents: Folder, planned: Totals, ready: set[str], done: set[str], verb: str) -> Remaining:
     """Of a job that works through an encode run's shards: those that are `ready` there and not `done` here."""
     totals, left = planned.part(len(ready)), ready - done

@@ -35,7 +35,7 @@ MADE = {"model_digest": "by model", "levels": "on the ladder", "preprocess": "of
 def latent_rows(
     schema: pa.Schema, images: Sequence[Image], latents: np.ndarray, measured: Mapping[str, Any]
 ) -> pa.Table:
-    """Rows of records.latent_schema: images of one batch, their latents [B, C, H, W], and columns of MEASURED, each of
+    """Rows of schemas.latent_schema: images of one batch, their latents [B, C, H, W], and columns of MEASURED, each of
     length B (a NaN residual is none); those that are not given are null."""
 
     def column(field: pa.Field) -> pa.Array:
@@ -111,7 +111,7 @@ class ShardWriter:
 def latent_writer(
     run: Folder, shard: str, schema: pa.Schema, metadata: Mapping[str, Any], once: bool = False
 ) -> ShardWriter:
-    """For rows of records.latent_schema."""
+    """For rows of schemas.latent_schema."""
     # Bytes split by significance compress better, but DuckDB (2.0) can't read that encoding of float16.
     split = ["latent.list.element"] if schema.field("latent").type.value_type == pa.float32() else False
     others = [f.name for f in schema if f.name != "latent"]  # the least and the most of a latent tell nothing
@@ -191,14 +191,14 @@ def _fragment(
 
 
 def read_rejects(run: Folder, done: Collection[str]) -> Iterator[dict[str, Any]]:
-    """The rejects of the shards that are done, as rows of records.REJECT_SCHEMA."""
+    """The rejects of the shards that are done, as rows of schemas.REJECT_SCHEMA."""
     for name in run.files(REJECTS):
         if name.removesuffix(".parquet") in done:  # else its shard was cut short, and will write them again
             yield from run.read_parquet(f"{REJECTS}/{name}").to_pylist()
 
 
 def rejects(run: Folder, manifest: dict[str, Any], reason: str | None = None) -> Iterator[dict[str, Any]]:
-    """The rejects of the shards that are done, shard by shard, as rows of records.REJECT_SCHEMA; those of a sweep
+    """The rejects of the shards that are done, shard by shard, as rows of schemas.REJECT_SCHEMA; those of a sweep
     once, not under every setting. Raises RunError naming a file that can't be read."""
     kind = KINDS[manifest["job"]]
     done = {entry.shard for entry in entries(run, kind.folder)}

@@ -264,7 +264,7 @@ class _Run:
 def run_shards(
     work: Work, checkpoint: Checkpoint, shards: Iterator[Shard], resources: Resources, stall: float = STALL
 ) -> Generator[Receipt | Failure | Heartbeat, None, None]:
-    """Works through `shards`, which is read as actors have room, and yields an outcome for every one, and pulses.
+    """Works through `shards`, which is read as actors have room, and yields an outcome for every one, and heartbeats.
 
     A shard that fails, or stands still for `stall` seconds, is tried `RETRIES` more times; an actor that dies is
     replaced. Raises RunError when actors don't start. To close the generator is to drop what is in flight.

@@ -42,7 +42,7 @@ def test_what_takes_long_to_be_told_gets_more_at_once(fixed, each, size):
 
 
 def test_one_that_does_not_fit_is_not_taken():
-    """Its batch is cut into halves (pipeline.device), which are as fast as they were."""
+    """Its batch is cut into halves (runtime/device.py), which are as fast as they were."""
     speed = device(5e-3, 1e-5)
     size, tried = smallest(lambda s: speed(min(s, 128)), list(SIZES), LONG)
     assert (size, list(tried)) == (128, [64, 128, 256])
