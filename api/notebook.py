@@ -8,7 +8,7 @@ All of it happens in this process, on its GPU if it has one; no cluster is conne
 """
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -21,11 +21,10 @@ from pyarrow.dataset import Dataset
 from torch import Tensor
 
 from palindrome.model.interpolate import slerp
-from palindrome.pipeline.images.decode import Preprocess, Rejected, decode, from_pillow
+from palindrome.pipeline.images.decode import Rejected, decode, from_pillow
 from palindrome.pipeline.images.metrics import to_model, to_pixels
 from palindrome.pipeline.images.pixels import to_pillow
-from palindrome.pipeline.runs.encoded import encode_run, execution_of, ladders_of, latents_dataset, model_of
-from palindrome.pipeline.runs.inversion import Inversion
+from palindrome.pipeline.runs.encoded import EncodeRun
 from palindrome.pipeline.runs.selection import Selection
 from palindrome.pipeline.runtime.device import Model
 from palindrome.pipeline.storage.folder import Folder, Options, absolute, by_protocol, current_options, open_fs, using
@@ -49,23 +48,29 @@ def open(latents: Place, model: Place | None = None, storage_options: Options | 
         raise ValueError('storage_options go by protocol, as in {"s3": {"endpoint_url": "https://..."}}')
     with using(current_options() if storage_options is None else storage_options):
         folder = Folder(absolute(os.fspath(latents)))
-    manifest, _, done = encode_run(folder)
-    where = None if model is None else absolute(os.fspath(model))
-    return Run(folder, manifest, latents_dataset(folder, done), where)
+    encoded = EncodeRun.open(folder)
+    return Run(encoded, encoded.rows(), None if model is None else absolute(os.fspath(model)))
 
 
 @dataclass(frozen=True, eq=False)
 class Run:
     """An encode run, as it was when `open` found it; `len` is how many latents it has.
 
-    `manifest` is what its run.json says. `dataset` is pyarrow's view of its rows, latents too, for what goes beyond
-    `table`: batches that do not fit into memory, or queries by another engine.
+    `manifest` is the content of its run.json. `dataset` is pyarrow's view of its rows, latents too, for what goes
+    beyond `table`: batches that do not fit into memory, or queries by another engine.
     """
 
-    folder: Folder
-    manifest: dict[str, Any] = field(repr=False)
+    encoded: EncodeRun
     dataset: Dataset = field(repr=False)
     model: str | None = None
+
+    @property
+    def folder(self) -> Folder:
+        return self.encoded.folder
+
+    @property
+    def manifest(self) -> Mapping[str, Any]:
+        return self.encoded.manifest.content
 
     def __len__(self) -> int:
         return int(self.dataset.count_rows())
@@ -110,7 +115,7 @@ class Run:
         the schedule, and where the model is another than the one that made the latents.
         """
         x = torch.from_numpy(self._latents(images))
-        ladder, *_ = ladders_of(self.manifest, [] if steps is None else [steps], self._loaded.checkpoint.schedule)
+        ladder, *_ = self.encoded.ladders([] if steps is None else [steps], self._loaded.checkpoint.schedule)
         decoded = (self._loaded.decode(batch, ladder) for batch in x.split(BATCH) if len(batch))
         return [to_pillow(pixels) for batch in decoded for pixels in to_pixels(batch)]
 
@@ -123,7 +128,7 @@ class Run:
         that begins with a reject's reason (`truncated`, `too_large`) for what is no usable image, OSError for a file
         that can't be read, and ValueError where the model is another than the one of the run.
         """
-        how = Preprocess(**self.manifest["preprocess"])
+        how = self.encoded.preprocess
         try:
             if isinstance(image, PIL.Image):
                 pixels = from_pillow(image, how)
@@ -131,7 +136,7 @@ class Run:
                 pixels, *_ = decode(image if isinstance(image, bytes) else self._read(image), how)
         except Rejected as e:
             raise ValueError(f"{e.reason}: {e.detail}") from None
-        latents, _ = latents_of(self._loaded, to_model(np.stack([pixels])), Inversion.of(self.manifest))
+        latents, _ = latents_of(self._loaded, to_model(np.stack([pixels])), self.encoded.inversion)
         return latents[0].float().numpy()
 
     def interpolate(
@@ -165,4 +170,4 @@ class Run:
     @cached_property
     def _loaded(self) -> Model:
         with using(self.folder.storage_options):
-            return Model(model_of(self.manifest, self.model)[1], execution=execution_of(self.manifest))
+            return Model(self.encoded.load_model(self.model)[1], execution=self.encoded.execution)

@@ -32,8 +32,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.nulls import local_ray
-from palindrome.model import checkpoint
-from palindrome.model.engine import PRECISIONS, Execution
+from palindrome.model import families
+from palindrome.model.execution import PRECISIONS, Execution
 from palindrome.model.schedule import ladder
 from palindrome.pipeline.images.decode import Preprocess
 from palindrome.pipeline.images.metrics import round_trip_error, to_model
@@ -115,13 +115,13 @@ def command(name: str, args: argparse.Namespace, out: Path) -> list[str]:
 
 def pictures(args: argparse.Namespace) -> Tensor:
     """Float32 [N, C, H, W] in [-1, 1]."""
-    config = checkpoint.load(absolute(args.model)).config
-    how = Preprocess(config.sample_size, config.in_channels)
+    channels, size, _ = families.load(absolute(args.model)).image_shape
+    how = Preprocess(size, channels)
     return to_model(first_images(open_collection(absolute(args.images)), how, args.limit))
 
 
 def loop(args: argparse.Namespace) -> dict[str, float]:
-    loaded = checkpoint.load(absolute(args.model))
+    loaded = families.load(absolute(args.model))
     precision = "float32" if args.precision == "auto" else args.precision
     threads = torch.get_num_threads() if args.loop == "lanes" else None
     model, x = Model(loaded, threads, execution=Execution(precision)), pictures(args)
@@ -136,7 +136,7 @@ def loop(args: argparse.Namespace) -> dict[str, float]:
 
 def error_of(out: Path, x: Tensor, args: argparse.Namespace) -> float:
     """Of the first 256 pictures, there and back."""
-    loaded = checkpoint.load(absolute(args.model))
+    loaded = families.load(absolute(args.model))
     model, levels = Model(loaded), ladder("linear", args.steps, loaded.schedule.num_train_timesteps)
     rows = [row for file in sorted(out.rglob("*.parquet")) for row in latents_in(file)]
     if "image_id" in rows[0]:  # shards are named by what is in them, rows by their numbers

@@ -11,7 +11,7 @@ import argparse
 import json
 import multiprocessing
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,8 @@ import torch
 
 from benchmarks.scale import _peak
 from palindrome.infra.cluster import connect
-from palindrome.model import checkpoint
-from palindrome.model.engine import PRECISIONS, Execution
+from palindrome.model import families
+from palindrome.model.execution import PRECISIONS, Execution
 from palindrome.pipeline.images.decode import Preprocess
 from palindrome.pipeline.images.records import Shard
 from palindrome.pipeline.images.sources import open_collection
@@ -74,19 +74,21 @@ class Measured:
 
 def encoding(model: str, images: str, precision: str, batch: int, shard: int) -> dict[str, Any]:
     ray.cloudpickle.register_pickle_by_value(__import__(__name__, fromlist=["_"]))
-    loaded = checkpoint.load(absolute(model))
+    loaded = families.load(absolute(model))
     with tempfile.TemporaryDirectory() as folder:
         column = pq.read_table(images, columns=["img"])["img"]
         again = pa.chunked_array(column.chunks * -(-shard // len(column))).slice(0, shard)
         pq.write_table(pa.table({"img": again}), f"{folder}/images.parquet", row_group_size=1000)
         collection, run = open_collection(f"{folder}/images.parquet"), Folder(f"{folder}/run")
         write_plan(run, collection, shard)
-        reader = Reader(collection, Preprocess(loaded.config.sample_size, loaded.config.in_channels), batch, False)
+        channels, size, _ = loaded.image_shape
+        reader = Reader(collection, Preprocess(size, channels), batch, False)
         encode = Encode(run, reader, Inversion((-1, 0), 0), False, {})
         with connect("local"):
-            resources = replace(fit([1], "actor"), execution=Execution(precision))
+            resources, execution = fit([1], "actor"), Execution(precision)
             measured = Measured(encode, Path(folder, "peaks"))
-            [receipt] = [o for o in run_shards(measured, loaded, read_plan(run), resources) if isinstance(o, Receipt)]
+            outcomes = run_shards(measured, loaded, read_plan(run), resources, execution)
+            [receipt] = [outcome for outcome in outcomes if isinstance(outcome, Receipt)]
         assert receipt.images == shard, receipt
         return {"precision": precision, "batch": batch, "shard": shard, **json.loads(Path(folder, "peaks").read_text())}
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 import palindrome.infra.cluster  # noqa: F401, sets Ray up before it is started
-from palindrome.model.checkpoint import Checkpoint
-from palindrome.model.engine import FLOAT32, Execution
+from palindrome.model.execution import FLOAT32, Execution
+from palindrome.model.families.unet2d import UNet2D
 from palindrome.model.schedule import CLEAN, Ladder, NoiseSchedule
 from palindrome.model.unet import UNetConfig
 from palindrome.pipeline.images.decode import Preprocess
@@ -58,10 +58,10 @@ class NullNetwork(torch.nn.Module):
 
 
 @dataclass(frozen=True)
-class NullCheckpoint(Checkpoint):
+class NullCheckpoint(UNet2D):
     sleep: float = 0.0
 
-    def engine(self, device: Any = "cpu", execution: Execution = FLOAT32) -> Any:
+    def denoiser(self, device: Any = "cpu", execution: Execution = FLOAT32) -> Any:
         return NullNetwork(self.sleep)
 
 

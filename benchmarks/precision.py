@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from palindrome.model import checkpoint
-from palindrome.model.engine import PRECISIONS, Execution
+from palindrome.model import families
+from palindrome.model.execution import PRECISIONS, Execution
 from palindrome.model.schedule import Ladder
 from palindrome.pipeline.images.decode import Preprocess
 from palindrome.pipeline.images.metrics import round_trip_error, to_model
@@ -44,8 +44,9 @@ def main() -> None:
     precisions = PRECISIONS if gpu else ("float32", "bfloat16")
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(precisions))
     args = parser.parse_args()
-    loaded = checkpoint.load(absolute(args.model))
-    how = Preprocess(loaded.config.sample_size, loaded.config.in_channels)
+    loaded = families.load(absolute(args.model))
+    channels, size, _ = loaded.image_shape
+    how = Preprocess(size, channels)
     x = to_model(first_images(open_collection(absolute(args.images)), how, args.limit))
     rows = []
     for steps in args.steps:
@@ -61,7 +62,7 @@ def main() -> None:
 
 
 def round_trip(
-    loaded: checkpoint.Checkpoint, precision: str, x: Tensor, levels: Ladder, corrections: int
+    loaded: families.Checkpoint, precision: str, x: Tensor, levels: Ladder, corrections: int
 ) -> dict[str, Any]:
     model = Model(loaded, execution=Execution(precision))
     tune_process(model)  # as in an actor

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from palindrome.model import checkpoint
+from palindrome.model import families
 from palindrome.model.ddim import Network, epsilon_of, sample, sample_noise
 from palindrome.model.inversion import invert_exactly
 from palindrome.model.schedule import CLEAN, Ladder, NoiseSchedule
@@ -229,12 +229,13 @@ def main() -> None:
     parser.add_argument("--json", help="write the figures to this file too")
     args = parser.parse_args()
 
-    model = checkpoint.load(args.model)
+    model = families.load(args.model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    network = model.network(device)
+    network = model.denoiser(device)
+    channels, size, _ = model.image_shape
     pixels = first_images(
         open_collection(absolute(args.images)),
-        Preprocess(model.config.sample_size, model.config.in_channels),
+        Preprocess(size, channels),
         args.limit,
     )
     x0 = to_model(pixels).to(device)

@@ -53,7 +53,7 @@ def run(config: AnimateConfig) -> int:
         paths, broken = whole_paths(source, committed(source, IMAGES))
     with config_error("--out"):
         settings = {k: v for k, v in asdict(config).items() if k not in ("out", "dry_run")}
-        of = {"source_config": manifest["config"], "model_digest": manifest["model_digest"]}
+        of = {"source_config": manifest.config, "model_digest": manifest.model_digest}
         claim(out, "animate", {**settings, "run": source.uri}, (), of)
         done = out.files(PATHS)
     film, end = Film(config.format, config.fps, config.scale), ENDS[config.format]

@@ -10,7 +10,7 @@ import torch
 from palindrome.jobs.arguments import ConfigError, Range, config_error
 from palindrome.jobs.config import CollectionOptions, ComputeConfig, PictureOptions, Planned
 from palindrome.jobs.estimate import executor_of
-from palindrome.model import checkpoint
+from palindrome.model import families
 from palindrome.model.fit import candidates, fit_ladder
 from palindrome.model.inversion import evaluations
 from palindrome.model.schedule import Ladder
@@ -56,7 +56,7 @@ def run(config: CalibrateConfig) -> int:
     if not config.out.endswith(".json"):
         raise ConfigError(f"--out: {config.out} does not end in .json, by which --ladder knows a ladder file")
     with config_error("--model"):
-        model = checkpoint.load(absolute(config.model), options_for(config.model))
+        model = families.load(absolute(config.model), options_for(config.model))
         how = config.preprocess(model.image_shape)
     schedule = model.schedule
     top = max(schedule.num_train_timesteps * 4 // 5, config.steps - 1) if config.top is None else config.top
@@ -99,7 +99,7 @@ def run(config: CalibrateConfig) -> int:
 
 
 def _calibrate(
-    checkpoint: checkpoint.Checkpoint,
+    checkpoint: families.Checkpoint,
     pixels: np.ndarray,
     fine: Ladder,
     ladders: dict[str, Ladder],

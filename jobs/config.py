@@ -12,7 +12,7 @@ from palindrome.pipeline.storage.folder import by_protocol
 
 if TYPE_CHECKING:
     from palindrome.infra.submission import Cluster
-    from palindrome.model.engine import Execution
+    from palindrome.model.execution import Execution
     from palindrome.pipeline.images.decode import Preprocess
     from palindrome.pipeline.runs.selection import Selection
     from palindrome.pipeline.storage.folder import Folder
@@ -165,12 +165,12 @@ class ShardedConfig(ComputeConfig):
     """A JSON file of such measurements of one cluster, a path or an fsspec URI. With --calibrate, the new measurement
     is added to it; without, the estimate is made from the one recorded there for this model."""
 
-    def execution(self, encoded_in: str | None = None) -> "Execution":
-        """How the network is evaluated. `encoded_in` is the precision of the latents that the command reads, if any."""
-        from palindrome.model.engine import FLOAT32, Execution  # imports torch
+    def execution(self, auto: str | None, batch_size: int) -> "Execution":
+        """How the network is evaluated; `auto` is the precision where --precision leaves it open, None for float32."""
+        from palindrome.model.execution import FLOAT32, Execution  # imports torch
 
-        chosen = encoded_in or FLOAT32.precision if self.precision == "auto" else self.precision
-        return Execution(chosen, self.compile)
+        chosen = auto or FLOAT32.precision if self.precision == "auto" else self.precision
+        return Execution(chosen, self.compile, batch_size)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -8,8 +8,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from palindrome.jobs.arguments import ConfigError, Range, config_error
 from palindrome.jobs.config import CollectionOptions, PictureOptions, ReadingConfig
 from palindrome.jobs.sharded import Remaining, ShardedJob, remaining_shards, run_sharded
-from palindrome.model import checkpoint
-from palindrome.model.engine import FLOAT32
+from palindrome.model import families
+from palindrome.model.execution import FLOAT32, Execution
 from palindrome.pipeline.images.decode import Preprocess
 from palindrome.pipeline.images.read import first_images
 from palindrome.pipeline.images.records import REASONS
@@ -89,7 +89,7 @@ def run(config: EncodeConfig) -> int:
         uri = absolute(config.images)
         collection = open_collection(uri, keep=config.keep, reserved=LATENT_COLUMNS, **config.reading())
     with config_error("--model"):
-        model = checkpoint.load(absolute(config.model), options_for(config.model))
+        model = families.load(absolute(config.model), options_for(config.model))
         how = config.preprocess(model.image_shape)
     with config_error("--steps" if config.ladder in KINDS else "--ladder"):
         levels = resolve(config.ladder, config.steps, model.schedule)
@@ -115,13 +115,13 @@ def run(config: EncodeConfig) -> int:
         print(f"{totals.images} images in {totals.shards} shards, {remaining.left} to encode", flush=True)
         return remaining
 
-    def precision(executor: Executor, resources: Resources) -> str:
+    def precision(executor: Executor, resources: Resources, batch_size: int) -> str:
         pays = totals.images >= MIN_IMAGES_FOR_TRIAL and not (done or exact)
-        return _precision(config, model, collection, how, inversion if pays else None, executor, resources)
+        return _precision(config, model, collection, how, inversion if pays else None, executor, resources, batch_size)
 
-    def work(out: Folder, resources: Resources) -> Encode:
-        reader = Reader(collection, how, resources.batch_size, resources.read_by_tasks)
-        about = {**facts, "precision": resources.execution.precision}
+    def work(out: Folder, resources: Resources, execution: Execution) -> Encode:
+        reader = Reader(collection, how, execution.batch_size, resources.read_by_tasks)
+        about = {**facts, "precision": execution.precision}
         return Encode(out, reader, inversion, config.measure, about, config.retry_rejects)
 
     def finish(out: Folder, failures: list[Failure]) -> int:
@@ -170,19 +170,20 @@ def _plan(config: EncodeConfig, out: Folder, collection: Collection) -> Totals:
 
 def _precision(
     config: EncodeConfig,
-    model: checkpoint.Checkpoint,
+    model: families.Checkpoint,
     collection: Collection,
     how: Preprocess,
     trial: Inversion | None,
     executor: Executor,
     resources: Resources,
+    batch_size: int,
 ) -> str:
     """What the run's network computes in, from its first start on: as asked for, or as a trial finds it, which is None
     where it does not pay; float32 then."""
     out = Folder(absolute(config.out))
-    before = (read_manifest(out) or {}).get("precision")
-    if before:
-        return str(before)
+    manifest = read_manifest(out)
+    if manifest and manifest.precision:
+        return manifest.precision
     found: dict[str, Any] = {"precision": FLOAT32.precision if config.precision == "auto" else config.precision}
     if config.precision == "auto" and trial:
         try:
@@ -190,7 +191,7 @@ def _precision(
         except ValueError:  # the first of them are all rejects
             pixels = None
         if pixels is not None:
-            found = try_precisions(model, pixels, trial, resources, executor)
+            found = try_precisions(model, pixels, trial, resources, batch_size, executor)
             print(f"precision: {found['precision']} ({_in_words(found['tried'])})", flush=True)
     note(out, **found)
     return str(found["precision"])

@@ -12,7 +12,8 @@ from typing import TypeVar
 from palindrome.infra.cluster import ClusterError, connect
 from palindrome.jobs.arguments import ConfigError, config_error
 from palindrome.jobs.config import ComputeConfig, OutOptions, Planned, ShardedConfig
-from palindrome.model.checkpoint import Checkpoint
+from palindrome.model.execution import FLOAT32, Execution
+from palindrome.model.families import Checkpoint
 from palindrome.pipeline.base.errors import SettingError
 from palindrome.pipeline.base.text import duration, size
 from palindrome.pipeline.runs.kinds import KINDS, REJECTS
@@ -68,10 +69,10 @@ def prepared(
     model: Checkpoint,
     cost: Cost,
     decode: str,
-    precision: Callable[[Executor, Resources], str | None],
-) -> Iterator[tuple[Executor, Resources]]:
-    """An executor for what is left to do, and what the run takes of it; `decode` and `precision` are those of a
-    ShardedJob. Raises Planned in a dry run, ConfigError where there is no cluster."""
+    precision: Callable[[Executor, Resources, int], str | None],
+) -> Iterator[tuple[Executor, Resources, Execution]]:
+    """An executor for what is left to do, what the run takes of it, and how it evaluates the network there; `decode`
+    and `precision` are those of a ShardedJob. Raises Planned in a dry run, ConfigError where there is no cluster."""
     if config.dry_run or config.calibrate:
         print(cost.words(), flush=True)
     recorded = None
@@ -85,10 +86,10 @@ def prepared(
     with executor_of(config) as executor:
         with config_error("--workers", SettingError):
             resources = executor.fit(config.workers, decode, config.gpus_per_worker, config.custom())
-        resources = replace(resources, batch_size=_batch_size(config, model, cost, resources, executor))
-        resources = replace(resources, execution=config.execution(precision(executor, resources)))
+        batch_size = _batch_size(config, model, cost, resources, executor)
+        execution = config.execution(precision(executor, resources, batch_size), batch_size)
         if config.calibrate:
-            recorded = measure(model, resources.batch_size, resources, executor)
+            recorded = measure(model, resources, execution, executor)
             if config.calibration:
                 with config_error("--calibration"):
                     record(config.calibration, model, recorded)
@@ -97,7 +98,7 @@ def prepared(
         if config.dry_run:
             raise Planned
         started = time.monotonic()
-        yield executor, resources
+        yield executor, resources, execution
         if forecast:
             took = time.monotonic() - started
             print(f"estimated {duration(forecast)}, took {duration(took)}: {took / forecast - 1:+.0%}")
@@ -106,9 +107,10 @@ def prepared(
 def _batch_size(config: ShardedConfig, model: Checkpoint, cost: Cost, resources: Resources, executor: Executor) -> int:
     """As asked for; else by trial, where that pays. More than the default makes no CPU faster."""
     if config.batch_size or not resources.gpus or cost.images < MIN_IMAGES_FOR_TRIAL:
-        return config.batch_size or resources.batch_size
+        return config.batch_size or FLOAT32.batch_size
     workers = min(resources.workers, cost.shards)
-    fast = config.execution("bfloat16")  # where the precision is open, the one that takes the most to keep a GPU busy
+    # Where the precision is open, the one that takes the most to keep a GPU busy.
+    fast = config.execution("bfloat16", FLOAT32.batch_size)
     found, tried = try_batch_sizes(
         model, fast, cost.evaluations / workers, cost.images / cost.shards, resources, executor
     )
@@ -150,7 +152,7 @@ def dry(config: C) -> Iterator[C]:
             out, shadow = Folder(where), Folder(folder)
             _check_writable(out)
             if manifest := read_manifest(out):
-                kind = KINDS.get(manifest["job"])
+                kind = KINDS.get(manifest.job)
                 for name in (
                     NAME,
                     *(f"plan/{name}" for name in out.files("plan")),

@@ -14,7 +14,7 @@ from palindrome.pipeline.base.log import note
 from palindrome.pipeline.base.text import one_line, printable, size
 from palindrome.pipeline.base.threads import in_threads
 from palindrome.pipeline.runs.exports import TABLES, exported, merged_index
-from palindrome.pipeline.runs.kinds import DATA, IMAGES, KINDS, WITH_PICTURES, Kind
+from palindrome.pipeline.runs.kinds import DATA, IMAGES, WITH_PICTURES, Kind
 from palindrome.pipeline.runs.manifest import claim, open_run
 from palindrome.pipeline.runs.plan import Totals
 from palindrome.pipeline.runs.shards import committed
@@ -65,17 +65,16 @@ def run(config: ExportConfig) -> int:
     out = Folder(absolute(config.out))
     with config_error("RUN"):
         source, manifest = open_run(config.run, *WITH_PICTURES)
-        kind = KINDS[manifest["job"]]
+        kind = manifest.kind
         shards = committed(source, kind.folder)
         if not shards:
             raise ManifestError(f"{config.run} holds no images yet")
-    variants = [len(levels) - 1 for levels in manifest.get("ladders", [])] if "steps" in kind.variants else []
+    variants = [len(levels) - 1 for levels in manifest.ladders] if "steps" in kind.variants else []
     if config.steps is not None and config.steps not in variants:
         raise ConfigError(f"--steps: {config.run} holds images of {' and '.join(map(str, variants)) or 'no'} steps")
     with config_error("--out"):
         settings = {k: v for k, v in asdict(config).items() if k not in ("out", "dry_run")}
-        facts = {k: v for k, v in manifest.items() if k not in ("config", "versions", "fields")}
-        of = {"source": facts, "source_config": manifest["config"]}
+        of = {"source": {"job": manifest.job, **manifest.facts}, "source_config": manifest.config}
         resumed = claim(out, "export", {**settings, "run": source.uri}, (), of)
         done = exported(out, config.format) & shards
     left = sorted(shards - done)
@@ -91,7 +90,7 @@ def run(config: ExportConfig) -> int:
         print(f"about {count:,} images; about {size(stored)} " + ("to write" if same else "of PNGs to read"))
         raise Planned
     apart = ["steps"] if config.steps is None and len(variants) > 1 else []
-    apart += ["variation"] if manifest["config"].get("variations", 1) > 1 else []
+    apart += ["variation"] if manifest.config.get("variations", 1) > 1 else []
     failed = 0
     if left:
         totals = Totals(len(shards), _amount(source, kind, left)[0] // per_shard * len(shards) // len(left))

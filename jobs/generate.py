@@ -7,7 +7,8 @@ from typing import Annotated, ClassVar, Literal
 from palindrome.jobs.arguments import ConfigError, Range, config_error
 from palindrome.jobs.config import ImagesConfig
 from palindrome.jobs.sharded import Remaining, ShardedJob, remaining_shards, run_sharded
-from palindrome.model import checkpoint
+from palindrome.model import families
+from palindrome.model.execution import Execution
 from palindrome.pipeline.images.pixels import grid, pixels_of, png
 from palindrome.pipeline.runs.kinds import IMAGES
 from palindrome.pipeline.runs.ladders import KINDS, resolve
@@ -65,7 +66,7 @@ def run(config: GenerateConfig) -> int:
     if config.eta and config.sigma_hat:
         raise ConfigError("--sigma-hat: it stands for itself, without --eta")
     with config_error("--model"):
-        model = checkpoint.load(absolute(config.model), options_for(absolute(config.model)))
+        model = families.load(absolute(config.model), options_for(absolute(config.model)))
     with config_error("--steps" if config.ladder in KINDS else "--ladder"):
         steps = config.steps or (min(100, model.schedule.num_train_timesteps) if config.ladder in KINDS else None)
         levels = resolve(config.ladder, steps, model.schedule)
@@ -81,9 +82,9 @@ def run(config: GenerateConfig) -> int:
         print(f"{totals.images} samples in {totals.shards} shards, {remaining.left} to generate", flush=True)
         return remaining
 
-    def work(out: Folder, resources: Resources) -> Generate:
+    def work(out: Folder, resources: Resources, execution: Execution) -> Generate:
         about = {**facts, "seed": config.seed, **how}
-        return Generate(out, config.seed, levels, how, dtype, resources.batch_size, about)
+        return Generate(out, config.seed, levels, how, dtype, execution.batch_size, about)
 
     def finish(out: Folder, failures: list[Failure]) -> int:
         with config_error("--out"):

@@ -9,9 +9,10 @@ from typing import Annotated, Any, ClassVar, Literal
 from palindrome.jobs.arguments import ConfigError, Range, config_error, flag_of
 from palindrome.jobs.config import ImagesConfig, SelectionOptions
 from palindrome.jobs.sharded import Remaining, ShardedJob, remaining_shards, run_sharded
+from palindrome.model.execution import Execution
 from palindrome.pipeline.images.records import REASONS
 from palindrome.pipeline.reports.interpolation import put_report
-from palindrome.pipeline.runs.encoded import encode_run, ladders_of, model_of
+from palindrome.pipeline.runs.encoded import EncodeRun
 from palindrome.pipeline.runs.kinds import IMAGES
 from palindrome.pipeline.runs.outcome import Failure
 from palindrome.pipeline.runs.plan import add_pieces, plan_totals, read_plan
@@ -99,20 +100,21 @@ def run(config: InterpolateConfig) -> int:
     """Makes the frames that are not there yet, summary and report, and returns the exit code."""
     latents, out = Folder(absolute(config.latents)), Folder(absolute(config.out))
     with config_error("--latents"):
-        encoded, planned, done_latents = encode_run(latents)
-    if len(done_latents) < planned.shards:
-        print(f"the encode run is not complete: {len(done_latents)} of {planned.shards} shards", file=sys.stderr)
-    which = config.selection(latents, min(done_latents))
+        encoded = EncodeRun.open(latents)
+    if len(encoded.done) < encoded.planned.shards:
+        what = f"the encode run is not complete: {len(encoded.done)} of {encoded.planned.shards} shards"
+        print(what, file=sys.stderr)
+    which = config.selection(latents, min(encoded.done))
     with config_error("--pairs"):
         pairs = read_pairs(config.pairs) if config.pairs and not config.drawn() else None
     with config_error("--model"):
-        where, model = model_of(encoded, config.model)
+        where, model = encoded.load_model(config.model)
     with config_error("--steps"):
-        [levels] = ladders_of(encoded, () if config.steps is None else (config.steps,), model.schedule)
+        [levels] = encoded.ladders(() if config.steps is None else (config.steps,), model.schedule)
     with config_error("--out"):
         known = plan_totals(out)
     # What is asked for may not be there: that is said before the folder is claimed.
-    paths = _paths(config, latents, sorted(done_latents), which, pairs) if known is None else []
+    paths = _paths(config, latents, sorted(encoded.done), which, pairs) if known is None else []
     facts = {"model_digest": model.digest, "levels": list(levels)}
 
     def plan(out: Folder) -> Remaining:
@@ -122,9 +124,9 @@ def run(config: InterpolateConfig) -> int:
         print(f"{totals.images} frames in {totals.shards} shards, {remaining.left} to make", flush=True)
         return remaining
 
-    def work(out: Folder, resources: Resources) -> Interpolate:
+    def work(out: Folder, resources: Resources, execution: Execution) -> Interpolate:
         about = {**facts, "method": config.method, "frames": config.frames}
-        return Interpolate(out, latents, config.method, config.frames, levels, resources.batch_size, about)
+        return Interpolate(out, latents, config.method, config.frames, levels, execution.batch_size, about)
 
     def finish(out: Folder, failures: list[Failure]) -> int:
         done = committed(out, IMAGES)
@@ -146,7 +148,7 @@ def run(config: InterpolateConfig) -> int:
         written=prod(model.image_shape),
         work=work,
         finish=finish,
-        precision=lambda *_: encoded.get("precision"),
+        precision=lambda *_: encoded.manifest.precision,
     )
     return run_sharded(config, job)
 

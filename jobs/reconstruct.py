@@ -7,12 +7,10 @@ from typing import Annotated, Any, ClassVar
 from palindrome.jobs.arguments import Range, config_error
 from palindrome.jobs.config import ReadingConfig
 from palindrome.jobs.sharded import Remaining, ShardedJob, remaining_latents, run_sharded
-from palindrome.model.checkpoint import Checkpoint
-from palindrome.pipeline.images.decode import Preprocess
-from palindrome.pipeline.images.sources import Collection
+from palindrome.model.execution import Execution
 from palindrome.pipeline.reports.comparison import choose_examples, series_at
 from palindrome.pipeline.reports.reconstruction import reconstruction_report
-from palindrome.pipeline.runs.encoded import encode_run, execution_of, ladders_of, model_of
+from palindrome.pipeline.runs.encoded import EncodeRun
 from palindrome.pipeline.runs.kinds import RECONSTRUCTIONS
 from palindrome.pipeline.runs.outcome import Failure
 from palindrome.pipeline.runs.shards import committed
@@ -44,31 +42,35 @@ class ReconstructConfig(ReadingConfig):
 
 def run(config: ReconstructConfig) -> int:
     """Reconstructs what is not reconstructed yet, writes summary and report, and returns the exit code."""
-    latents = Folder(absolute(config.latents))
     with config_error("--latents"):
-        encoded, planned, done_latents = encode_run(latents)
+        encoded = EncodeRun.open(Folder(absolute(config.latents)))
     with config_error("--model"):
-        _, model = model_of(encoded, config.model)
+        _, model = encoded.load_model(config.model)
     with config_error("--steps"):
-        ladders = ladders_of(encoded, config.steps, model.schedule)
-    how = Preprocess(**encoded["preprocess"])
-    collection = Collection(**encoded["collection"])
+        ladders = encoded.ladders(config.steps, model.schedule)
+    collection, how = encoded.collection, encoded.preprocess
 
     def plan(out: Folder) -> Remaining:
-        return remaining_latents(latents, planned, done_latents, committed(out, RECONSTRUCTIONS), "reconstruct")
+        return remaining_latents(encoded, committed(out, RECONSTRUCTIONS), "reconstruct")
 
-    def work(out: Folder, resources: Resources) -> Reconstruct:
-        reader = Reader(collection, how, resources.batch_size, resources.read_by_tasks)
-        return Reconstruct(out, latents, reader, ladders, {"model_digest": model.digest})
+    def work(out: Folder, resources: Resources, execution: Execution) -> Reconstruct:
+        reader = Reader(collection, how, execution.batch_size, resources.read_by_tasks)
+        return Reconstruct(out, encoded.folder, reader, ladders, {"model_digest": model.digest})
 
     def finish(out: Folder, failures: list[Failure]) -> int:
         rows, steps = read_errors(out), [len(levels) - 1 for levels in ladders]
         summary = reconstructions_summary(out, rows, steps)
         put_summary(out, summary, failures)
-        nfe = mean_nfe(latents)
+        nfe = mean_nfe(encoded.folder)
         series = [series_at(rows, count, nfe) for count in sorted(steps)]
-        examples = choose_examples(out, latents, collection, how, rows, max(steps))
-        described = _described(config, encoded, collection, model, nfe)
+        examples = choose_examples(out, encoded.folder, collection, how, rows, max(steps))
+        described = {
+            "latents": config.latents,
+            "images": collection.uri,
+            "model": f"{encoded.model} (digest {model.digest[:16]})",
+            **encoded.described(),
+            "evaluations": f"{nfe:.4g} an image to encode it",
+        }
         out.put("report.html", reconstruction_report("Reconstruction", described, series, examples).encode())
         _conclude(config, summary)
         return 0
@@ -76,7 +78,7 @@ def run(config: ReconstructConfig) -> int:
     job = ShardedJob(
         name="reconstruct",
         model=model,
-        settings={"latents": latents.uri},
+        settings={"latents": encoded.folder.uri},
         facts={"model_digest": model.digest, "ladders": [list(levels) for levels in ladders]},
         plan=plan,
         evaluations=sum(len(levels) - 1 for levels in ladders),
@@ -84,25 +86,9 @@ def run(config: ReconstructConfig) -> int:
         work=work,
         finish=finish,
         decode=config.decode,
-        precision=lambda *_: encoded.get("precision"),
+        precision=lambda *_: encoded.manifest.precision,
     )
     return run_sharded(config, job)
-
-
-def _described(
-    config: ReconstructConfig, encoded: dict[str, Any], collection: Collection, model: Checkpoint, nfe: float
-) -> dict[str, str]:
-    """The report's facts; `nfe` are the network evaluations that encoding took."""
-    inversion = encoded["inversion"]
-    return {
-        "latents": config.latents,
-        "images": collection.uri,
-        "model": f"{encoded['config']['model']} (digest {model.digest[:16]})",
-        "inversion": f"{inversion['method']}, corrections a step: {inversion['corrections']},"
-        f" tolerance: {inversion.get('tolerance') or 'none'}, evaluations: {nfe:.4g}",
-        "ladder": f"{encoded['config']['ladder']}, {len(encoded['levels']) - 1} steps to {encoded['levels'][-1]}",
-        "precision": f"{execution_of(encoded).precision}; stored as {encoded['config']['dtype']}",
-    }
 
 
 def _conclude(config: ReconstructConfig, summary: dict[str, Any]) -> None:

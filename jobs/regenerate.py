@@ -8,8 +8,9 @@ from typing import Annotated, ClassVar
 from palindrome.jobs.arguments import ConfigError, Range, config_error
 from palindrome.jobs.config import ImagesConfig, SelectionOptions
 from palindrome.jobs.sharded import Remaining, ShardedJob, remaining_latents, run_sharded
+from palindrome.model.execution import Execution
 from palindrome.pipeline.reports.regeneration import put_report
-from palindrome.pipeline.runs.encoded import encode_run, ladders_of, model_of
+from palindrome.pipeline.runs.encoded import EncodeRun
 from palindrome.pipeline.runs.kinds import IMAGES
 from palindrome.pipeline.runs.outcome import Failure
 from palindrome.pipeline.runs.plan import read_plan
@@ -54,24 +55,24 @@ def run(config: RegenerateConfig) -> int:
         raise ConfigError("--variations: without --eta or --sigma-hat all of them are the same image")
     if config.eta and config.sigma_hat:
         raise ConfigError("--sigma-hat: it stands for itself, without --eta")
-    latents = Folder(absolute(config.latents))
     with config_error("--latents"):
-        encoded, planned, done_latents = encode_run(latents)
-    which = config.selection(latents, min(done_latents))
+        encoded = EncodeRun.open(Folder(absolute(config.latents)))
+    latents = encoded.folder
+    which = config.selection(latents, min(encoded.done))
     with config_error("--model"):
-        where, model = model_of(encoded, config.model)
+        where, model = encoded.load_model(config.model)
     with config_error("--steps"):
-        ladders = ladders_of(encoded, config.steps, model.schedule)
+        ladders = encoded.ladders(config.steps, model.schedule)
     how = {"eta": config.eta, "use_sigma_hat": config.sigma_hat}
     facts = {"model_digest": model.digest, "ladders": [list(levels) for levels in ladders]}
 
     def plan(out: Folder) -> Remaining:
-        return remaining_latents(latents, planned, done_latents, committed(out, IMAGES), "go through")
+        return remaining_latents(encoded, committed(out, IMAGES), "go through")
 
-    def work(out: Folder, resources: Resources) -> Regenerate:
+    def work(out: Folder, resources: Resources, execution: Execution) -> Regenerate:
         about = {**facts, **how, "seed": config.seed}
         noise = (config.variations, config.seed, how)
-        return Regenerate(out, latents, which, ladders, *noise, resources.batch_size, about)
+        return Regenerate(out, latents, which, ladders, *noise, execution.batch_size, about)
 
     def finish(out: Folder, failures: list[Failure]) -> int:
         by_steps = consistency(out)
@@ -94,7 +95,7 @@ def run(config: RegenerateConfig) -> int:
         written=len(ladders) * config.variations * prod(model.image_shape),
         work=work,
         finish=finish,
-        precision=lambda *_: encoded.get("precision"),
+        precision=lambda *_: encoded.manifest.precision,
         alike=which == Selection(),
     )
     return run_sharded(config, job)

@@ -8,8 +8,10 @@ from typing import Any
 from palindrome.jobs.arguments import config_error
 from palindrome.jobs.config import ShardedConfig
 from palindrome.jobs.estimate import Cost, prepared
-from palindrome.model.checkpoint import Checkpoint
+from palindrome.model.execution import Execution
+from palindrome.model.families import Checkpoint
 from palindrome.pipeline.images.records import Shard
+from palindrome.pipeline.runs.encoded import EncodeRun
 from palindrome.pipeline.runs.manifest import claim
 from palindrome.pipeline.runs.outcome import Failure
 from palindrome.pipeline.runs.plan import Totals, read_plan
@@ -46,13 +48,13 @@ class ShardedJob:
     """Network evaluations an image, at most."""
     written: float
     """Bytes an image, at most."""
-    work: Callable[[Folder, Resources], Work]
+    work: Callable[[Folder, Resources, Execution], Work]
     """What a worker does with a shard."""
     finish: Callable[[Folder, list[Failure]], int]
     """Writes summary and report, says how the run ended, and returns the exit code, but for failed shards."""
     decode: str = "actor"
     """Where images are read and decoded, as `scheduler.fit` takes it."""
-    precision: Callable[[Executor, Resources], str | None] = lambda executor, resources: None
+    precision: Callable[[Executor, Resources, int], str | None] = lambda executor, resources, batch_size: None
     """What the network computes in where --precision is auto, which a trial may find; None for float32."""
     alike: bool = True
     """Whether images cost alike, so that there is an ETA."""
@@ -70,8 +72,9 @@ def run_sharded(config: ShardedConfig, job: ShardedJob) -> int:
     failures: list[Failure] = []
     if left or config.dry_run:
         cost = Cost.of(totals, left, job.evaluations, job.written)
-        with prepared(config, job.model, cost, job.decode, job.precision) as (executor, resources):
-            outcomes = executor.run(job.work(out, resources), job.model, remaining.shards, resources, job.stall)
+        with prepared(config, job.model, cost, job.decode, job.precision) as (executor, resources, execution):
+            work = job.work(out, resources, execution)
+            outcomes = executor.run(work, job.model, remaining.shards, resources, execution, job.stall)
             progress = Progress(job.name, totals, totals.shards - left, job.alike)
             failures = follow(progress, outcomes, job.budget)
             out.clear_unfinished()
@@ -87,10 +90,11 @@ def remaining_shards(out: Folder, totals: Totals, done: set[str]) -> Remaining:
     return Remaining(totals, left, (shard for shard in read_plan(out) if shard.name not in done))
 
 
-def remaining_latents(latents: Folder, planned: Totals, ready: set[str], done: set[str], verb: str) -> Remaining:
-    """Of a job that works through an encode run's shards: those that are `ready` there and not `done` here."""
+def remaining_latents(encoded: EncodeRun, done: set[str], verb: str) -> Remaining:
+    """Of a job that works through an encode run's shards: those that are done there and not here."""
+    planned, ready = encoded.planned, encoded.done
     totals, left = planned.part(len(ready)), ready - done
     print(f"{totals.shards} shards of latents, {len(left)} to {verb}", flush=True)
     if len(ready) < planned.shards:
         print(f"the encode run is not complete: {len(ready)} of {planned.shards} shards", file=sys.stderr)
-    return Remaining(totals, len(left), (shard for shard in read_plan(latents) if shard.name in left))
+    return Remaining(totals, len(left), (shard for shard in read_plan(encoded.folder) if shard.name in left))

@@ -10,7 +10,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from palindrome.jobs.arguments import ConfigError, Range, config_error
 from palindrome.jobs.config import CollectionOptions, PictureOptions, ReadingConfig
 from palindrome.jobs.sharded import Remaining, ShardedJob, run_sharded
-from palindrome.model import checkpoint
+from palindrome.model import families
+from palindrome.model.execution import Execution
 from palindrome.model.schedule import NoiseSchedule
 from palindrome.pipeline.images.records import Shard
 from palindrome.pipeline.images.sources import open_collection
@@ -75,7 +76,7 @@ def run(config: SweepConfig) -> int:
         uri = absolute(config.images)
         collection = open_collection(uri, **config.reading())
     with config_error("--model"):
-        model = checkpoint.load(absolute(config.model), options_for(config.model))
+        model = families.load(absolute(config.model), options_for(config.model))
         how = config.preprocess(model.image_shape)
     settings = _settings(config, model.schedule)
 
@@ -92,8 +93,8 @@ def run(config: SweepConfig) -> int:
         print(f"{planned.images} images in {planned.shards} shards, {count} settings: {left} to do", flush=True)
         return Remaining(Totals(planned.shards * count, planned.images * count), left, todo())
 
-    def work(out: Folder, resources: Resources) -> Sweep:
-        reader = Reader(collection, how, resources.batch_size, resources.read_by_tasks)
+    def work(out: Folder, resources: Resources, execution: Execution) -> Sweep:
+        reader = Reader(collection, how, execution.batch_size, resources.read_by_tasks)
         seed = config.seed if config.recover_noise else None
         return Sweep(out, reader, {s.name: s for s in settings}, seed, {"model_digest": model.digest})
 

@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar
 
 from palindrome.jobs.arguments import ConfigError, Options, Range, config_error
 from palindrome.pipeline.base.text import printable
-from palindrome.pipeline.runs.kinds import KINDS, VERIFIED
+from palindrome.pipeline.runs.kinds import VERIFIED
 from palindrome.pipeline.runs.manifest import open_run
 from palindrome.pipeline.runs.verify import Account, Finding, verify
 
@@ -38,16 +38,16 @@ class VerifyConfig(Options):
 def run(config: VerifyConfig) -> int:
     with config_error("RUN"):
         folder, manifest = open_run(config.run, *VERIFIED)
-    if config.deep and manifest["job"] != "encode":
-        raise ConfigError(f"--deep: {config.run} is a run of {manifest['job']}, which holds no latents")
+    if config.deep and manifest.job != "encode":
+        raise ConfigError(f"--deep: {config.run} is a run of {manifest.job}, which holds no latents")
     account = Account()
-    noun = KINDS[manifest["job"]].noun
+    noun = manifest.kind.noun
     progress = _Progress(account, noun)
     findings = verify(folder, manifest, account, progress.show)
     if config.deep:
         from palindrome.pipeline.tasks.verify_deep import verify_decoding  # brings torch, which nothing else here needs
 
-        findings = chain(findings, verify_decoding(folder, manifest, config.deep, account))
+        findings = chain(findings, verify_decoding(folder, config.deep, account))
     with config_error("RUN", OSError):
         wrong = _say(findings, progress)
     if config.deep:

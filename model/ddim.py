@@ -13,11 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from palindrome.model.condition import Condition
 from palindrome.model.schedule import CLEAN, NoiseSchedule
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
-Network = Callable[[Tensor, int], Tensor]
-"""(x [B, C, H, W], timestep) -> the network's output [B, C, H, W]."""
+Network = Callable[..., Tensor]
+"""(x [B, C, H, W], timestep), and for a conditional one (x, timestep, condition) -> the network's output
+[B, C, H, W]."""
 
 
 def to_epsilon(prediction_type: str, output: Tensor, x: Tensor, alpha_bar: float) -> Tensor:
@@ -34,10 +36,18 @@ def to_epsilon(prediction_type: str, output: Tensor, x: Tensor, alpha_bar: float
     raise ValueError(f"prediction_type is {prediction_type!r}; known: {', '.join(PREDICTION_TYPES)}")
 
 
-def epsilon_of(network: Network, x: Tensor, timestep: int, schedule: NoiseSchedule, prediction_type: str) -> Tensor:
+def epsilon_of(
+    network: Network,
+    x: Tensor,
+    timestep: int,
+    schedule: NoiseSchedule,
+    prediction_type: str,
+    condition: Condition | None = None,
+) -> Tensor:
     """One network evaluation as epsilon, in the state's dtype. The output is read at the alpha-bar of the timestep
     the network was told: so it stays finite at the clean end, where the network is told the first timestep."""
-    output = network(x, timestep).to(x.dtype)
+    output = network(x, timestep) if condition is None else network(x, timestep, condition)
+    output = output.to(x.dtype)
     return to_epsilon(prediction_type, output, x, schedule.alpha_bar(timestep))
 
 
@@ -76,6 +86,7 @@ def sample(
     schedule: NoiseSchedule,
     *,
     prediction_type: str = "epsilon",
+    condition: Condition | None = None,
     eta: float = 0.0,
     use_sigma_hat: bool = False,
     noise: Iterator[Tensor] | None = None,
@@ -98,7 +109,7 @@ def sample(
     x = as_state(x)
     for low, high in reversed(list(pairwise(levels))):
         a_from, a_to = schedule.alpha_bar(high), schedule.alpha_bar(low)
-        epsilon = epsilon_of(network, x, high, schedule, prediction_type)
+        epsilon = epsilon_of(network, x, high, schedule, prediction_type, condition)
         if clip:
             x0 = ((x - sqrt(1 - a_from) * epsilon) / sqrt(a_from)).clamp(-1, 1)
             epsilon = (x - sqrt(a_from) * x0) / sqrt(1 - a_from)
@@ -117,6 +128,7 @@ def invert(
     schedule: NoiseSchedule,
     *,
     prediction_type: str = "epsilon",
+    condition: Condition | None = None,
     told: str = "source",
 ) -> Tensor:
     """x0 -> x at the ladder's top, the paper's inversion: eq. 14 reversed, an Euler step of the ODE of eq. 13.
@@ -130,7 +142,7 @@ def invert(
     x = as_state(x)
     for low, high in pairwise(levels):
         timestep = max(low, levels[1]) if told == "source" else high
-        epsilon = epsilon_of(network, x, timestep, schedule, prediction_type)
+        epsilon = epsilon_of(network, x, timestep, schedule, prediction_type, condition)
         x = move(x, epsilon, schedule.alpha_bar(low), schedule.alpha_bar(high))
     return x
 

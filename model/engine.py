@@ -1,37 +1,14 @@
 """A checkpoint's network, made ready to be evaluated often: in a precision, compiled or not, each timestep embedded
 once."""
 
-from dataclasses import dataclass
 from functools import cache
 from shutil import which
 
 import torch
 from torch import Tensor
 
+from palindrome.model.execution import HALVES, Execution
 from palindrome.model.unet import UNet
-
-HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-PRECISIONS = ("float32", "tf32", *HALVES)
-
-
-@dataclass(frozen=True)
-class Execution:
-    """How a network is evaluated. `precision` is one of PRECISIONS: `tf32` is float32 whose products a GPU's tensor
-    cores round to 10 bits, and float32 elsewhere. `compiled` has torch.compile make its kernels at the first
-    evaluation, once for batches of every size, which takes most of a minute, less where they are in its cache.
-
-    Raises ValueError for another precision.
-    """
-
-    precision: str = "float32"
-    compiled: bool = False
-
-    def __post_init__(self) -> None:
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"precision is {self.precision!r}; known: {', '.join(PRECISIONS)}")
-
-
-FLOAT32 = Execution()
 
 
 class Engine:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from palindrome.model.condition import Condition
 from palindrome.model.ddim import Network, as_state, epsilon_of, move
 from palindrome.model.schedule import CLEAN, Ladder, NoiseSchedule, ladder, logsnr_ladder
 
@@ -34,7 +35,13 @@ def candidates(schedule: NoiseSchedule, steps: int, top: int) -> Ladder:
 
 @torch.no_grad()
 def epsilon_products(
-    network: Network, x: Tensor, levels: Sequence[int], schedule: NoiseSchedule, *, prediction_type: str = "epsilon"
+    network: Network,
+    x: Tensor,
+    levels: Sequence[int],
+    schedule: NoiseSchedule,
+    *,
+    prediction_type: str = "epsilon",
+    condition: Condition | None = None,
 ) -> Tensor:
     """x0 [B, C, H, W] -> the epsilons' mean inner products <epsilon_i, epsilon_j> / (C H W) along the images' way up a
     fine ladder, float64 [B, S, S]; one evaluation a level."""
@@ -43,7 +50,7 @@ def epsilon_products(
     for low, high in pairwise(levels):
         a, b = schedule.alpha_bar(low), schedule.alpha_bar(high)
         guess = 2 * found[-1] - found[-2] if len(found) > 1 else found[-1] if found else torch.zeros_like(x)
-        found.append(epsilon_of(network, move(x, guess, a, b), high, schedule, prediction_type))
+        found.append(epsilon_of(network, move(x, guess, a, b), high, schedule, prediction_type, condition))
         x = move(x, found[-1], a, b)
     flat = torch.stack([epsilon.flatten(1) for epsilon in found], 1).double()
     return flat @ flat.transpose(1, 2) / flat.shape[-1]

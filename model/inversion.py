@@ -21,6 +21,7 @@ from math import sqrt
 import torch
 from torch import Tensor
 
+from palindrome.model.condition import Condition
 from palindrome.model.ddim import Network, as_state, coefficients, epsilon_of, invert, move
 from palindrome.model.schedule import NoiseSchedule
 
@@ -41,6 +42,7 @@ def invert_exactly(
     schedule: NoiseSchedule,
     *,
     prediction_type: str = "epsilon",
+    condition: Condition | None = None,
     corrections: int = 3,
     tolerance: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -57,7 +59,7 @@ def invert_exactly(
     `corrections` = 0 is the paper's inversion, residual NaN.
     """
     if corrections == 0:
-        paper = invert(network, x, levels, schedule, prediction_type=prediction_type)
+        paper = invert(network, x, levels, schedule, prediction_type=prediction_type, condition=condition)
         spent = torch.full((len(x),), len(levels) - 1, dtype=torch.int32, device=x.device)
         return paper, paper.new_full((len(x),), float("nan")), spent
     x = as_state(x)
@@ -72,7 +74,7 @@ def invert_exactly(
             y, most = move(x, guess, a, b), corrections
         else:
             y, most = x, corrections + 1
-        y, residual, count = _solve(at_high, x, y, a, b, most, tolerance)
+        y, residual, count = _solve(at_high, x, y, a, b, most, tolerance, condition)
         worst, spent = torch.maximum(worst, residual), spent + count
         scale, gain = coefficients(a, b)
         below = [*below[-1:], (y - scale * x) / gain]
@@ -81,7 +83,14 @@ def invert_exactly(
 
 
 def _solve(
-    epsilon_at: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, a: float, b: float, most: int, tolerance: float
+    epsilon_at: Callable[..., Tensor],
+    x: Tensor,
+    y: Tensor,
+    a: float,
+    b: float,
+    most: int,
+    tolerance: float,
+    condition: Condition | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The y with y = G(y) = move(x, epsilon_at(y), a, b), from a first one; its residual, float [B], and the
     evaluations, int32 [B]. Samples that are done leave the batch."""
@@ -92,7 +101,7 @@ def _solve(
     active = torch.arange(len(x), device=x.device)
     least_at, history = y, list[tuple[Tensor, Tensor]]()
     for _ in range(most):
-        residual = move(x, epsilon_at(y), a, b) - y
+        residual = move(x, epsilon_at(y, condition=condition), a, b) - y
         size = residual.square().flatten(1).mean(1).sqrt()
         history = [*history[-DEPTH:], (y, residual)]
         update = _mix(history, 2 / (2 - kappa))
@@ -112,6 +121,7 @@ def _solve(
         if not going.all():
             active, x, y, least_at = active[going], x[going], y[going], least_at[going]
             history = [(before[going], its_residual[going]) for before, its_residual in history]
+            condition = None if condition is None else condition[going]
     return solved, least, count
 
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from palindrome.model.checkpoint import Checkpoint
 from palindrome.model.ddim import sample, sample_noise
 from palindrome.model.ema import EMA
+from palindrome.model.families.unet2d import UNet2D
 from palindrome.model.loss import DiffusionLoss
 from palindrome.model.schedule import NoiseSchedule, ladder
 from palindrome.model.unet import UNet, UNetConfig
@@ -118,10 +118,10 @@ class Training:
             "optimizer": self.optimizer.state_dict(),
         }
 
-    def checkpoint(self, dtype: torch.dtype) -> Checkpoint:
+    def checkpoint(self, dtype: torch.dtype) -> UNet2D:
         """The averaged weights."""
         weights = {k: v.to(dtype) for k, v in self.average.module.state_dict().items()}
-        return Checkpoint(self.network.config, weights, self.schedule, self.how.prediction)
+        return UNet2D(self.network.config, weights, self.schedule, self.how.prediction)
 
     def samples(self, count: int) -> Tensor:
         """[count, C, H, W] about [-1, 1]: of the averaged weights, DDIM with 50 steps, from the same noise always."""

@@ -102,7 +102,7 @@ def tiny():
     """A checkpoint of 16x16 images with random weights, none near zero: its outputs are of order one."""
     import torch
 
-    from palindrome.model.checkpoint import Checkpoint
+    from palindrome.model.families.unet2d import UNet2D
     from palindrome.model.presets import PRESETS
     from palindrome.model.schedule import NoiseSchedule
     from palindrome.model.unet import UNet
@@ -116,7 +116,7 @@ def tiny():
             weights[name] = drawn / value[0].numel() ** 0.5
         else:  # a bias, or the scale of a group norm
             weights[name] = 0.3 * drawn + float("norm" in name and name.endswith("weight"))
-    return Checkpoint(network.config, weights, NoiseSchedule())
+    return UNet2D(network.config, weights, NoiseSchedule())
 
 
 @dataclass(frozen=True)
@@ -164,10 +164,10 @@ def palindrome(request):
 @pytest.fixture(scope="session")
 def model(tiny, tmp_path_factory):
     """The folder of the `tiny` checkpoint."""
-    from palindrome.model import checkpoint
+    from palindrome.model.families import unet2d
 
     folder = tmp_path_factory.mktemp("checkpoints") / "tiny"
-    checkpoint.save(tiny, str(folder))
+    unet2d.save(tiny, str(folder))
     return folder
 
 

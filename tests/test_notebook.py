@@ -20,7 +20,7 @@ from PIL import ExifTags, Image
 
 from palindrome import Run
 from palindrome import open as open_run
-from palindrome.model import checkpoint
+from palindrome.model.families import unet2d
 from palindrome.pipeline.images.metrics import to_model
 from palindrome.pipeline.storage.folder import Folder
 
@@ -244,8 +244,8 @@ def test_the_model_is_loaded_late_and_has_to_be_the_runs(encoded, run, model, ti
         without.decode(without.ids[0])
     with_model = open_run(moved, model=model)
     assert_same(with_model.decode(run.ids[1])[0], np.asarray(run.decode(run.ids[1])[0]))
-    other = checkpoint.Checkpoint(tiny.config, tiny.weights, tiny.schedule, "v_prediction")
-    checkpoint.save(other, str(tmp_path / "other"))
+    other = unet2d.UNet2D(tiny.config, tiny.weights, tiny.schedule, "v_prediction")
+    unet2d.save(other, str(tmp_path / "other"))
     for use in (lambda r: r.decode(r.ids[0]), lambda r: r.encode(Image.new("RGB", (9, 9)))):
         with pytest.raises(ValueError, match="made by another model"):
             use(open_run(moved, model=str(tmp_path / "other")))
@@ -266,7 +266,7 @@ def test_a_run_on_a_store_with_its_options(rclone, encoded, run, model, pngs, mo
         if path.is_file():
             bucket.put(f"run/{path.relative_to(encoded)}", path.read_bytes())
     bucket.put("a.png", pngs[20])
-    checkpoint.save(checkpoint.load(str(model)), f"{bucket.uri}/model", rclone.options)
+    unet2d.save(unet2d.load(str(model)), f"{bucket.uri}/model", rclone.options)
     there = open_run(f"{bucket.uri}/run", model=f"{bucket.uri}/model", storage_options=rclone.options)
     assert there.table("label == 3").to_pylist() == run.table("label == 3").to_pylist()
     assert np.array_equal(there.latents(run.ids[::7]), run.latents(run.ids[::7]))

@@ -1,11 +1,11 @@
 """How a run's images become latents: the one place that says it, for commands, workers, run.json and the notebook."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from palindrome.model.inversion import evaluations
 from palindrome.model.schedule import Ladder
+from palindrome.pipeline.runs.manifest import Manifest
 
 
 @dataclass(frozen=True)
@@ -30,25 +30,29 @@ class Inversion:
         """Network evaluations from an image to its latent, at most, but for the further tries of `exact`."""
         return evaluations(self.steps, self.corrections)
 
+    @property
+    def method(self) -> str:
+        return "fixed point" if self.corrections else "ddim"
+
     def record(self) -> dict[str, Any]:
         """`inversion` of run.json, which has `levels` and the dtype beside it."""
         return {
-            "method": "fixed point" if self.corrections else "ddim",
+            "method": self.method,
             "corrections": self.corrections,
             "tolerance": "exact" if self.exact else self.tolerance or None,
             "nfe": self.nfe_up,
         }
 
     @classmethod
-    def of(cls, manifest: Mapping[str, Any]) -> "Inversion":
+    def of(cls, manifest: Manifest) -> "Inversion":
         """That of an encode run, from its run.json; runs of the first versions have no tolerance."""
-        found = manifest["inversion"]
+        found = manifest.content["inversion"]
         tolerance = found.get("tolerance")
         exact = tolerance == "exact"
         return cls(
-            levels=tuple(manifest["levels"]),
+            levels=manifest.levels,
             corrections=found["corrections"],
             tolerance=0.0 if exact else tolerance or 0.0,
             exact=exact,
-            dtype=manifest["config"]["dtype"],
+            dtype=manifest.config["dtype"],
         )

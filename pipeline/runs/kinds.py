@@ -22,8 +22,6 @@ from palindrome.pipeline.runs.schemas import (
 LATENTS, REJECTS, RECONSTRUCTIONS, IMAGES, SWEPT = "latents", "rejects", "reconstructions", "images", "sweep"
 DATA, INDEX, PATHS = "data", "index", "paths"  # of export: tars or tables, what each picture is; of animate: its files
 
-Manifest = Mapping[str, Any]  # the content of run.json
-
 
 class Plan(Enum):
     """Where the list of a run's shards is."""
@@ -50,9 +48,9 @@ class Kind:
     """What run.json must have besides `job` and `config`. None: `verify` does not know this kind."""
     noun: str = "images"
     """What is counted, plural: the rows, or the latents that they were made of."""
-    schema: Callable[[Manifest], pa.Schema] | None = None
-    """The columns that every shard has, by run.json. Raises KeyError or TypeError where that is not as the job writes
-    it."""
+    schema: Callable[[Mapping[str, Any]], pa.Schema] | None = None
+    """The columns that every shard has, by the content of run.json. Raises KeyError or TypeError where that is not as
+    the job writes it."""
     shard_keys: tuple[str, ...] = ("model_digest",)
     """What every shard must say of itself in its schema's metadata, equal to run.json where that has it too."""
     row_count: str = "images"
@@ -75,11 +73,6 @@ class Kind:
         """Where the shards are."""
         return self.folders[0]
 
-    def source_of(self, manifest: Manifest) -> str:
-        """The URI of what the run reads; "None" where run.json does not say."""
-        first, second = self.source
-        return str((manifest.get(first) or {}).get(second))
-
     def planned(self, file: str) -> str:
         """The plan's shard that a file's name without its extension is of."""
         return file.partition("-")[0] if self.per_setting else file
@@ -91,7 +84,7 @@ def setting_name(levels: Sequence[int], corrections: int, tolerance: float, dtyp
     return hashlib.sha256(json.dumps(does).encode()).hexdigest()[:12]
 
 
-def _latents(manifest: Manifest) -> pa.Schema:
+def _latents(manifest: Mapping[str, Any]) -> pa.Schema:
     how = manifest["preprocess"]
     return latent_schema((how["channels"], how["size"], how["size"]), manifest["config"]["dtype"])
 

@@ -2,15 +2,70 @@
 
 import json
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from palindrome.pipeline.base.errors import ManifestError, RunError
+from palindrome.pipeline.runs.kinds import KINDS, Kind
 from palindrome.pipeline.storage.folder import TEMPORARY, Folder, absolute
 
 NAME = "run.json"
 COMPLETE = "plan/complete.json"  # put when a plan is whole: one without it was cut short, and is made again
 LIBRARIES = ("palindrome", "torch", "ray", "pyarrow", "pillow", "numpy")
+Ladder = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`run.json`, whose JSON is `content`. Properties raise KeyError or TypeError where it is not as the run's job
+    writes it."""
+
+    content: Mapping[str, Any]
+
+    @property
+    def job(self) -> str:
+        """The command that the run is of."""
+        return str(self.content["job"])
+
+    @property
+    def kind(self) -> Kind:
+        return KINDS[self.job]
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The command's settings."""
+        return dict(self.content["config"])
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What was found when the run was made, such as the model's digest."""
+        return {k: v for k, v in self.content.items() if k not in ("job", "config", "versions", "fields")}
+
+    @property
+    def source(self) -> str:
+        """The URI of what the run reads; "None" where run.json does not say."""
+        first, second = self.kind.source
+        return str((self.content.get(first) or {}).get(second))
+
+    @property
+    def model_digest(self) -> str:
+        return str(self.content["model_digest"])
+
+    @property
+    def levels(self) -> Ladder:
+        """The ladder, of a run that has one."""
+        return tuple(self.content["levels"])
+
+    @property
+    def ladders(self) -> tuple[Ladder, ...]:
+        """Those of a run that decodes on several; none of another."""
+        return tuple(tuple(levels) for levels in self.content.get("ladders", ()))
+
+    @property
+    def precision(self) -> str | None:
+        """What the network computed in, where the run says it."""
+        return self.content.get("precision")
 
 
 def claim(
@@ -28,7 +83,7 @@ def claim(
     `defaults` names, if any. Raises ManifestError naming what differs.
     """
     wanted = json.loads(json.dumps({"job": job, "config": dict(config), **facts}))
-    found = read_manifest(run)
+    found = _content(run)
     if found is not None:
         run.clear_unfinished()
     names = {path.rpartition("/")[2] for path in run.fs.ls(run.path(), detail=False)} if run.exists() else set()
@@ -58,8 +113,13 @@ def claim(
     return True
 
 
-def read_manifest(run: Folder) -> dict[str, Any] | None:
-    """The content of `run.json`, or None where there is none. Raises ManifestError when it can't be parsed."""
+def read_manifest(run: Folder) -> Manifest | None:
+    """`run.json`, or None where there is none. Raises ManifestError when it can't be parsed."""
+    content = _content(run)
+    return None if content is None else Manifest(content)
+
+
+def _content(run: Folder) -> dict[str, Any] | None:
     try:
         content = json.loads(run.read(NAME))
     except FileNotFoundError:
@@ -75,7 +135,7 @@ def read_manifest(run: Folder) -> dict[str, Any] | None:
 
 def note(run: Folder, **found: Any) -> None:
     """Adds to `run.json` what was found once there was a cluster to find it on."""
-    content = {**(read_manifest(run) or {}), **found}
+    content = {**(_content(run) or {}), **found}
     run.put(NAME, (json.dumps(content, indent=2) + "\n").encode())
 
 
@@ -89,7 +149,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def open_run(uri: str, *jobs: str) -> tuple[Folder, dict[str, Any]]:
+def open_run(uri: str, *jobs: str) -> tuple[Folder, Manifest]:
     """The folder of a run of one of `jobs`, and its `run.json`. Raises RunError."""
     run = Folder(absolute(uri))
     exists = run.exists()  # an unknown scheme is said here
@@ -99,6 +159,6 @@ def open_run(uri: str, *jobs: str) -> tuple[Folder, dict[str, Any]]:
         raise RunError(str(e)) from e
     if manifest is None:
         raise RunError(f"{run.uri} is no run folder (it has no {NAME})" if exists else f"{run.uri} is not there")
-    if manifest["job"] not in jobs or not isinstance(manifest["config"], dict):
-        raise RunError(f"{run.uri} is a run of {manifest['job']}; this takes one of {' or '.join(jobs)}")
+    if manifest.job not in jobs or not isinstance(manifest.content["config"], dict):
+        raise RunError(f"{run.uri} is a run of {manifest.job}; this takes one of {' or '.join(jobs)}")
     return run, manifest

@@ -16,8 +16,8 @@ from palindrome.pipeline.base.errors import RunError
 from palindrome.pipeline.base.text import one_line
 from palindrome.pipeline.images.records import Image, Reject
 from palindrome.pipeline.runs.entries import entries
-from palindrome.pipeline.runs.kinds import KINDS, LATENTS, REJECTS
-from palindrome.pipeline.runs.manifest import read_manifest
+from palindrome.pipeline.runs.kinds import LATENTS, REJECTS
+from palindrome.pipeline.runs.manifest import Manifest, read_manifest
 from palindrome.pipeline.runs.schemas import (
     MEASURED,
     REJECT_SCHEMA,
@@ -133,7 +133,8 @@ def shard_metadata(run: Folder, shard: str, below: str = LATENTS) -> dict[str, A
 def check_made(run: Folder, shard: str) -> None:
     """Raises ValueError where a shard's latents were made otherwise than the run's `run.json` says: by another model,
     which decodes them to noise, on another ladder, or of images that were cut otherwise."""
-    made, wanted = shard_metadata(run, shard), read_manifest(run) or {}
+    manifest = read_manifest(run)
+    made, wanted = shard_metadata(run, shard), manifest.facts if manifest else {}
     for name, words in MADE.items():
         if made[name] != wanted.get(name):
             raise ValueError(f"the latents of shard {shard} were made {words} {made[name]}, not {wanted.get(name)}")
@@ -197,10 +198,10 @@ def read_rejects(run: Folder, done: Collection[str]) -> Iterator[dict[str, Any]]
             yield from run.read_parquet(f"{REJECTS}/{name}").to_pylist()
 
 
-def rejects(run: Folder, manifest: dict[str, Any], reason: str | None = None) -> Iterator[dict[str, Any]]:
+def rejects(run: Folder, manifest: Manifest, reason: str | None = None) -> Iterator[dict[str, Any]]:
     """The rejects of the shards that are done, shard by shard, as rows of schemas.REJECT_SCHEMA; those of a sweep
     once, not under every setting. Raises RunError naming a file that can't be read."""
-    kind = KINDS[manifest["job"]]
+    kind = manifest.kind
     done = {entry.shard for entry in entries(run, kind.folder)}
     before = None
     for shard in sorted(entry.shard for entry in entries(run, REJECTS) if entry.shard and entry.shard in done):

@@ -18,6 +18,7 @@ from palindrome.pipeline.base.text import duration, printable, size
 from palindrome.pipeline.base.threads import in_threads
 from palindrome.pipeline.runs.entries import Entry, entries, modified_of
 from palindrome.pipeline.runs.kinds import KINDS, LATENTS, REJECTS, Plan
+from palindrome.pipeline.runs.manifest import Manifest
 from palindrome.pipeline.runs.plan import Totals, plan_totals
 from palindrome.pipeline.runs.shards import shard_metadata
 from palindrome.pipeline.storage.folder import Folder
@@ -67,9 +68,9 @@ class Footer(NamedTuple):
 class StateReader:
     """Reads a run's state, again and again for one who watches: what was read of a shard is not read twice."""
 
-    def __init__(self, run: Folder, manifest: dict[str, Any], most: int = READ) -> None:
+    def __init__(self, run: Folder, manifest: Manifest, most: int = READ) -> None:
         self.run, self.manifest, self.most = run, manifest, most
-        self.kind = KINDS[manifest["job"]]
+        self.kind = manifest.kind
         self.known: dict[Entry, Footer] = {}
 
     def read(self, now: float | None = None) -> State:
@@ -126,7 +127,7 @@ class StateReader:
 
     def _plan(self) -> tuple[Totals | None, str]:
         """What there is to do, None where that is not known (yet), and of what."""
-        uri = self.kind.source_of(self.manifest)
+        uri = self.manifest.source
         if self.kind.plan is Plan.OWN:
             return plan_totals(self.run), uri
         latents = Folder(uri)

@@ -13,8 +13,8 @@ from palindrome.pipeline.runs.outcome import Receipt
 from palindrome.pipeline.runtime.telemetry import Meters
 
 if TYPE_CHECKING:
-    from palindrome.model.checkpoint import Checkpoint
-    from palindrome.model.engine import Execution
+    from palindrome.model.execution import Execution
+    from palindrome.model.families import Checkpoint
     from palindrome.pipeline.runtime.device import Model, ShardProgress
 
 

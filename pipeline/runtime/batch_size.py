@@ -4,8 +4,8 @@ from collections.abc import Callable
 from functools import partial
 from math import prod
 
-from palindrome.model.checkpoint import Checkpoint
-from palindrome.model.engine import Execution
+from palindrome.model.execution import Execution
+from palindrome.model.families import Checkpoint
 from palindrome.pipeline.runtime.device import Model, tune_process
 from palindrome.pipeline.runtime.executor import Executor
 from palindrome.pipeline.runtime.scheduler import Resources

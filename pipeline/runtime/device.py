@@ -14,15 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from palindrome.model.checkpoint import Checkpoint
+from palindrome.model.condition import Condition
 from palindrome.model.ddim import Network, noise_stream, sample
-from palindrome.model.engine import FLOAT32, Execution
+from palindrome.model.execution import FLOAT32, Execution
+from palindrome.model.families import Checkpoint
 from palindrome.model.fit import epsilon_products
 from palindrome.model.inversion import invert_exactly
 from palindrome.model.schedule import Ladder
 from palindrome.pipeline.runtime.telemetry import Meters
 
-Walk = Callable[[Network, Tensor], tuple[Tensor, ...]]  # along a ladder, of a batch: each result is [B, ...]
+# Along a ladder, of a batch [B, ...] and its condition: each result is [B, ...].
+Walk = Callable[[Network, Tensor, Condition | None], tuple[Tensor, ...]]
 MOST_LANES = 4  # in a process, which has one lock of Python's for all
 SWITCH = 1e-5  # seconds that one may keep the lock while another waits: some layers take less than Python's 5 ms
 
@@ -58,9 +60,11 @@ class _Lanes:
         compute_alone()
         self._pool = ThreadPoolExecutor(self.count, "lane", _compute_with, (threads // self.count,))
 
-    def __call__(self, walk: Callable[[Tensor], tuple[Tensor, ...]], batch: Tensor) -> tuple[Tensor, ...]:
-        parts = batch.tensor_split(min(self.count, len(batch)))
-        walks = [self._pool.submit(walk, part) for part in parts]
+    def __call__(
+        self, walk: Callable[[Tensor, Condition | None], tuple[Tensor, ...]], batch: Tensor, condition: Condition | None
+    ) -> tuple[Tensor, ...]:
+        rows = torch.arange(len(batch)).tensor_split(min(self.count, len(batch)))
+        walks = [self._pool.submit(walk, *part) for part in _parts(batch, condition, rows)]
         wait(walks)
         return _joined(each.result() for each in walks)
 
@@ -75,6 +79,15 @@ def compute_alone() -> None:
     """Has torch use the calling thread alone for what that asks of it. Each thread that shares its work has helpers of
     its own, and where all together are more than the cores, OpenMP sends the lanes' to sleep after each layer."""
     _compute_with(1)
+
+
+def _parts(
+    batch: Tensor, condition: Condition | None, parts: Iterable[Tensor]
+) -> Iterator[tuple[Tensor, Condition | None]]:
+    """Those rows; each part is consecutive."""
+    for rows in parts:
+        where = slice(int(rows[0]), int(rows[-1]) + 1)
+        yield batch[where], None if condition is None else condition[where]
 
 
 def _joined(parts: Iterable[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
@@ -99,7 +112,7 @@ class Model:
         device, self.lanes = "cuda" if torch.cuda.is_available() else "cpu", None
         if device == "cpu" and threads:
             self.lanes = _Lanes(threads, 1 if execution.compiled else MOST_LANES)
-        self.network = checkpoint.engine(device, execution)
+        self.network = checkpoint.denoiser(device, execution)
         self.checkpoint, self.device = checkpoint, torch.device(device)
         self.lock = threading.Lock()  # shards overlap in this process, and the device takes one batch at a time
         self.clock = _Clock()
@@ -135,47 +148,74 @@ class Model:
         return self.flights.get(threading.get_ident()) or ShardProgress("")
 
     def encode(
-        self, x: Tensor, levels: Ladder, corrections: int = 0, tolerance: float = 0.0
+        self,
+        images: Tensor,
+        levels: Ladder,
+        corrections: int = 0,
+        tolerance: float = 0.0,
+        condition: Condition | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Images in [-1, 1] -> x at the ladder's top, the residuals [B] and the network evaluations [B], as
         model.inversion says; the paper's inversion is `corrections` = 0."""
-        along = self._along(levels)
-        return self._on_device(
-            lambda net, x: invert_exactly(net, x, corrections=corrections, tolerance=tolerance, **along), x
-        )
+        how = {**self._along(levels), "corrections": corrections, "tolerance": tolerance}
 
-    def epsilon_products(self, x: Tensor, levels: Ladder) -> Tensor:
+        def walk(net: Network, images: Tensor, condition: Condition | None) -> tuple[Tensor, Tensor, Tensor]:
+            return invert_exactly(net, self.checkpoint.to_state(images), condition=condition, **how)
+
+        return self._on_device(walk, images, condition)
+
+    def epsilon_products(self, images: Tensor, levels: Ladder, condition: Condition | None = None) -> Tensor:
         """As model.fit says, of images in [-1, 1]."""
         along = self._along(levels)
-        return self._on_device(lambda net, x: (epsilon_products(net, x, **along),), x)[0]
 
-    def decode(self, x: Tensor, levels: Ladder) -> Tensor:
+        def walk(net: Network, images: Tensor, condition: Condition | None) -> tuple[Tensor]:
+            return (epsilon_products(net, self.checkpoint.to_state(images), condition=condition, **along),)
+
+        return self._on_device(walk, images, condition)[0]
+
+    def decode(self, x: Tensor, levels: Ladder, condition: Condition | None = None) -> Tensor:
         """x at the ladder's top -> images about [-1, 1], by DDIM with eta = 0."""
         along = self._along(levels)
-        return self._on_device(lambda net, x: (sample(net, x, **along),), x)[0]
 
-    def generate(self, seed: int, indices: Sequence[int], levels: Ladder, **how: Any) -> tuple[Tensor, Tensor]:
+        def walk(net: Network, x: Tensor, condition: Condition | None) -> tuple[Tensor]:
+            return (self.checkpoint.to_images(sample(net, x, condition=condition, **along)),)
+
+        return self._on_device(walk, x, condition)[0]
+
+    def generate(
+        self, seed: int, indices: Sequence[int], levels: Ladder, condition: Condition | None = None, **how: Any
+    ) -> tuple[Tensor, Tensor]:
         """x_T of the samples of that seed with those indices, and their images about [-1, 1]; `how` goes to
         model.ddim.sample (eta, use_sigma_hat, clip). The noise of a sample depends on seed and index alone."""
         along, shape = self._along(levels), self.checkpoint.latent_shape
 
-        def walk(net: Network, indices: Tensor) -> tuple[Tensor, Tensor]:
+        def walk(net: Network, indices: Tensor, condition: Condition | None) -> tuple[Tensor, Tensor]:
             noise = noise_stream(seed, indices.tolist(), shape)
             x = next(noise).to(self.device)
-            return x, sample(net, x, noise=noise, **along, **how)
+            state = sample(net, x, noise=noise, condition=condition, **along, **how)
+            return x, self.checkpoint.to_images(state)
 
-        return self._on_device(walk, torch.tensor(indices))
+        return self._on_device(walk, torch.tensor(indices), condition)
 
-    def vary(self, x: Tensor, levels: Ladder, seed: int, indices: Sequence[int], **how: Any) -> Tensor:
+    def vary(
+        self,
+        x: Tensor,
+        levels: Ladder,
+        seed: int,
+        indices: Sequence[int],
+        condition: Condition | None = None,
+        **how: Any,
+    ) -> Tensor:
         """x at the ladder's top -> images about [-1, 1], with the noise of the samples of that seed with those indices,
         one for each x; `how` goes to model.ddim.sample."""
         along = self._along(levels)
 
-        def walk(net: Network, rows: Tensor) -> tuple[Tensor]:
+        def walk(net: Network, rows: Tensor, condition: Condition | None) -> tuple[Tensor]:
             noise = noise_stream(seed, [indices[row] for row in rows.tolist()], x.shape[1:])
-            return (sample(net, x[rows.cpu()].to(self.device), noise=noise, **along, **how),)
+            state = sample(net, x[rows.cpu()].to(self.device), noise=noise, condition=condition, **along, **how)
+            return (self.checkpoint.to_images(state),)
 
-        return self._on_device(walk, torch.arange(len(x)))[0]
+        return self._on_device(walk, torch.arange(len(x)), condition)[0]
 
     def _along(self, levels: Ladder) -> dict[str, Any]:
         """What the functions of `model` are told of a ladder and this checkpoint."""
@@ -185,7 +225,7 @@ class Model:
             "prediction_type": self.checkpoint.prediction_type,
         }
 
-    def _on_device(self, walk: Walk, batch: Tensor) -> Any:
+    def _on_device(self, walk: Walk, batch: Tensor, condition: Condition | None) -> Any:
         flight = self._flight()
         flight.queued = True
         with self.lock:
@@ -193,32 +233,36 @@ class Model:
             started = time.monotonic()
             try:
                 whole = partial(self._in_parts, walk, flight)
-                return self.lanes(whole, batch) if self.lanes else whole(batch)
+                return self.lanes(whole, batch, condition) if self.lanes else whole(batch, condition)
             finally:
                 seconds = time.monotonic() - started
                 self.clock.seconds += seconds
                 if self.meters:
                     self.meters.device(seconds)
 
-    def _in_parts(self, walk: Walk, flight: ShardProgress, batch: Tensor) -> tuple[Tensor, ...]:
+    def _in_parts(
+        self, walk: Walk, flight: ShardProgress, batch: Tensor, condition: Condition | None
+    ) -> tuple[Tensor, ...]:
         """The whole batch at once, or halves where the device has not enough memory for it."""
         if len(batch) > self.largest:
-            return _joined(self._in_parts(walk, flight, part) for part in batch.split(self.largest))
+            parts = _parts(batch, condition, torch.arange(len(batch)).split(self.largest))
+            return _joined(self._in_parts(walk, flight, *part) for part in parts)
 
-        def network(x: Tensor, timestep: int) -> Tensor:
+        def network(x: Tensor, *told: Any) -> Tensor:
             if self.cancelled.is_set():
                 raise Cancelled
             flight.events += 1
-            return self.network(x, timestep)
+            return self.network(x, *told)
 
         try:
-            return tuple(result.cpu() for result in walk(network, batch.to(self.device)))
+            there = None if condition is None else condition.to(self.device)
+            return tuple(result.cpu() for result in walk(network, batch.to(self.device), there))
         except torch.OutOfMemoryError:
             if len(batch) == 1:
                 raise
         torch.cuda.empty_cache()
         self.largest = len(batch) // 2
-        return self._in_parts(walk, flight, batch)
+        return self._in_parts(walk, flight, batch, condition)
 
 
 def tune_process(model: Model) -> None:

@@ -8,7 +8,8 @@ from typing import Any, Protocol
 import ray
 import torch
 
-from palindrome.model.checkpoint import Checkpoint
+from palindrome.model.execution import FLOAT32, Execution
+from palindrome.model.families import Checkpoint
 from palindrome.pipeline.base.text import one_line
 from palindrome.pipeline.images.records import Shard
 from palindrome.pipeline.runs.outcome import Failure, Receipt
@@ -30,7 +31,13 @@ class Executor(Protocol):
         """What a run takes, as `scheduler.fit` says it."""
 
     def run(
-        self, work: Work, checkpoint: Checkpoint, shards: Iterator[Shard], resources: Resources, stall: float = STALL
+        self,
+        work: Work,
+        checkpoint: Checkpoint,
+        shards: Iterator[Shard],
+        resources: Resources,
+        execution: Execution = FLOAT32,
+        stall: float = STALL,
     ) -> Outcomes:
         """An outcome for every shard, and heartbeats, as `scheduler.run_shards` says it."""
 
@@ -47,9 +54,15 @@ class OnRay:
         return fit(workers, decode, gpus_per_worker, custom)
 
     def run(
-        self, work: Work, checkpoint: Checkpoint, shards: Iterator[Shard], resources: Resources, stall: float = STALL
+        self,
+        work: Work,
+        checkpoint: Checkpoint,
+        shards: Iterator[Shard],
+        resources: Resources,
+        execution: Execution = FLOAT32,
+        stall: float = STALL,
     ) -> Outcomes:
-        return run_shards(work, checkpoint, shards, resources, stall)
+        return run_shards(work, checkpoint, shards, resources, execution, stall)
 
     def call(self, resources: Resources, function: Callable[..., Any], *arguments: Any) -> Any:
         return ray.get(ray.remote(function).options(**resources.takes).remote(*arguments))
@@ -66,12 +79,18 @@ class Inline:
         return Resources(1, float(gpu), None if gpu else len(os.sched_getaffinity(0)), read_by_tasks=False)
 
     def run(
-        self, work: Work, checkpoint: Checkpoint, shards: Iterator[Shard], resources: Resources, stall: float = STALL
+        self,
+        work: Work,
+        checkpoint: Checkpoint,
+        shards: Iterator[Shard],
+        resources: Resources,
+        execution: Execution = FLOAT32,
+        stall: float = STALL,
     ) -> Outcomes:
         """`stall` has no effect: no other worker could take the shard."""
         # In a thread, so that this one can report progress, and stop it: torch's settings are that thread's too.
         with ThreadPoolExecutor(1, "shard") as pool:
-            model = pool.submit(Model, checkpoint, resources.threads, None, resources.execution).result()
+            model = pool.submit(Model, checkpoint, resources.threads, None, execution).result()
 
             def process(shard: Shard) -> Receipt:
                 with model.tracking(shard.name):

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from palindrome.model.checkpoint import Checkpoint
-from palindrome.model.engine import FLOAT32, Execution
+from palindrome.model.execution import FLOAT32, Execution
+from palindrome.model.families import Checkpoint
 from palindrome.pipeline.images.metrics import round_trip_error, to_model
 from palindrome.pipeline.runs.inversion import Inversion
 from palindrome.pipeline.runtime.device import Model, tune_process
@@ -23,12 +23,17 @@ FASTER, WORSE = 1.1, 1.1  # than float32: how much a candidate must be, and how 
 
 
 def try_precisions(
-    checkpoint: Checkpoint, pixels: np.ndarray, how: Inversion, resources: Resources, executor: Executor
+    checkpoint: Checkpoint,
+    pixels: np.ndarray,
+    how: Inversion,
+    resources: Resources,
+    batch_size: int,
+    executor: Executor,
 ) -> dict[str, Any]:
     """`precision` is the fastest that is as good as float32 on images, uint8 [N, H, W, C]; `tried` says by precision
     the network evaluations a second, `per_second`, and of those that are fast enough the mean error on so many `images`
     of the round trip, and of the latents decoded by float32, as anyone may; None is no number."""
-    return dict(executor.call(resources, _trial, checkpoint, pixels, how, resources.batch_size, resources.threads))
+    return dict(executor.call(resources, _trial, checkpoint, pixels, how, batch_size, resources.threads))
 
 
 def _trial(

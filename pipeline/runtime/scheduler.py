@@ -10,8 +10,8 @@ from typing import Any
 import ray
 from ray.exceptions import OutOfMemoryError, RayError, RayTaskError, UnserializableException
 
-from palindrome.model.checkpoint import Checkpoint
-from palindrome.model.engine import FLOAT32, Execution
+from palindrome.model.execution import FLOAT32, Execution
+from palindrome.model.families import Checkpoint
 from palindrome.pipeline.base.errors import RunError, SettingError
 from palindrome.pipeline.images.records import Shard
 from palindrome.pipeline.runs.outcome import Failure, Receipt
@@ -36,17 +36,14 @@ class Heartbeat:
 @dataclass(frozen=True)
 class Resources:
     """At most `workers` actors, at least `fewest`, and what each takes of the cluster: `gpus` 1 or a part of one, or on
-    CPUs `threads` computing threads, and of `custom` resources so much; and how it evaluates the network, for how many
-    images at once."""
+    CPUs `threads` computing threads, and of `custom` resources so much."""
 
     workers: int
     gpus: float
     threads: int | None
     read_by_tasks: bool
     fewest: int = 1
-    execution: Execution = FLOAT32
     custom: Mapping[str, float] = field(default_factory=dict)
-    batch_size: int = 64
 
     @property
     def takes(self) -> dict[str, Any]:
@@ -98,9 +95,15 @@ class _Run:
     """The driver's loop. A shard whose actor died is a suspect and is tried alone, so that no neighbour is blamed."""
 
     def __init__(
-        self, work: Work, checkpoint: Checkpoint, shards: Iterator[Shard], resources: Resources, stall: float
+        self,
+        work: Work,
+        checkpoint: Checkpoint,
+        shards: Iterator[Shard],
+        resources: Resources,
+        execution: Execution,
+        stall: float,
     ) -> None:
-        self.given, self.resources = ray.put((work, checkpoint, resources.threads, resources.execution)), resources
+        self.given, self.resources = ray.put((work, checkpoint, resources.threads, execution)), resources
         self.shards, self.stall = shards, stall
         self.ahead: deque[Shard] = deque()  # read from the plan: enough to know how many actors there is work for
         self.retries: deque[Shard] = deque()
@@ -262,14 +265,19 @@ class _Run:
 
 
 def run_shards(
-    work: Work, checkpoint: Checkpoint, shards: Iterator[Shard], resources: Resources, stall: float = STALL
+    work: Work,
+    checkpoint: Checkpoint,
+    shards: Iterator[Shard],
+    resources: Resources,
+    execution: Execution = FLOAT32,
+    stall: float = STALL,
 ) -> Generator[Receipt | Failure | Heartbeat, None, None]:
     """Works through `shards`, which is read as actors have room, and yields an outcome for every one, and heartbeats.
 
     A shard that fails, or stands still for `stall` seconds, is tried `RETRIES` more times; an actor that dies is
     replaced. Raises RunError when actors don't start. To close the generator is to drop what is in flight.
     """
-    return _Run(work, checkpoint, shards, resources, stall).outcomes()
+    return _Run(work, checkpoint, shards, resources, execution, stall).outcomes()
 
 
 def _words(error: Exception) -> str:

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from palindrome.model.checkpoint import Checkpoint
+from palindrome.model.execution import Execution
+from palindrome.model.families import Checkpoint
 from palindrome.model.schedule import ladder
 from palindrome.pipeline.base.errors import RunError
 from palindrome.pipeline.images.records import Shard
@@ -65,16 +66,17 @@ class Speed:
     origin: str = "measured"
 
 
-def measure(model: Checkpoint, batch_size: int, resources: Resources, executor: Executor) -> Speed:
+def measure(model: Checkpoint, resources: Resources, execution: Execution, executor: Executor) -> Speed:
     """By a worker as the run's will be. Raises RunError."""
     started = time.monotonic()
-    shards: Iterator[Shard] = iter([Shard("calibration", "noise", batch_size, ())])
-    for outcome in executor.run(Calibration(batch_size), model, shards, replace(resources, workers=1, fewest=1)):
+    work, one = Calibration(execution.batch_size), replace(resources, workers=1, fewest=1)
+    shards: Iterator[Shard] = iter([Shard("calibration", "noise", execution.batch_size, ())])
+    for outcome in executor.run(work, model, shards, one, execution):
         if isinstance(outcome, Failure):
             raise RunError(f"--calibrate: {outcome.error}")
         if isinstance(outcome, Receipt):
             up = max(0.0, time.monotonic() - started - outcome.seconds)
-            return Speed(outcome.images / outcome.device_seconds, up, resources.execution.precision)
+            return Speed(outcome.images / outcome.device_seconds, up, execution.precision)
     raise RunError("--calibrate: nothing was measured")
 
 

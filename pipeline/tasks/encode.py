@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from palindrome.model.condition import Condition
 from palindrome.pipeline.images.metrics import psnr, round_trip_error, to_model, to_pixels
 from palindrome.pipeline.images.records import Shard
 from palindrome.pipeline.runs.inversion import Inversion
@@ -42,7 +43,8 @@ class Encode:
                 rows = None
                 if batch.images:
                     x = to_model(np.stack([image.pixels for image in batch.images]))
-                    latents, found = latents_of(model, x, self.inversion, self.measured)
+                    condition = model.checkpoint.condition([image.kept for image in batch.images])
+                    latents, found = latents_of(model, x, self.inversion, self.measured, condition)
                     rows = latent_rows(schema, batch.images, latents.numpy(), found)
                 out.add(rows, batch.rejects)
                 model.advance(len(batch.images))
@@ -51,22 +53,25 @@ class Encode:
             return Receipt(shard.name, out.rows, out.refused, **seconds, bytes=written)
 
 
-def latents_of(model: Model, x: Tensor, how: Inversion, measured: bool = False) -> tuple[Tensor, dict[str, np.ndarray]]:
+def latents_of(
+    model: Model, x: Tensor, how: Inversion, measured: bool = False, condition: Condition | None = None
+) -> tuple[Tensor, dict[str, np.ndarray]]:
     """Images in [-1, 1] -> their latents as stored, and the columns of schemas.MEASURED that are known."""
     stored = getattr(torch, how.dtype)
-    latents, residual, nfe = model.encode(x, how.levels, how.corrections, how.tolerance)
+    latents, residual, nfe = model.encode(x, how.levels, how.corrections, how.tolerance, condition)
     latents = latents.to(stored)
     found = {"residual": residual.numpy(), "nfe": nfe.numpy()}
     if not (measured or how.exact):
         return latents, found
-    found |= measure(x, model.decode(latents.float(), how.levels))
+    found |= measure(x, model.decode(latents.float(), how.levels, condition))
     for stricter in STRICTER if how.exact else ():
         left = np.flatnonzero(found["identical"] < 1)
         if not len(left):
             break
-        again, residual, nfe = model.encode(x[left], how.levels, MOST_CORRECTIONS, stricter)
+        of_left = None if condition is None else condition[torch.from_numpy(left)]
+        again, residual, nfe = model.encode(x[left], how.levels, MOST_CORRECTIONS, stricter, of_left)
         again = again.to(stored)
-        tried = measure(x[left], model.decode(again.float(), how.levels))
+        tried = measure(x[left], model.decode(again.float(), how.levels, of_left))
         found["nfe"][left] += nfe.numpy()
         better = tried["mse"] < found["mse"][left]
         latents[left[better]] = again[better]

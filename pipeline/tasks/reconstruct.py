@@ -42,8 +42,9 @@ class Reconstruct:
             for stored, latents in read_latents(self.latents, shard.name, self.reader.batch_size):
                 found = [originals.find(row["image_id"], row["content_hash"]) for row in stored]
                 missing += sum(isinstance(original, str) for original in found)
+                condition = model.checkpoint.condition(stored)
                 for levels in self.ladders:
-                    decoded = model.decode(torch.from_numpy(latents), levels)
+                    decoded = model.decode(torch.from_numpy(latents), levels, condition)
                     rows = list(_compare(stored, found, decoded, len(levels) - 1))
                     out.add(pa.Table.from_pylist(rows, ERROR_SCHEMA))
                 images += len(stored)

@@ -57,9 +57,9 @@ class Regenerate:
     ) -> Iterator[list[dict[str, Any]]]:
         """Rows of one variation of a batch, ladder by ladder, the longest first."""
         indices = [noise_index(f"{variation}/{row['image_id']}") for row in stored]
-        longest = None
+        condition, longest = model.checkpoint.condition(stored), None
         for levels in sorted(self.ladders, key=len, reverse=True):
-            images = model.vary(x, levels, self.seed, indices, **self.how).clamp(-1, 1)  # as they are seen
+            images = model.vary(x, levels, self.seed, indices, condition, **self.how).clamp(-1, 1)  # as they are seen
             longest = images if longest is None else longest
             distances = round_trip_error(longest, images)
             yield [

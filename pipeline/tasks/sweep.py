@@ -11,6 +11,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from palindrome.model.condition import Condition
 from palindrome.model.ddim import noise_index, sample_noise
 from palindrome.pipeline.images.metrics import moments, statistics, to_model
 from palindrome.pipeline.images.records import Image, Shard
@@ -82,7 +83,7 @@ class Sweep:
                 if batch.images:
                     x = to_model(np.stack([image.pixels for image in batch.images]))
                     before = model.clock.seconds
-                    found = _there_and_back(model, x, setting.how)
+                    found = _there_and_back(model, x, setting.how, _condition(model, batch.images))
                     round_trip += model.clock.seconds - before
                     rows = self._rows(model, batch.images, found, setting)
                 out.add(rows, batch.rejects)
@@ -98,24 +99,28 @@ class Sweep:
         if self.noise_seed is None:
             found["noise_mse"] = pa.nulls(len(images), pa.float64())
         else:
-            shape = (self.reader.how.channels, self.reader.how.size, self.reader.how.size)
+            shape = model.checkpoint.latent_shape
             noise = torch.cat([sample_noise(self.noise_seed, noise_index(i), shape) for i in found["image_id"]])
-            found["noise_mse"] = _back_and_there(model, noise, setting.how)
+            found["noise_mse"] = _back_and_there(model, noise, setting.how, _condition(model, images))
         return pa.table([pa.array(found[f.name], f.type) for f in SWEEP_SCHEMA], schema=SWEEP_SCHEMA)
 
 
-def _there_and_back(model: Model, x: Tensor, how: Inversion) -> dict[str, Any]:
+def _condition(model: Model, images: Sequence[Image]) -> Condition | None:
+    return model.checkpoint.condition([image.kept for image in images])
+
+
+def _there_and_back(model: Model, x: Tensor, how: Inversion, condition: Condition | None) -> dict[str, Any]:
     """The columns that images [B, C, H, W] in [-1, 1] give."""
-    latents, residual, nfe = model.encode(x, how.levels, how.corrections, how.tolerance)
+    latents, residual, nfe = model.encode(x, how.levels, how.corrections, how.tolerance, condition)
     stored = latents.to(getattr(torch, how.dtype)).float()
-    found = measure(x, model.decode(stored, how.levels))
+    found = measure(x, model.decode(stored, how.levels, condition))
     return {**found, **moments(stored), "residual": residual.numpy(), "nfe": nfe.numpy()}
 
 
-def _back_and_there(model: Model, noise: Tensor, how: Inversion) -> np.ndarray:
+def _back_and_there(model: Model, noise: Tensor, how: Inversion, condition: Condition | None) -> np.ndarray:
     """Mean squared error [B] of x_T [B, C, H, W] after decoding to an image, which is not rounded, and encoding it."""
-    images = model.decode(noise, how.levels)
-    found, *_ = model.encode(images, how.levels, how.corrections, how.tolerance)
+    images = model.decode(noise, how.levels, condition)
+    found, *_ = model.encode(images, how.levels, how.corrections, how.tolerance, condition)
     return (found - noise).double().square().flatten(1).mean(1).numpy()
 
 

@@ -11,7 +11,7 @@ import ray.train
 import ray.train.torch
 import torch
 
-from palindrome.model import checkpoint
+from palindrome.model.families import unet2d
 from palindrome.model.schedule import NoiseSchedule
 from palindrome.model.training import Hyperparameters, Training, multiplies_bfloat16
 from palindrome.model.unet import UNetConfig
@@ -83,7 +83,7 @@ def train(job: dict[str, Train]) -> None:
             _report(training, rank)
     if rank == 0:
         trained = training.checkpoint(getattr(torch, task.save_dtype))
-        checkpoint.save(trained, out.uri, options_for(out.uri, out.storage_options))
+        unet2d.save(trained, out.uri, options_for(out.uri, out.storage_options))
         record = {
             "steps": training.step,
             "images": training.step * task.batch_size,

@@ -8,14 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from palindrome.model import checkpoint
+from palindrome.model import families
 from palindrome.pipeline.base.text import one_line
-from palindrome.pipeline.images.decode import Preprocess
 from palindrome.pipeline.images.metrics import round_trip_error, to_model
 from palindrome.pipeline.images.read import read_image
 from palindrome.pipeline.images.records import Reject, Shard
-from palindrome.pipeline.images.sources import ONE_EACH, PARQUET, Collection, read_raw
-from palindrome.pipeline.runs.encoded import execution_of
+from palindrome.pipeline.images.sources import ONE_EACH, PARQUET, read_raw
+from palindrome.pipeline.runs.encoded import EncodeRun
 from palindrome.pipeline.runs.kinds import LATENTS
 from palindrome.pipeline.runs.plan import read_plan
 from palindrome.pipeline.runs.shards import open_checked
@@ -27,20 +26,23 @@ from palindrome.pipeline.storage.folder import Folder, options_for
 RELATIVE, ABSOLUTE = 1e-2, 1e-8
 
 
-def verify_decoding(run: Folder, manifest: Mapping[str, Any], count: int, account: Account) -> Iterator[Finding]:
-    """What is wrong with `count` latents, evenly over the shards that `verify`, which has filled `account`, found well;
-    their errors are added to it."""
-    uri = str(manifest["config"].get("model"))
+def verify_decoding(run: Folder, count: int, account: Account) -> Iterator[Finding]:
+    """What is wrong with `count` latents of an encode run, evenly over the shards that `verify`, which has filled
+    `account`, found well; their errors are added to it."""
+    if not account.rows_of_shard:
+        return
+    encoded = EncodeRun.open(run)
+    uri = encoded.model
     try:
-        loaded = checkpoint.load(uri, options_for(uri))
+        loaded = families.load(uri, options_for(uri))
     except Exception as e:  # of whichever store
         yield Finding("--deep", f"the model {uri} can't be loaded: {one_line(e)}")
         return
-    if loaded.digest != manifest["model_digest"]:
+    if loaded.digest != encoded.manifest.model_digest:
         yield Finding("--deep", f"the model {uri} is another than the run's: digest {loaded.digest[:12]}…")
         return
-    model, levels = Model(loaded, execution=execution_of(manifest)), tuple(manifest["levels"])
-    how, collection = Preprocess(**manifest["preprocess"]), Collection(**manifest["collection"])
+    model, levels = Model(loaded, execution=encoded.execution), encoded.inversion.levels
+    how, collection = encoded.preprocess, encoded.collection
     for shard, places in _spread(run, account.rows_of_shard, count):
         file = f"{LATENTS}/{shard.name}.parquet"
         for row in _rows(run, file, places):

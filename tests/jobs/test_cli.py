@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from palindrome.jobs.command import CLUSTER_COMMANDS, JOBS
-from palindrome.model import checkpoint
+from palindrome.model.families import unet2d
 
 ROOT = Path(__file__).parents[2]
 # Runs the commands on standard input one after the other, without a Ray: prints exit code, output, whether Ray is up.
@@ -148,11 +148,11 @@ def inputs(tiny, corpus, tmp_path_factory):
     pq.write_table(pa.table({"n": [1]}), folder / "numbers.parquet")
     pq.write_table(pa.table({"a": [b""], "b": [b""], "mse": [0.0]}), folder / "two.parquet")
     for name in ("broken", "cut", "cosmic"):
-        checkpoint.save(tiny, str(folder / name))
-    (folder / "broken" / checkpoint.CONFIG).write_text("{")
-    weights = folder / "cut" / checkpoint.WEIGHTS
+        unet2d.save(tiny, str(folder / name))
+    (folder / "broken" / unet2d.CONFIG).write_text("{")
+    weights = folder / "cut" / unet2d.WEIGHTS
     weights.write_bytes(weights.read_bytes()[:-100])
-    scheduler = folder / "cosmic" / checkpoint.SCHEDULER
+    scheduler = folder / "cosmic" / unet2d.SCHEDULER
     scheduler.write_text(scheduler.read_text().replace('"linear"', '"cosmic"'))
     return folder
 
@@ -289,8 +289,8 @@ def test_other_images_may_not_go_on_in_the_folder(palindrome, run, sample):
 
 def test_another_model_may_not_go_on_in_the_folder(palindrome, run, tiny, tmp_path):
     weights = {name: value * 2 for name, value in tiny.weights.items()}
-    other = checkpoint.Checkpoint(tiny.config, weights, tiny.schedule)
-    checkpoint.save(other, str(tmp_path))
+    other = unet2d.UNet2D(tiny.config, weights, tiny.schedule)
+    unet2d.save(other, str(tmp_path))
     said = palindrome(*run, "--model", tmp_path)
     assert said.code == 2
     assert f"model_digest was {tiny.digest}, now {other.digest}" in said.err

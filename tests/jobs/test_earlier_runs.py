@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from palindrome import open as open_run
-from palindrome.model import checkpoint
+from palindrome.model.families import unet2d
 
 EARLIER = sorted((Path(__file__).parents[1] / "fixtures/earlier").iterdir())
 VERIFIED = (
@@ -226,7 +226,7 @@ def test_a_notebook_encodes_to_the_stored_latent(earlier):
 
 
 def test_the_checkpoint_is_the_one_that_runs_name(earlier):
-    model = checkpoint.load(str(earlier / "model"))
+    model = unet2d.load(str(earlier / "model"))
     named = [*earlier.glob("*/run.json"), earlier / "ladder.json"]
     said = {path: json.loads(path.read_text()) for path in named}
     digests = {path: content["model_digest"] for path, content in said.items() if "model_digest" in content}
@@ -238,7 +238,7 @@ def test_a_training_goes_on(palindrome, copy, times):
     run, arguments = copy / "trained", command(copy, "trained")
     before = times(run)
     record = json.loads((run / "training.json").read_text())
-    earlier_weights = checkpoint.load(str(run)).weights
+    earlier_weights = unet2d.load(str(run)).weights
     said = palindrome(*arguments)
     assert (said.code, said.out) == (0, f"{run} is trained already: {record['steps']} steps\n")
     assert times(run) == before
@@ -248,6 +248,6 @@ def test_a_training_goes_on(palindrome, copy, times):
     went_on = json.loads((run / "training.json").read_text())
     assert went_on["steps"] == record["steps"] + 1
     assert went_on["loss"][:-1] == record["loss"], "the steps before are not done again"
-    weights = checkpoint.load(str(run)).weights
+    weights = unet2d.load(str(run)).weights
     assert {name: value.dtype for name, value in weights.items()} == {n: v.dtype for n, v in earlier_weights.items()}
     assert any((weights[name] != value).any() for name, value in earlier_weights.items())

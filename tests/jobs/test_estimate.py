@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from palindrome.jobs.command import JOBS
-from palindrome.model import checkpoint
+from palindrome.model.families import unet2d
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,7 @@ def test_a_recorded_calibration_estimates_without_a_device(palindrome, sample, m
     said = palindrome(*command, "--limit", 64, "--calibrate", "--calibration", record)
     assert said.code == 0, said.err
     [[digest, found]] = json.loads(record.read_text()).items()
-    assert digest == checkpoint.load(str(model)).digest and found["precision"] == "float32"
+    assert digest == unet2d.load(str(model)).digest and found["precision"] == "float32"
     rate = found["evaluations_per_second"]
     for workers in (1, 4):
         flags = ["--shard-size", 32, "--calibration", record, "--workers", workers]
@@ -161,7 +161,7 @@ def test_a_dry_run_of_a_training_says_what_it_writes(palindrome, pictures, tmp_p
     assert bytes_of(written) == pytest.approx(weights, rel=0.2)  # tiny: names weigh something beside the values
     assert bytes_of(state) == pytest.approx(saved.stat().st_size, rel=0.35)
     parameters = number(r"([\d,]+) parameters", dry.out)
-    assert parameters == sum(value.numel() for value in checkpoint.load(str(tmp_path / "run")).weights.values())
+    assert parameters == sum(value.numel() for value in unet2d.load(str(tmp_path / "run")).weights.values())
 
     before = everything(tmp_path)
     said = palindrome(*command, "--train-steps", 4, "--dry-run")

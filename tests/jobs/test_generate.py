@@ -20,8 +20,8 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler
 from PIL import Image
 
-from palindrome.model import checkpoint
 from palindrome.model.ddim import sample, sample_noise
+from palindrome.model.families import unet2d
 from palindrome.model.schedule import ladder
 from palindrome.pipeline.images.metrics import to_pixels
 
@@ -47,7 +47,7 @@ def gaussian(tiny, tmp_path_factory):
     since E[x0 | x_t] is then sqrt(alpha_bar) x_t."""
     weights = {name: torch.zeros_like(value) for name, value in tiny.weights.items()}
     folder = tmp_path_factory.mktemp("checkpoints") / "gaussian"
-    checkpoint.save(replace(tiny, weights=weights, prediction_type="v_prediction"), str(folder))
+    unet2d.save(replace(tiny, weights=weights, prediction_type="v_prediction"), str(folder))
     return folder
 
 

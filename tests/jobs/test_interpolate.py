@@ -14,8 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from palindrome.model import checkpoint
 from palindrome.model.ddim import sample as ddim
+from palindrome.model.families import unet2d
 
 FRAMES = 5
 
@@ -84,7 +84,7 @@ def test_pairs_of_a_file(palindrome, encoded, reconstructed, latents, model, tmp
     found = read(tmp_path / "out")
     assert sorted(found) == [(f"{path:06d}", frame) for path in (0, 1, 3) for frame in range(FRAMES)]
 
-    loaded = checkpoint.load(str(model))
+    loaded = unet2d.load(str(model))
     levels = json.loads((encoded / "run.json").read_text())["levels"]
     for (path, frame), row in found.items():
         a, b = pairs[int(path)]

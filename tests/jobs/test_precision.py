@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import palindrome as interface
-from palindrome.model.engine import Execution
+from palindrome.model.execution import Execution
 from palindrome.pipeline.images.decode import Preprocess, decode
 from palindrome.pipeline.runs.ladders import resolve
 from palindrome.pipeline.runtime.device import Model

@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from palindrome.model import checkpoint
 from palindrome.model.ddim import sample
+from palindrome.model.families import unet2d
 from palindrome.model.schedule import ladder
 
 STEPS = (5, 3)  # 5 is the encode run's own
@@ -249,8 +249,8 @@ def refused(palindrome, here, out, *flags):
 
 
 def test_another_model_is_refused(palindrome, here, tiny, tmp_path):
-    other = checkpoint.Checkpoint(tiny.config, tiny.weights, tiny.schedule, "v_prediction")
-    checkpoint.save(other, str(tmp_path / "other"))
+    other = unet2d.UNet2D(tiny.config, tiny.weights, tiny.schedule, "v_prediction")
+    unet2d.save(other, str(tmp_path / "other"))
     words = refused(palindrome, here, tmp_path / "out", "--model", tmp_path / "other")
     assert f"--model: the latents were made by another model: digest {tiny.digest[:12]}" in words
     assert other.digest[:12] in words

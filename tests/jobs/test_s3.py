@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from palindrome.model import checkpoint
+from palindrome.model.families import unet2d
 from palindrome.pipeline.storage.folder import Folder
 
 SETTINGS = ["--steps", 2, "--corrections", 1, "--shard-size", 8, "--batch-size", 4]
@@ -33,7 +33,7 @@ def bucket(store, table, pictures, tiny):
     folder.put("table/a.parquet", table.read_bytes())
     for path in pictures.iterdir():
         folder.put(f"pictures/{path.name}", path.read_bytes())
-    checkpoint.save(tiny, f"{folder.uri}/model", store.options)
+    unet2d.save(tiny, f"{folder.uri}/model", store.options)
     return folder
 
 
@@ -300,5 +300,5 @@ def test_train_on_a_store_and_go_on_there(palindrome, moto, table, options):
         said = palindrome(*command, "--train-steps", steps)
         assert said.code == 0, said.err
         assert json.loads(bucket.read("model/training.json"))["steps"] == steps
-    loaded = checkpoint.load(f"{bucket.uri}/model", moto.options)
+    loaded = unet2d.load(f"{bucket.uri}/model", moto.options)
     assert loaded.weights

@@ -70,7 +70,7 @@ def run(config, checkpoint):
         plan=plan,
         evaluations=0,
         written=16,
-        work=lambda out, resources: Squares(out),
+        work=lambda out, *_: Squares(out),
         finish=finish,
     )
     return run_sharded(config, job)

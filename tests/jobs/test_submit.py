@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from palindrome.infra.package import ENVIRONMENT, PackageError, build
-from palindrome.model import checkpoint
+from palindrome.model.families import unet2d
 from palindrome.pipeline.storage.folder import Folder
 
 ROOT = Path(__file__).parents[2]
@@ -33,7 +33,7 @@ def cluster():
 def bucket(moto, sample, tiny):
     folder = Folder(moto.bucket(), moto.options)
     folder.put("images/sample.parquet", Path(sample).read_bytes())
-    checkpoint.save(tiny, f"{folder.uri}/model", moto.options)
+    unet2d.save(tiny, f"{folder.uri}/model", moto.options)
     return folder
 
 

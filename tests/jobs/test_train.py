@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from palindrome.jobs import train
-from palindrome.model import checkpoint
+from palindrome.model.families import unet2d
 from palindrome.model.presets import PRESETS
 
 FLAGS = ["--preset", "tiny", "--batch-size", 8, "--lr-warmup", 0, "--lr", 1e-3, "--sample-every", 1000, "--limit", 64]
@@ -53,7 +53,7 @@ def saved(out):
 
 def is_checkpoint(folder, steps):
     """A whole one, of finite weights that have left their initial values, as training.json says."""
-    trained = checkpoint.load(str(folder))
+    trained = unet2d.load(str(folder))
     assert trained.config == PRESETS["tiny"]
     assert all(value.isfinite().all() for value in trained.weights.values())
     record = json.loads((folder / "training.json").read_text())
@@ -83,7 +83,7 @@ def test_diffusers_opens_the_checkpoint(record, out):
     x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         theirs = pipeline.unet.eval()(x, 500).sample
-    torch.testing.assert_close(checkpoint.load(str(out)).network()(x, 500), theirs, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(unet2d.load(str(out)).network()(x, 500), theirs, rtol=1e-4, atol=1e-4)
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline(num_inference_steps=2).images[0].size == (16, 16)
 
@@ -123,14 +123,14 @@ def test_a_finished_training_given_more_steps_goes_on_and_so_does_one_whose_driv
     record, palindrome, start, command, out
 ):
     more = [*command, "--workers", 1, "--save-dtype", "float16", "--save-every", 50, "--train-steps"]
-    first = checkpoint.load(str(out))
+    first = unet2d.load(str(out))
     process = start(*more, 100_000)
     while saved(out)["step"] == 6:
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
-    assert checkpoint.load(str(out)).digest == first.digest, "a checkpoint is written at the end"
+    assert unet2d.load(str(out)).digest == first.digest, "a checkpoint is written at the end"
     reached = saved(out)
     said = palindrome(*more, reached["step"] + 10)
     assert said.code == 0, said.err

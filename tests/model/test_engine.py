@@ -6,8 +6,9 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 
-from palindrome.model.checkpoint import Checkpoint
-from palindrome.model.engine import PRECISIONS, Engine, Execution
+from palindrome.model.engine import Engine
+from palindrome.model.execution import PRECISIONS, Execution
+from palindrome.model.families.unet2d import UNet2D
 from palindrome.model.schedule import NoiseSchedule
 from palindrome.model.unet import UNet, UNetConfig
 
@@ -30,7 +31,7 @@ def theirs(randomize):
 
 @pytest.fixture(scope="module")
 def checkpoint(theirs):
-    return Checkpoint(UNetConfig(**CONFIG), theirs.state_dict(), NoiseSchedule())
+    return UNet2D(UNetConfig(**CONFIG), theirs.state_dict(), NoiseSchedule())
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def off(found, expected):
 @torch.no_grad()
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_each_precision_gives_what_diffusers_gives_to_its_rounding(checkpoint, theirs, x, precision):
-    engine = checkpoint.engine("cpu", Execution(precision))
+    engine = checkpoint.denoiser("cpu", Execution(precision))
     for timestep in (0, 500, 999):
         found = engine(x, timestep)
         assert found.dtype == torch.float32 and found.shape == x.shape
@@ -58,7 +59,7 @@ def test_each_precision_gives_what_diffusers_gives_to_its_rounding(checkpoint, t
 @torch.no_grad()
 def test_low_precision_knows_the_timestep_in_full(checkpoint, x):
     """Neighbours among 1000 timesteps are told apart: bfloat16 has no 999."""
-    engine = checkpoint.engine("cpu", Execution("bfloat16"))
+    engine = checkpoint.denoiser("cpu", Execution("bfloat16"))
     assert not torch.equal(engine(x, 998), engine(x, 999))
     exact = checkpoint.network().biases(torch.tensor([999]))
     kept = checkpoint.network().lower(torch.bfloat16).biases(torch.tensor([999]))
@@ -82,7 +83,7 @@ def test_a_timestep_is_embedded_once(checkpoint, x):
 @torch.no_grad()
 def test_the_state_is_left_alone(checkpoint, x):
     before = x.clone()
-    checkpoint.engine("cpu", Execution("bfloat16"))(x, 500)
+    checkpoint.denoiser("cpu", Execution("bfloat16"))(x, 500)
     assert torch.equal(x, before)
 
 
@@ -91,7 +92,7 @@ def test_the_state_is_left_alone(checkpoint, x):
 def test_compiled_it_takes_batches_of_every_size_with_one_set_of_kernels(
     tiny,
 ):
-    plain, compiled = tiny.engine(), tiny.engine("cpu", Execution(compiled=True))
+    plain, compiled = tiny.denoiser(), tiny.denoiser("cpu", Execution(compiled=True))
     x = torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     torch._dynamo.utils.counters.clear()
     for batch, timestep in ((x, 3), (x[:2], 3), (x[:1], 500), (x[:4], 999)):
@@ -104,7 +105,7 @@ def test_compiled_it_takes_batches_of_every_size_with_one_set_of_kernels(
 def test_without_a_compiler_it_says_so(tiny, monkeypatch):
     monkeypatch.setenv("PATH", "")
     with pytest.raises(RuntimeError, match=r"C\+\+ compiler"):
-        tiny.engine("cpu", Execution(compiled=True))
+        tiny.denoiser("cpu", Execution(compiled=True))
 
 
 def test_another_precision_is_refused():
@@ -114,9 +115,9 @@ def test_another_precision_is_refused():
 
 def test_tf32_is_for_who_asks(tiny):
     """torch lets convolutions use it unless told otherwise."""
-    tiny.engine("cpu", Execution("tf32"))
+    tiny.denoiser("cpu", Execution("tf32"))
     assert torch.backends.cudnn.allow_tf32 and torch.backends.cuda.matmul.allow_tf32
-    tiny.engine("cpu", Execution("float32"))
+    tiny.denoiser("cpu", Execution("float32"))
     assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
 
 

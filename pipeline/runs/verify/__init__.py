@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 from palindrome.pipeline.base.errors import RunError
 from palindrome.pipeline.base.text import one_line
-from palindrome.pipeline.runs.kinds import KINDS, Manifest
+from palindrome.pipeline.runs.manifest import Manifest
 from palindrome.pipeline.runs.verify.checks import CHECKS
 from palindrome.pipeline.runs.verify.findings import Account as Account
 from palindrome.pipeline.runs.verify.findings import Finding as Finding
@@ -21,8 +21,8 @@ def verify(
 ) -> Iterator[Finding]:
     """What is wrong with a run of one of kinds.VERIFIED, as it is met; `account` is kept on the way, and `each` called
     after each shard. Raises RunError where `run.json` is not as the run's job writes it."""
-    kind = KINDS[manifest["job"]]
-    lacking = [name for name in kind.manifest_keys if name not in manifest]
+    kind = manifest.kind
+    lacking = [name for name in kind.manifest_keys if name not in manifest.content]
     if lacking:
         raise RunError(f"{run.uri}/run.json lacks {', '.join(lacking)}")
     try:

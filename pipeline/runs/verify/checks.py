@@ -13,7 +13,8 @@ import pyarrow.compute as pc
 from palindrome.pipeline.base.text import one_line
 from palindrome.pipeline.base.threads import in_threads
 from palindrome.pipeline.images.records import REASONS
-from palindrome.pipeline.runs.kinds import KINDS, REJECTS, Kind, Manifest, setting_name
+from palindrome.pipeline.runs.kinds import KINDS, REJECTS, Kind, setting_name
+from palindrome.pipeline.runs.manifest import Manifest
 from palindrome.pipeline.runs.plan import frame_id, ids_of, sample_id
 from palindrome.pipeline.runs.schemas import DTYPES
 from palindrome.pipeline.runs.selection import Selection, listed_ids
@@ -56,14 +57,14 @@ def _in_shards(run: Folder, plan: Plan, wanted: Wanted) -> Iterator[Checked]:
 
 
 def _encode(run: Folder, manifest: Manifest) -> Iterator[Checked]:
-    kind, config, inversion = KINDS["encode"], manifest["config"], manifest["inversion"]
+    kind, config, inversion = KINDS["encode"], manifest.config, manifest.content["inversion"]
     exact = inversion.get("tolerance") == "exact"
     wanted = Wanted(
         kind,
         _schema(kind, manifest),
         about(manifest),
         _latent_rows(
-            steps=len(manifest["levels"]) - 1,
+            steps=len(manifest.levels) - 1,
             most_nfe=inversion["nfe"],
             corrected=inversion["corrections"] > 0,
             tolerance=inversion.get("tolerance"),
@@ -95,7 +96,7 @@ def _sweep(run: Folder, manifest: Manifest) -> Iterator[Checked]:
 
 
 def _generate(run: Folder, manifest: Manifest) -> Iterator[Checked]:
-    kind, config = KINDS["generate"], manifest["config"]
+    kind, config = KINDS["generate"], manifest.config
     said = {"eta": config.get("eta"), "use_sigma_hat": config.get("sigma_hat"), "clip": config.get("clip")}
     said = {key: value for key, value in said.items() if value is not None}  # settings that are newer than the run
     dtype = None if config.get("latents", "none") == "none" else DTYPES[config["latents"]]
@@ -111,28 +112,29 @@ def _generate(run: Folder, manifest: Manifest) -> Iterator[Checked]:
 
 
 def _interpolate(run: Folder, manifest: Manifest) -> Iterator[Checked]:
-    kind, config = KINDS["interpolate"], manifest["config"]
+    kind, config = KINDS["interpolate"], manifest.config
     said = {"method": config["method"], "frames": config["frames"]}
-    _, encoded, findings = reached(kind.source_of(manifest), KINDS["encode"])
+    _, encoded, findings = reached(manifest.source, KINDS["encode"])
     shape, others = _of_source(kind, manifest, encoded)
     wanted = Wanted(kind, _schema(kind, manifest), about(manifest, **said), _frame_rows, _compare_frames, shape=shape)
     return chain([Checked([*findings, *others])], _in_shards(run, OwnPlan(run), wanted))
 
 
 def _reconstruct(run: Folder, manifest: Manifest) -> Iterator[Checked]:
-    variants = [(len(levels) - 1,) for levels in manifest["ladders"]]
+    variants = [(len(levels) - 1,) for levels in manifest.ladders]
     return _of_latents(KINDS["reconstruct"], run, manifest, variants, _error_rows, {}, Selection())
 
 
 def _regenerate(run: Folder, manifest: Manifest) -> Iterator[Checked]:
-    config, findings = manifest["config"], []
-    variants = list(product((len(levels) - 1 for levels in manifest["ladders"]), range(config["variations"])))
+    config, findings = manifest.config, []
+    variants = list(product((len(levels) - 1 for levels in manifest.ladders), range(config["variations"])))
     said = {"eta": config["eta"], "use_sigma_hat": config["sigma_hat"], "seed": config["seed"]}
     which: Selection | None = Selection(where=config.get("where"))
     if config.get("ids"):
         try:
             which = Selection(listed_ids(config["ids"]), config.get("where"))
-            why = "" if which.ids_digest == manifest.get("ids_digest") else "names other ids than when the run was made"
+            same = which.ids_digest == manifest.content.get("ids_digest")
+            why = "" if same else "names other ids than when the run was made"
         except Exception as e:  # of whichever store
             why = f"can't be read: {one_line(e)}"
         if why:
@@ -153,7 +155,7 @@ def _of_latents(
     which: Selection | None,
 ) -> Iterator[Checked]:
     """A run that decodes an encode run's latents, each to all variants; `which` is None where that is not known."""
-    plan = EncodePlan(kind.source_of(manifest), names_in(run, kind.folder))
+    plan = EncodePlan(manifest.source, names_in(run, kind.folder))
     shape, findings = _of_source(kind, manifest, plan.manifest)
 
     def compare(unit: Unit, read: Read) -> Iterator[str]:
@@ -196,15 +198,15 @@ def _of_source(kind: Kind, manifest: Manifest, encoded: Manifest | None) -> tupl
     if encoded is None:
         return None, []
     findings = []
-    if encoded.get("model_digest") != manifest["model_digest"]:
-        findings = [Finding("run.json", f"is of another model than the latents in {kind.source_of(manifest)}")]
-    how = encoded.get("preprocess") or {}
+    if encoded.content.get("model_digest") != manifest.model_digest:
+        findings = [Finding("run.json", f"is of another model than the latents in {manifest.source}")]
+    how = encoded.content.get("preprocess") or {}
     return (how["size"], how["size"], how["channels"]) if {"size", "channels"} <= how.keys() else None, findings
 
 
 def _schema(kind: Kind, manifest: Manifest) -> pa.Schema:
     assert kind.schema is not None
-    return kind.schema(manifest)
+    return kind.schema(manifest.content)
 
 
 def _compare_images(kind: Kind, unit: Unit, read: Read, lacks: str) -> Iterator[str]:

@@ -14,7 +14,8 @@ from palindrome.pipeline.base.text import one_line
 from palindrome.pipeline.base.threads import in_threads
 from palindrome.pipeline.runs.entries import entries
 from palindrome.pipeline.runs.exports import PICTURES, TABLES, commits_of, merged_index
-from palindrome.pipeline.runs.kinds import IMAGES, INDEX, KINDS, WITH_PICTURES, Kind, Manifest
+from palindrome.pipeline.runs.kinds import IMAGES, INDEX, KINDS, WITH_PICTURES, Kind
+from palindrome.pipeline.runs.manifest import Manifest
 from palindrome.pipeline.runs.shards import open_checked
 from palindrome.pipeline.runs.verify import plans
 from palindrome.pipeline.runs.verify.findings import Checked, Finding
@@ -45,11 +46,11 @@ class _Export:
 
     @classmethod
     def of(cls, run: Folder, manifest: Manifest) -> "_Export":
-        config, of = manifest["config"], manifest["source"]
+        config, of = manifest.config, manifest.content["source"]
         if config["format"] not in {*PICTURES, *TABLES} or of["job"] not in WITH_PICTURES:
             raise KeyError(config["format"])
         source, about, warnings = reached(config["run"], KINDS[of["job"]])
-        if about and about.get("model_digest") != of.get("model_digest"):
+        if about and about.content.get("model_digest") != of.get("model_digest"):
             about = None
             warnings = [Finding(source.uri, "is of another model than what was exported, and not compared", True)]
         orphan = f"is of no shard of {source.uri}"

@@ -11,8 +11,8 @@ import numpy as np
 from palindrome.pipeline.base.text import one_line
 from palindrome.pipeline.images.records import Shard
 from palindrome.pipeline.runs.entries import entries
-from palindrome.pipeline.runs.kinds import KINDS, Kind, Manifest
-from palindrome.pipeline.runs.manifest import open_run
+from palindrome.pipeline.runs.kinds import KINDS, Kind
+from palindrome.pipeline.runs.manifest import Manifest, open_run
 from palindrome.pipeline.runs.plan import ids_of, plan_totals, read_plan
 from palindrome.pipeline.runs.shards import open_checked
 from palindrome.pipeline.runs.verify.findings import Finding
@@ -113,7 +113,7 @@ def reached(uri: str, *kinds: Kind) -> tuple[Folder, Manifest | None, list[Findi
     """The run that another works from, of one of the kinds, and its run.json; or a warning in its place."""
     try:
         run, manifest = open_run(uri, *(kind.name for kind in kinds))
-        next(entries(run, KINDS[manifest["job"]].folder), None)
+        next(entries(run, manifest.kind.folder), None)
         return run, manifest, []
     except Exception as e:  # of whichever store
         what = f"can't be read, so what was made of it is checked alone: {one_line(e)}"
@@ -175,4 +175,4 @@ def _duplicates(run: Folder, images: int) -> Iterator[tuple[str, int]]:
 
 def about(manifest: Manifest, **more: Any) -> dict[str, Any]:
     """What a shard may say of itself that must be equal to what run.json says."""
-    return {k: v for k, v in manifest.items() if k not in ("job", "config", "collection", "versions")} | more
+    return {k: v for k, v in manifest.facts.items() if k != "collection"} | more

@@ -51,14 +51,14 @@ def test_run_json_says_what_it_was_made_with(run):
     assert content["fields"]["workers"] == "may change"
     assert content["fields"]["images"] == "must be the same to resume"
     assert {"torch", "pyarrow", "pillow"} <= content["versions"].keys()
-    assert read_manifest(run) == content
+    assert read_manifest(run).content == content
 
 
 def test_folder_in_which_nothing_was_done_goes_to_the_next_command(run):
     claim(run, "encode", {**CONFIG, "images": "a wrong one"}, MUTABLE, FACTS)
     run.put("plan/000000.parquet", b"cut short")
     assert begin(run) is False
-    assert read_manifest(run)["config"]["images"] == "in"
+    assert read_manifest(run).config["images"] == "in"
     assert "--images was in" in refused(run, images="a wrong one")
 
 

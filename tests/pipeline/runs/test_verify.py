@@ -9,6 +9,7 @@ from palindrome.pipeline.base.errors import RunError
 from palindrome.pipeline.images.records import Piece, Shard
 from palindrome.pipeline.images.sources import list_pieces, open_collection, read_raw
 from palindrome.pipeline.runs.kinds import KINDS
+from palindrome.pipeline.runs.manifest import Manifest
 from palindrome.pipeline.runs.plan import PATHS, SAMPLES, ids_of
 from palindrome.pipeline.runs.schemas import shards_table
 from palindrome.pipeline.runs.verify import Account, plans, verify
@@ -36,7 +37,7 @@ def plan(folder, shards, total=None):
 
 
 def said(run, manifest=MANIFEST):
-    return [f"{f.where}: {f.what}" for f in verify(run, manifest, Account()) if "is missing" not in f.what]
+    return [f"{f.where}: {f.what}" for f in verify(run, Manifest(manifest), Account()) if "is missing" not in f.what]
 
 
 def files(*names):
@@ -81,7 +82,7 @@ def test_plan_files_that_are_gone_or_damaged(tmp_path):
     (tmp_path / "plan/000000.parquet").write_bytes(b"PAR1")
     assert [line.split(":")[0] for line in said(run)] == ["plan/000000.parquet"]
     (tmp_path / "plan/000000.parquet").unlink()
-    [line] = [f.what for f in verify(run, MANIFEST, Account())]
+    [line] = [f.what for f in verify(run, Manifest(MANIFEST), Account())]
     assert "plan/000000.parquet is missing" in line
     (tmp_path / "plan/complete.json").write_text("{")
     assert [line.split(":")[0] for line in said(run)] == ["plan/complete.json"]
@@ -93,12 +94,12 @@ def test_plan_files_that_are_gone_or_damaged(tmp_path):
 def test_a_manifest_that_lacks_something(tmp_path, lacking):
     manifest = {k: v for k, v in MANIFEST.items() if k != lacking}
     with pytest.raises(RunError, match=f"run.json lacks {lacking}"):
-        list(verify(plan(tmp_path, [files("a")]), manifest, Account()))
+        list(verify(plan(tmp_path, [files("a")]), Manifest(manifest), Account()))
 
 
 def test_a_manifest_of_other_types(tmp_path):
     with pytest.raises(RunError, match=r"run\.json is not as encode writes it"):
-        list(verify(plan(tmp_path, [files("a")]), {**MANIFEST, "preprocess": {}}, Account()))
+        list(verify(plan(tmp_path, [files("a")]), Manifest({**MANIFEST, "preprocess": {}}), Account()))
 
 
 CONFIGS = {  # what each kind's run.json has, besides the keys of MANIFEST
@@ -122,12 +123,12 @@ def test_a_manifest_of_each_kind_that_lacks_something(tmp_path, job, lacking):
     if lacking == "a key":
         manifest.pop(KINDS[job].manifest_keys[0])
         with pytest.raises(RunError, match=f"run.json lacks {KINDS[job].manifest_keys[0]}"):
-            list(verify(run, manifest, Account()))
+            list(verify(run, Manifest(manifest), Account()))
     elif lacking == "settings" and job not in ("reconstruct", "sweep"):  # which need none
         with pytest.raises(RunError, match=rf"run\.json is not as {job} writes it"):
-            list(verify(run, {**manifest, "config": {}}, Account()))
+            list(verify(run, Manifest({**manifest, "config": {}}), Account()))
     else:
-        list(verify(run, manifest, Account()))
+        list(verify(run, Manifest(manifest), Account()))
 
 
 def test_a_plan_of_samples(tmp_path):
@@ -156,7 +157,7 @@ def test_a_sweep_is_under_the_settings_that_were_begun(tmp_path):
     run = plan(tmp_path, shards)
     for name in (f"{shards[0].name}-{'a' * 12}", "stray", f"{'0' * 24}-{'b' * 12}"):
         run.put(f"sweep/{name}.parquet", b"")
-    found = list(verify(run, {**MANIFEST, "job": "sweep"}, Account()))
+    found = list(verify(run, Manifest({**MANIFEST, "job": "sweep"}), Account()))
     missing = {f"sweep/{shards[i].name}-{s * 12}.parquet" for i, s in ((1, "a"), (0, "b"), (1, "b"))}
     assert {f.where for f in found if "is missing" in f.what} == missing
     assert {f.where for f in found if "is of no shard" in f.what} == {

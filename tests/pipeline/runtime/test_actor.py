@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from palindrome.model.engine import FLOAT32
+from palindrome.model.execution import FLOAT32
 from palindrome.pipeline.images.records import Shard
 from palindrome.pipeline.runs.outcome import Receipt
 from palindrome.pipeline.runtime.actor import ShardActor

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from palindrome.model.engine import FLOAT32
+from palindrome.model.execution import FLOAT32
 from palindrome.pipeline.runtime.batch_size import ENOUGH, MIN_SECONDS_FOR_TRIAL, SIZES, smallest, try_batch_sizes
 from palindrome.pipeline.runtime.executor import OnRay
 from palindrome.pipeline.runtime.scheduler import Resources

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from palindrome.model.checkpoint import Checkpoint
 from palindrome.model.ddim import invert, sample
+from palindrome.model.families.unet2d import UNet2D
 from palindrome.model.schedule import NoiseSchedule, ladder
 from palindrome.pipeline.runtime.device import MOST_LANES, Model, compute_alone
 
@@ -33,10 +33,10 @@ class Tight(torch.nn.Module):
 
 
 @dataclass(frozen=True)
-class TightCheckpoint(Checkpoint):
+class TightCheckpoint(UNet2D):
     room: int = 1
 
-    def engine(self, device, execution):
+    def denoiser(self, device, execution):
         return Tight(self.room)
 
 
@@ -198,7 +198,7 @@ def test_no_thread_computes_but_the_lanes_and_their_helpers(tiny):
 
 PROCESS = """
 import ctypes, sys
-from palindrome.model.checkpoint import Checkpoint
+from palindrome.model.families.unet2d import UNet2D
 from palindrome.model.presets import PRESETS
 from palindrome.model.schedule import NoiseSchedule
 from palindrome.model.unet import UNet
@@ -208,7 +208,7 @@ class Mallinfo(ctypes.Structure):
     _fields_ = [(f"other{i}", ctypes.c_size_t) for i in range(9)] + [("keepcost", ctypes.c_size_t)]
 
 network, before = UNet(PRESETS["tiny"]), sys.getswitchinterval()
-model = Model(Checkpoint(network.config, network.state_dict(), NoiseSchedule()), threads=2)
+model = Model(UNet2D(network.config, network.state_dict(), NoiseSchedule()), threads=2)
 if sys.argv[1] == "tuned":
     tune_process(model)
 libc = ctypes.CDLL(None)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from palindrome.model import checkpoint
-from palindrome.model.engine import Execution
+from palindrome.model.execution import Execution
+from palindrome.model.families import unet2d
 from palindrome.pipeline.images.decode import Preprocess
 from palindrome.pipeline.images.metrics import round_trip_error, to_model
 from palindrome.pipeline.images.read import first_images
@@ -38,12 +38,13 @@ def any_speed(monkeypatch):
 
 @pytest.fixture(scope="module")
 def bundled():
-    return checkpoint.load(str(BUNDLED))
+    return unet2d.load(str(BUNDLED))
 
 
 @pytest.fixture(scope="module")
 def pixels(sample, bundled):
-    how = Preprocess(bundled.config.sample_size, bundled.config.in_channels)
+    channels, size, _ = bundled.image_shape
+    how = Preprocess(size, channels)
     return first_images(open_collection(str(sample)), how, 8)
 
 

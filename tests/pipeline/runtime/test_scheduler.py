@@ -172,7 +172,7 @@ class Dying:
 
     fatal: bool
 
-    def engine(self, device, execution):
+    def denoiser(self, device, execution):
         if self.fatal:
             os.kill(os.getpid(), signal.SIGKILL)
         raise RuntimeError("the weights are not those of the network")
@@ -281,7 +281,7 @@ from palindrome.pipeline.runtime import scheduler
 
 @dataclass(frozen=True)
 class Checkpoint:
-    def engine(self, device, execution):
+    def denoiser(self, device, execution):
         return torch.nn.Identity()
 
 @dataclass(frozen=True)

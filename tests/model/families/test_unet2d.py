@@ -11,8 +11,9 @@ import safetensors.torch
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 
-from palindrome.model.checkpoint import CONFIG, INDEX, SCHEDULER, WEIGHTS, Checkpoint, CheckpointError, load, save
 from palindrome.model.ddim import sample
+from palindrome.model.families.base import CheckpointError
+from palindrome.model.families.unet2d import CONFIG, INDEX, SCHEDULER, WEIGHTS, UNet2D, load, save
 from palindrome.model.schedule import NoiseSchedule, ladder
 from palindrome.model.unet import UNet, UNetConfig
 
@@ -30,7 +31,7 @@ X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(5))
 @pytest.fixture
 def checkpoint(randomize, small):
     config = UNetConfig(**small)
-    return Checkpoint(config, randomize(UNet(config)).state_dict(), SCHEDULE, "v_prediction")
+    return UNet2D(config, randomize(UNet(config)).state_dict(), SCHEDULE, "v_prediction")
 
 
 @pytest.fixture
@@ -97,7 +98,7 @@ def test_we_open_what_diffusers_saved(randomize, small, tmp_path, pipeline, sche
     loaded = load(str(tmp_path))
     assert_equal_outputs(loaded.network(), unet)
     assert (loaded.schedule, loaded.prediction_type) == (SCHEDULE, "sample")
-    assert loaded.digest == Checkpoint(UNetConfig(**small), unet.state_dict(), SCHEDULE, "sample").digest
+    assert loaded.digest == UNet2D(UNetConfig(**small), unet.state_dict(), SCHEDULE, "sample").digest
 
 
 def test_trained_betas_pass_both_ways(checkpoint, tmp_path):

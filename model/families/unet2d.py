@@ -1,9 +1,9 @@
-"""Checkpoint folders in diffusers' layout: diffusers opens ours and we open theirs. No pickle is ever loaded.
+"""Unconditional pixel models: folders with a UNet2DModel in diffusers' layout, which opens ours as we open its. No
+pickle is ever loaded.
 
 unet/config.json, unet/diffusion_pytorch_model.safetensors, scheduler/scheduler_config.json, model_index.json
 """
 
-import dataclasses
 import hashlib
 import json
 import re
@@ -19,7 +19,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from palindrome.model.ddim import PREDICTION_TYPES, Network
-from palindrome.model.engine import FLOAT32, Engine, Execution
+from palindrome.model.engine import Engine
+from palindrome.model.execution import FLOAT32, Execution
+from palindrome.model.families.base import Checkpoint, CheckpointError
 from palindrome.model.schedule import NoiseSchedule
 from palindrome.model.unet import UNet, UNetConfig
 
@@ -29,12 +31,8 @@ SCHEDULER = "scheduler/scheduler_config.json"
 INDEX = "model_index.json"
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that can't be used; the message names the file at fault."""
-
-
 @dataclass(frozen=True)
-class Checkpoint:
+class UNet2D(Checkpoint):
     """A network's configuration, its weights as stored, and the schedule it was trained on.
 
     `weights` maps diffusers' parameter names to tensors of the stored dtype.
@@ -47,17 +45,14 @@ class Checkpoint:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """[C, H, W] of the images that go in and come out."""
         return self.config.in_channels, self.config.sample_size, self.config.sample_size
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """[C, H, W] of x_T; a pixel model's is that of its images."""
         return self.image_shape
 
     @cached_property
     def digest(self) -> str:
-        """sha256 over configs and weights, 64 hex digits: the same however the folder was written."""
         h = hashlib.sha256()
         configs = [self.config.to_dict(), _scheduler_dict(self.schedule, self.prediction_type)]
         h.update(json.dumps(configs, sort_keys=True).encode())
@@ -65,13 +60,6 @@ class Checkpoint:
             h.update(f"\0{name} {value.dtype} {tuple(value.shape)}\0".encode())
             h.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return h.hexdigest()
-
-    def describe(self) -> dict[str, Any]:
-        """What another program needs beside the weights to walk a ladder with this network."""
-        fields = dataclasses.asdict(self.schedule)
-        betas = fields.pop("trained_betas")
-        named = {**fields, "prediction_type": self.prediction_type}
-        return named if betas is None else {**named, "trained_betas": list(betas)}
 
     def network(self, device: torch.device | str = "cpu") -> UNet:
         """The network in float32 on a device, in evaluation mode, without gradients.
@@ -84,12 +72,12 @@ class Checkpoint:
             net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return net.to(device, torch.float32).eval().requires_grad_(False)
 
-    def engine(self, device: torch.device | str = "cpu", execution: Execution = FLOAT32) -> Network:
-        """The network on a device, for the samplers of `model`. Raises as Engine does."""
+    def denoiser(self, device: torch.device | str = "cpu", execution: Execution = FLOAT32) -> Network:
+        """Raises as Engine does."""
         return Engine(self.network(device), execution)
 
 
-def save(checkpoint: Checkpoint, uri: str, storage_options: Mapping[str, Any] | None = None) -> None:
+def save(checkpoint: UNet2D, uri: str, storage_options: Mapping[str, Any] | None = None) -> None:
     """Writes the folder, `model_index.json`, by which readers know one, last. The weights keep their dtype."""
     fs, root = fsspec.url_to_fs(uri, **storage_options or {})
     weights = {k: v.detach().cpu().contiguous() for k, v in checkpoint.weights.items()}
@@ -109,7 +97,7 @@ def save(checkpoint: Checkpoint, uri: str, storage_options: Mapping[str, Any] | 
         fs.pipe_file(f"{root}/{name}", content)
 
 
-def load(uri: str, storage_options: Mapping[str, Any] | None = None) -> Checkpoint:
+def load(uri: str, storage_options: Mapping[str, Any] | None = None) -> UNet2D:
     """Reads a folder. Raises CheckpointError for what is missing, unreadable, or of another architecture."""
     fs, root = fsspec.url_to_fs(uri, **storage_options or {})
 
@@ -157,7 +145,7 @@ def load(uri: str, storage_options: Mapping[str, Any] | None = None) -> Checkpoi
             found = tuple(weights[name].shape) if name in weights else "nothing"
             wanted = tuple(expected[name]) if name in expected else "nothing"
             raise CheckpointError(f"{uri}/{WEIGHTS}: {name} is {found}, and the config asks for {wanted}")
-    return Checkpoint(config, weights, schedule, prediction_type)
+    return UNet2D(config, weights, schedule, prediction_type)
 
 
 def _parse_scheduler(config: Mapping[str, Any]) -> tuple[NoiseSchedule, str]:

@@ -1,0 +1,14 @@
+"""Model families: each is one file, and one kind of Checkpoint."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from palindrome.model.families import unet2d
+from palindrome.model.families.base import Checkpoint as Checkpoint
+from palindrome.model.families.base import CheckpointError as CheckpointError
+
+
+def load(uri: str, storage_options: Mapping[str, Any] | None = None) -> Checkpoint:
+    """The model in a checkpoint folder, a path or an fsspec URI. Raises CheckpointError for what is missing,
+    unreadable, or of no family that is known."""
+    return unet2d.load(uri, storage_options)

@@ -1,0 +1,68 @@
+"""The interface of a model family: all that the pipeline asks of a model, whatever its network is."""
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from palindrome.model.condition import Condition
+from palindrome.model.ddim import Network
+from palindrome.model.execution import FLOAT32, Execution
+from palindrome.model.schedule import NoiseSchedule
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that can't be used; the message names the file at fault."""
+
+
+class Checkpoint(ABC):
+    """A model as it was loaded, on the CPU. It is sent to workers by Ray, which makes a `denoiser` of it there.
+
+    Its noise path is z = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) epsilon along `schedule`, and its network predicts
+    epsilon, v or x0 after `prediction_type` (model.ddim.to_epsilon).
+    """
+
+    schedule: NoiseSchedule
+    prediction_type: str
+
+    @property
+    @abstractmethod
+    def digest(self) -> str:
+        """sha256 over configs and weights, 64 hex digits: the same however the folder was written."""
+
+    @property
+    @abstractmethod
+    def image_shape(self) -> tuple[int, int, int]:
+        """[C, H, W] of the images that go in and come out."""
+
+    @property
+    @abstractmethod
+    def latent_shape(self) -> tuple[int, int, int]:
+        """[C, H, W] of the state that the network denoises, and so of x_T."""
+
+    @abstractmethod
+    def denoiser(self, device: torch.device | str = "cpu", execution: Execution = FLOAT32) -> Network:
+        """The network on a device, ready to be evaluated often."""
+
+    def to_state(self, images: Tensor) -> Tensor:
+        """Images [B, *image_shape] in [-1, 1] -> x0 [B, *latent_shape]. Those of a pixel model are its states."""
+        return images
+
+    def to_images(self, state: Tensor) -> Tensor:
+        """x0 [B, *latent_shape] -> images [B, *image_shape], about [-1, 1]."""
+        return state
+
+    def condition(self, rows: Sequence[Mapping[str, Any]]) -> Condition | None:
+        """What the network is told of images, from the columns kept with them, by name; None for an unconditional
+        model."""
+        return None
+
+    def describe(self) -> dict[str, Any]:
+        """What another program needs besides the weights to walk a ladder with this network, as JSON's types."""
+        fields = dataclasses.asdict(self.schedule)
+        betas = fields.pop("trained_betas")
+        named = {**fields, "prediction_type": self.prediction_type}
+        return named if betas is None else {**named, "trained_betas": list(betas)}
