@@ -68,6 +68,8 @@ def invert_exactly(
     below: list[Tensor] = []  # epsilon of the steps below, the last two
     for low, high in pairwise(levels):
         a, b = schedule.alpha_bar(low), schedule.alpha_bar(high)
+        if a == b:  # timestep 0 where the clean end is at its alpha-bar: the sampler's step from it changes nothing
+            continue
         at_high = partial(epsilon_of, network, timestep=high, schedule=schedule, prediction_type=prediction_type)
         if below:
             guess = 2 * below[1] - below[0] if len(below) == 2 else below[0]

@@ -1,6 +1,6 @@
 """Noise schedules (beta -> float64 alpha-bar) and ladders, the levels a sampler visits.
 
-A *level* is a timestep in 0 .. num_train_timesteps-1, or `CLEAN` (-1), where alpha-bar is 1.
+A *level* is a timestep in 0 .. num_train_timesteps-1, or `CLEAN` (-1), the image, where alpha-bar is 1.
 A *ladder* is an increasing tuple of levels that begins with `CLEAN`.
 """
 
@@ -24,7 +24,9 @@ class NoiseSchedule:
 
     Field names and values are those of diffusers' `scheduler_config.json`. `linear` is DDPM's (Ho et al., section 4);
     `scaled_linear` is linear in sqrt(beta); `squaredcos_cap_v2` is the cosine schedule of Nichol & Dhariwal (eq. 17).
-    `trained_betas`, where given, replaces the named schedule. Raises ValueError for values out of range.
+    `trained_betas`, where given, replaces the named schedule. `set_alpha_to_one` says whether alpha-bar is 1 at the
+    clean end, or that of timestep 0: an image is then taken as x_0 of the schedule. Raises ValueError for values out of
+    range.
     """
 
     num_train_timesteps: int = 1000
@@ -32,6 +34,7 @@ class NoiseSchedule:
     beta_start: float = 1e-4
     beta_end: float = 0.02
     trained_betas: tuple[float, ...] | None = field(default=None, repr=False)
+    set_alpha_to_one: bool = True
 
     def __post_init__(self) -> None:
         if self.beta_schedule not in BETA_SCHEDULES:
@@ -75,9 +78,9 @@ class NoiseSchedule:
         return np.cumprod(1 - self.betas)
 
     def alpha_bar(self, level: int) -> float:
-        """alpha-bar at a level; 1 at `CLEAN`. Raises IndexError outside the schedule."""
+        """alpha-bar at a level; at `CLEAN` 1, or that of timestep 0. Raises IndexError outside the schedule."""
         if level == CLEAN:
-            return 1.0
+            return 1.0 if self.set_alpha_to_one else float(self.alphas_cumprod[0])
         if not 0 <= level < self.num_train_timesteps:
             raise IndexError(f"level {level} is not in -1 .. {self.num_train_timesteps - 1}")
         return float(self.alphas_cumprod[level])

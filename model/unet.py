@@ -95,6 +95,10 @@ class UNetConfig:
         values: dict[str, Any] = {
             k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in known_keys
         }
+        if isinstance(size := values.get("sample_size"), tuple):
+            if len(size) != 2 or size[0] != size[1]:
+                raise ValueError(f"sample_size is {list(size)}; only square images are supported")
+            values["sample_size"] = size[0]
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:

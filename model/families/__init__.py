@@ -8,7 +8,7 @@ from palindrome.model.families.base import Checkpoint as Checkpoint
 from palindrome.model.families.base import CheckpointError as CheckpointError
 
 
-def load(uri: str, storage_options: Mapping[str, Any] | None = None) -> Checkpoint:
+def load(uri: str, storage_options: Mapping[str, Any] | None = None, allow_pickle: bool = False) -> Checkpoint:
     """The model in a checkpoint folder, a path or an fsspec URI. Raises CheckpointError for what is missing,
-    unreadable, or of no family that is known."""
-    return unet2d.load(uri, storage_options)
+    unreadable, or of no family that is known. Weights that are pickles are read only with `allow_pickle`."""
+    return unet2d.load(uri, storage_options, allow_pickle)

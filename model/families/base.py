@@ -3,19 +3,16 @@
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from palindrome.model.condition import Condition
 from palindrome.model.ddim import Network
+from palindrome.model.diffusers_folder import CheckpointError as CheckpointError
 from palindrome.model.execution import FLOAT32, Execution
 from palindrome.model.schedule import NoiseSchedule
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that can't be used; the message names the file at fault."""
 
 
 class Checkpoint(ABC):
@@ -60,9 +57,22 @@ class Checkpoint(ABC):
         model."""
         return None
 
+    @abstractmethod
+    def with_schedule(self, schedule: NoiseSchedule) -> Self:
+        """The same network on another schedule."""
+
     def describe(self) -> dict[str, Any]:
-        """What another program needs besides the weights to walk a ladder with this network, as JSON's types."""
-        fields = dataclasses.asdict(self.schedule)
-        betas = fields.pop("trained_betas")
-        named = {**fields, "prediction_type": self.prediction_type}
-        return named if betas is None else {**named, "trained_betas": list(betas)}
+        """What another program needs besides the weights to walk a ladder with this network, as JSON's types.
+        `trained_betas` and `set_alpha_to_one` are left out where they are diffusers' defaults."""
+        fields = {**dataclasses.asdict(self.schedule), "prediction_type": self.prediction_type}
+        if self.schedule.trained_betas is None:
+            del fields["trained_betas"]
+        if self.schedule.set_alpha_to_one:
+            del fields["set_alpha_to_one"]
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+
+    def as_described(self, found: Mapping[str, Any]) -> Self:
+        """The same network on the path that a run was made on, whose run.json is `found`: runs of versions before
+        `set_alpha_to_one` was read have the clean end at 1."""
+        clean = bool(found.get("set_alpha_to_one", True))
+        return self.with_schedule(dataclasses.replace(self.schedule, set_alpha_to_one=clean))

@@ -1,41 +1,44 @@
-"""Unconditional pixel models: folders with a UNet2DModel in diffusers' layout, which opens ours as we open its. No
-pickle is ever loaded.
+"""Unconditional pixel models: folders with a UNet2DModel in diffusers' layout, which opens ours as we open its.
 
 unet/config.json, unet/diffusion_pytorch_model.safetensors, scheduler/scheduler_config.json, model_index.json
 """
 
+import dataclasses
 import hashlib
 import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import fsspec
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
-from palindrome.model.ddim import PREDICTION_TYPES, Network
+from palindrome.model.ddim import Network
+from palindrome.model.diffusers_folder import INDEX, STEM, DiffusersFolder
 from palindrome.model.engine import Engine
 from palindrome.model.execution import FLOAT32, Execution
 from palindrome.model.families.base import Checkpoint, CheckpointError
 from palindrome.model.schedule import NoiseSchedule
+from palindrome.model.scheduler_config import parse_scheduler, scheduler_config
 from palindrome.model.unet import UNet, UNetConfig
 
-WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+WEIGHTS = f"unet/{STEM}.safetensors"
 CONFIG = "unet/config.json"
 SCHEDULER = "scheduler/scheduler_config.json"
-INDEX = "model_index.json"
+PIPELINES = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline", "RePaintPipeline")  # of a U-Net on pixels
+AUTOENCODERS = ("vae", "vqvae", "movq")  # folders of a latent diffusion model
 
 
 @dataclass(frozen=True)
 class UNet2D(Checkpoint):
     """A network's configuration, its weights as stored, and the schedule it was trained on.
 
-    `weights` maps diffusers' parameter names to tensors of the stored dtype.
+    `weights` maps diffusers' parameter names to tensors of the stored dtype. A network with twice as many outputs as
+    inputs predicts the variance too (Nichol & Dhariwal, section 3.1), by the second half, which DDIM has no use for.
     """
 
     config: UNetConfig
@@ -54,7 +57,9 @@ class UNet2D(Checkpoint):
     @cached_property
     def digest(self) -> str:
         h = hashlib.sha256()
-        configs = [self.config.to_dict(), _scheduler_dict(self.schedule, self.prediction_type)]
+        # The clean end is a matter of the path that is walked, and recorded with the run: not of the model.
+        schedule = dataclasses.replace(self.schedule, set_alpha_to_one=True)
+        configs = [self.config.to_dict(), scheduler_config(schedule, self.prediction_type)]
         h.update(json.dumps(configs, sort_keys=True).encode())
         for name, value in sorted(self.weights.items()):
             h.update(f"\0{name} {value.dtype} {tuple(value.shape)}\0".encode())
@@ -66,8 +71,10 @@ class UNet2D(Checkpoint):
 
         On CPU its weights lie channels last, and the activations follow: oneDNN's convolutions need no reordering then.
         """
-        net = UNet(self.config)
-        net.load_state_dict(dict(self.weights))
+        channels = self.config.in_channels
+        net = UNet(dataclasses.replace(self.config, out_channels=channels))
+        mean = {name: value[:channels] for name, value in self.weights.items() if name.startswith("conv_out.")}
+        net.load_state_dict({**self.weights, **mean})
         if torch.device(device).type == "cpu":
             net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return net.to(device, torch.float32).eval().requires_grad_(False)
@@ -75,6 +82,9 @@ class UNet2D(Checkpoint):
     def denoiser(self, device: torch.device | str = "cpu", execution: Execution = FLOAT32) -> Network:
         """Raises as Engine does."""
         return Engine(self.network(device), execution)
+
+    def with_schedule(self, schedule: NoiseSchedule) -> Self:
+        return dataclasses.replace(self, schedule=schedule)
 
 
 def save(checkpoint: UNet2D, uri: str, storage_options: Mapping[str, Any] | None = None) -> None:
@@ -89,7 +99,7 @@ def save(checkpoint: UNet2D, uri: str, storage_options: Mapping[str, Any] | None
     files = {
         WEIGHTS: safetensors.torch.save(weights, metadata={"format": "pt"}),
         CONFIG: _json(checkpoint.config.to_dict()),
-        SCHEDULER: _json(_scheduler_dict(checkpoint.schedule, checkpoint.prediction_type)),
+        SCHEDULER: _json(scheduler_config(checkpoint.schedule, checkpoint.prediction_type)),
         INDEX: _json(index),
     }
     for name, content in files.items():
@@ -97,46 +107,28 @@ def save(checkpoint: UNet2D, uri: str, storage_options: Mapping[str, Any] | None
         fs.pipe_file(f"{root}/{name}", content)
 
 
-def load(uri: str, storage_options: Mapping[str, Any] | None = None) -> UNet2D:
-    """Reads a folder. Raises CheckpointError for what is missing, unreadable, or of another architecture."""
-    fs, root = fsspec.url_to_fs(uri, **storage_options or {})
-
-    def read(name: str) -> bytes:
-        try:
-            return fs.cat_file(f"{root}/{name}")
-        except FileNotFoundError:
-            pass
-        except OSError as e:
-            raise CheckpointError(f"{uri}/{name} can't be read: {e.strerror or e}") from e
-        pickled = name.replace("safetensors", "bin")
-        if name == WEIGHTS and fs.exists(f"{root}/{pickled}"):
-            raise CheckpointError(f"{uri} holds a pickle ({pickled}), which is not loaded; save it as safetensors")
-        raise CheckpointError(f"{uri} is no checkpoint folder: {name} is missing")
-
-    def read_json(name: str) -> dict[str, Any]:
-        try:
-            value = json.loads(read(name))
-        except ValueError as e:
-            if isinstance(e, CheckpointError):
-                raise
-            raise CheckpointError(f"{uri}/{name} is not JSON: {e}") from e
-        if not isinstance(value, dict):
-            raise CheckpointError(f"{uri}/{name} is not a JSON object")
-        return value
-
-    config_dict, scheduler_dict = read_json(CONFIG), read_json(SCHEDULER)
+def load(uri: str, storage_options: Mapping[str, Any] | None = None, allow_pickle: bool = False) -> UNet2D:
+    """Reads a folder. Raises CheckpointError for what is missing, unreadable, or of another architecture; weights as
+    pickles are read only with `allow_pickle`, and then as tensors alone."""
+    folder = DiffusersFolder(uri, storage_options)
+    _check_pipeline(folder)
+    config_name = folder.component("unet", "config.json")
+    scheduler_name = folder.component("scheduler", "scheduler_config.json")
+    config_dict, scheduler_dict = folder.read_json(config_name), folder.read_json(scheduler_name)
     try:
         config = UNetConfig.from_dict(config_dict)
+        if config.in_channels not in (1, 3) or config.out_channels not in (config.in_channels, 2 * config.in_channels):
+            raise ValueError(
+                f"{config.in_channels} in_channels and {config.out_channels} out_channels: a pixel model has 1 or 3"
+                " channels, and as many outputs, or twice as many if it predicts the variance"
+            )
     except (ValueError, TypeError) as e:
-        raise CheckpointError(f"{uri}/{CONFIG}: {e}") from e
+        raise CheckpointError(f"{uri}/{config_name}: {e}") from e
     try:
-        schedule, prediction_type = _parse_scheduler(scheduler_dict)
+        schedule, prediction_type = parse_scheduler(scheduler_dict)
     except (ValueError, TypeError) as e:
-        raise CheckpointError(f"{uri}/{SCHEDULER}: {e}") from e
-    try:
-        weights = safetensors.torch.load(read(WEIGHTS))
-    except SafetensorError as e:
-        raise CheckpointError(f"{uri}/{WEIGHTS} is not a safetensors file: {e}") from e
+        raise CheckpointError(f"{uri}/{scheduler_name}: {e}") from e
+    file, weights = folder.weights(config_name.removesuffix("config.json"), allow_pickle)
     weights = {_modern_name(k): v for k, v in weights.items()}
     with torch.device("meta"):
         expected = {k: v.shape for k, v in UNet(config).state_dict().items()}
@@ -144,43 +136,30 @@ def load(uri: str, storage_options: Mapping[str, Any] | None = None) -> UNet2D:
         if name not in weights or name not in expected or weights[name].shape != expected[name]:
             found = tuple(weights[name].shape) if name in weights else "nothing"
             wanted = tuple(expected[name]) if name in expected else "nothing"
-            raise CheckpointError(f"{uri}/{WEIGHTS}: {name} is {found}, and the config asks for {wanted}")
+            raise CheckpointError(f"{uri}/{file}: {name} is {found}, and the config asks for {wanted}")
+        if not weights[name].isfinite().all():
+            raise CheckpointError(f"{uri}/{file}: {name} holds values that are not finite (NaN or infinite)")
     return UNet2D(config, weights, schedule, prediction_type)
 
 
-def _parse_scheduler(config: Mapping[str, Any]) -> tuple[NoiseSchedule, str]:
-    prediction_type = config.get("prediction_type", "epsilon")
-    if prediction_type not in PREDICTION_TYPES:
-        raise ValueError(f"prediction_type is {prediction_type!r}; known: {', '.join(PREDICTION_TYPES)}")
-    if config.get("rescale_betas_zero_snr"):
-        raise ValueError("rescale_betas_zero_snr is not supported: at alpha-bar 0 an image has no latent")
-    betas = config.get("trained_betas")
-    defaults = NoiseSchedule()
-    schedule = NoiseSchedule(
-        config.get("num_train_timesteps", defaults.num_train_timesteps),
-        config.get("beta_schedule", defaults.beta_schedule),
-        config.get("beta_start", defaults.beta_start),
-        config.get("beta_end", defaults.beta_end),
-        tuple(betas) if betas is not None else None,
-    )
-    return schedule, prediction_type
-
-
-def _scheduler_dict(schedule: NoiseSchedule, prediction_type: str) -> dict[str, Any]:
-    """diffusers' DDIMScheduler config that walks our levels: no clipping, the clean end at alpha-bar 1."""
-    return {
-        "_class_name": "DDIMScheduler",
-        "num_train_timesteps": schedule.num_train_timesteps,
-        "beta_schedule": schedule.beta_schedule,
-        "beta_start": schedule.beta_start,
-        "beta_end": schedule.beta_end,
-        "trained_betas": list(schedule.trained_betas) if schedule.trained_betas is not None else None,
-        "prediction_type": prediction_type,
-        "clip_sample": False,
-        "set_alpha_to_one": True,
-        "steps_offset": 0,
-        "timestep_spacing": "leading",
-    }
+def _check_pipeline(folder: DiffusersFolder) -> None:
+    """Raises CheckpointError where the network is a part of something that is no model of pixels."""
+    if folder.exists(INDEX):
+        index = folder.read_json(INDEX)
+        name = index.get("_class_name")
+        if name not in PIPELINES:
+            raise CheckpointError(
+                f"{folder.uri}/{INDEX}: _class_name is {name!r}, not a pipeline of a U-Net on pixels"
+                f" ({', '.join(PIPELINES)})"
+            )
+        others = [part for part, of in index.items() if not part.startswith("_") and isinstance(of, list) and any(of)]
+        if others := [part for part in others if part not in ("unet", "scheduler")]:
+            raise CheckpointError(
+                f"{folder.uri}/{INDEX}: the pipeline has a {others[0]}, which a model of pixels has not"
+            )
+    for part in AUTOENCODERS:
+        if folder.exists(part):
+            raise CheckpointError(f"{folder.uri} has a {part}: a latent diffusion model's U-Net is not for pixels")
 
 
 def _modern_name(name: str) -> str:

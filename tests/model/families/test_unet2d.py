@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import fsspec
 import numpy as np
@@ -14,6 +15,7 @@ from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, 
 from palindrome.model.ddim import sample
 from palindrome.model.families.base import CheckpointError
 from palindrome.model.families.unet2d import CONFIG, INDEX, SCHEDULER, WEIGHTS, UNet2D, load, save
+from palindrome.model.inversion import invert_exactly
 from palindrome.model.schedule import NoiseSchedule, ladder
 from palindrome.model.unet import UNet, UNetConfig
 
@@ -25,6 +27,7 @@ SCHEDULER_KWARGS = {
     "beta_end": 0.06,
     "clip_sample": False,
 }
+VARIANT, PARTS = {"variant": "fp16"}, {"max_shard_size": "100KB"}
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(5))
 
 
@@ -299,11 +302,140 @@ def test_extra_parameter_is_named(folder):
     fails(folder, WEIGHTS, "class_embedding.weight")
 
 
-def test_pickle_is_not_loaded(folder, checkpoint):
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named(folder, value):
+    rewrite(folder / WEIGHTS, lambda weights: weights["conv_out.bias"].fill_(value))
+    fails(folder, WEIGHTS, "conv_out.bias", "not finite")
+
+
+def test_pickle_is_loaded_only_if_allowed_and_as_tensors_alone(folder, checkpoint):
     pickled = folder / WEIGHTS.replace(".safetensors", ".bin")
     torch.save(dict(checkpoint.weights), pickled)
     assert load(str(folder)).digest == checkpoint.digest  # beside safetensors it is ignored
+    whole = (folder / WEIGHTS).read_bytes()
     (folder / WEIGHTS).unlink()
-    fails(folder, pickled.name, "pickle")
+    fails(folder, pickled.name, "pickle", "--allow-pickle")
+    assert load(str(folder), allow_pickle=True).digest == checkpoint.digest
+    torch.save({**checkpoint.weights, "conv_out.bias": Path("a function call in a pickle")}, pickled)
+    with pytest.raises(CheckpointError, match=f"{pickled.name} is no file of weights"):
+        load(str(folder), allow_pickle=True)
+    (folder / WEIGHTS).write_bytes(whole)
     shutil.copy(pickled, folder / WEIGHTS)
     fails(folder, WEIGHTS)
+
+
+def test_a_flat_folder_as_google_has_them(checkpoint, folder, tmp_path):
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for name in (WEIGHTS, CONFIG, SCHEDULER, INDEX):
+        shutil.move(folder / name, flat / name.rpartition("/")[2])
+    assert load(str(flat)).digest == checkpoint.digest
+    (flat / "scheduler_config.json").unlink()
+    fails(flat, "scheduler_config.json")
+
+
+@pytest.mark.parametrize("how", [VARIANT, PARTS, {**VARIANT, **PARTS}])
+@pytest.mark.parametrize("safe", [True, False])
+def test_variants_and_parts_as_diffusers_writes_them(checkpoint, folder, how, safe):
+    unet = UNet2DModel.from_pretrained(folder, subfolder="unet")
+    shutil.rmtree(folder / "unet")
+    unet.save_pretrained(folder / "unet", safe_serialization=safe, **how)
+    names = {path.name for path in (folder / "unet").iterdir()}
+    assert "diffusion_pytorch_model.safetensors" not in names and ("max_shard_size" not in how or len(names) > 3)
+    assert load(str(folder), allow_pickle=not safe).digest == checkpoint.digest
+    for path in (folder / "unet").glob("*.fp16*"):
+        shutil.copy(path, path.with_name(path.name.replace("fp16", "non_ema")))
+        fails(folder, "non_ema") if safe and path.name.endswith(".fp16.safetensors") else None
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod."])
+def test_prefixes_of_compiled_and_distributed_models_are_passed_over(checkpoint, folder, prefix):
+    def wrap(weights):
+        for name in list(weights):
+            weights[prefix + name] = weights.pop(name)
+
+    rewrite(folder / WEIGHTS, wrap)
+    assert load(str(folder)).digest == checkpoint.digest
+
+
+def test_a_git_lfs_pointer_is_named(folder):
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 143014\n"
+    for name in (WEIGHTS, CONFIG):
+        (folder / name).write_bytes(pointer)
+        fails(folder, name, "Git LFS pointer")
+
+
+def test_of_a_network_that_predicts_the_variance_the_mean_is_used(randomize, small, tmp_path):
+    unet = randomize(UNet2DModel(**{**small, "out_channels": 6}))
+    DDPMPipeline(unet, DDPMScheduler(variance_type="learned_range")).save_pretrained(tmp_path)
+    loaded = load(str(tmp_path))
+    ours = loaded.denoiser()(X, 70)
+    torch.testing.assert_close(ours, unet(X, 70).sample[:, :3].detach(), rtol=0, atol=1e-5)
+    assert loaded.image_shape == (3, 8, 8)
+    save(loaded, str(tmp_path / "again"))
+    assert load(str(tmp_path / "again")).digest == loaded.digest
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(4, 4), (6, 3), (3, 4), (2, 2)])
+def test_other_channels_are_named(randomize, small, tmp_path, inputs, outputs):
+    unet = UNet2DModel(**{**small, "in_channels": inputs, "out_channels": outputs})
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path)
+    fails(tmp_path, CONFIG, f"{inputs} in_channels and {outputs} out_channels")
+
+
+def test_sample_size_as_a_list(checkpoint, folder):
+    edit(folder / CONFIG, sample_size=[8, 8])
+    assert load(str(folder)).digest == checkpoint.digest
+    edit(folder / CONFIG, sample_size=[8, 16])
+    fails(folder, CONFIG, "sample_size is [8, 16]")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "LDMPipeline",
+        "StableDiffusionPipeline",
+        "ScoreSdeVePipeline",
+        "KarrasVePipeline",
+        "ConsistencyModelPipeline",
+        "MyPipeline",
+        None,
+    ],
+)
+def test_a_pipeline_that_is_not_one_on_pixels_is_named(folder, name):
+    edit(folder / INDEX, _class_name=name)
+    fails(folder, INDEX, repr(name))
+
+
+@pytest.mark.parametrize("part", ["vqvae", "vae", "text_encoder"])
+def test_a_part_that_a_pixel_model_has_not_is_named(folder, part):
+    edit(folder / INDEX, **{part: ["diffusers", "AutoencoderKL"]})
+    fails(folder, INDEX, part)
+    edit(folder / INDEX, **{part: [None, None]})  # an optional part that is not there
+    load(str(folder))
+    if part != "text_encoder":
+        (folder / INDEX).unlink()
+        (folder / part).mkdir()
+        (folder / part / "config.json").write_text("{}")
+        fails(folder, part, "latent diffusion")
+
+
+@pytest.mark.parametrize("clean_end", [True, False])
+def test_the_clean_end_is_where_the_scheduler_has_it(checkpoint, folder, clean_end):
+    edit(folder / SCHEDULER, set_alpha_to_one=clean_end)
+    loaded, pipeline = load(str(folder)), DDIMPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    theirs = pipeline(2, num_inference_steps=10, generator=torch.Generator().manual_seed(3), output_type="np").images
+    along = {"levels": ladder("linear", 10, 100), "schedule": loaded.schedule, "prediction_type": "v_prediction"}
+    noise = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(3))
+    ours = sample(loaded.denoiser(), noise, **along)
+    np.testing.assert_allclose((ours / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1), theirs, rtol=0, atol=1e-4)
+    assert loaded.digest == checkpoint.digest, "it is of the path, not of the model"
+    assert ("set_alpha_to_one" in loaded.describe()) == (not clean_end)
+    latents, residual, _ = invert_exactly(loaded.denoiser(), X, **along, corrections=30)
+    assert residual.max() < 1e-4
+    torch.testing.assert_close(sample(loaded.denoiser(), latents, **along), X, rtol=0, atol=1e-3)
+    before = loaded.as_described({k: v for k, v in loaded.describe().items() if k != "set_alpha_to_one"})
+    assert before.schedule.alpha_bar(-1) == 1.0, "runs of earlier versions took it to be 1"
+    save(loaded, str(folder / "again"))
+    assert load(str(folder / "again")).schedule == loaded.schedule
