@@ -10,7 +10,7 @@ import torch
 from palindrome.jobs.arguments import ConfigError, Range, config_error
 from palindrome.jobs.config import CollectionOptions, ComputeConfig, PictureOptions, Planned
 from palindrome.jobs.estimate import executor_of
-from palindrome.model import families
+from palindrome.model.families import Checkpoint
 from palindrome.model.fit import candidates, fit_ladder
 from palindrome.model.inversion import evaluations
 from palindrome.model.schedule import Ladder
@@ -19,8 +19,9 @@ from palindrome.pipeline.images.metrics import round_trip_error, statistics, to_
 from palindrome.pipeline.images.read import first_images
 from palindrome.pipeline.images.sources import open_collection
 from palindrome.pipeline.runs.ladders import KINDS, ladder_of_kind
+from palindrome.pipeline.runs.models import load_model
 from palindrome.pipeline.runtime.device import Model, tune_process
-from palindrome.pipeline.storage.folder import absolute, file_at, options_for
+from palindrome.pipeline.storage.folder import absolute, file_at
 
 BATCH = 64  # images on the device at once
 
@@ -56,7 +57,7 @@ def run(config: CalibrateConfig) -> int:
     if not config.out.endswith(".json"):
         raise ConfigError(f"--out: {config.out} does not end in .json, by which --ladder knows a ladder file")
     with config_error("--model"):
-        model = families.load(absolute(config.model), options_for(config.model))
+        _, model = load_model(config.model, config.allow_pickle)
         how = config.preprocess(model.image_shape)
     schedule = model.schedule
     top = max(schedule.num_train_timesteps * 4 // 5, config.steps - 1) if config.top is None else config.top
@@ -77,8 +78,10 @@ def run(config: CalibrateConfig) -> int:
     with executor_of(config) as executor:
         resources = executor.fit([1], "actor", None, {})
         errors = executor.call(resources, _calibrate, model, pixels, fine, ladders, config, resources.threads)
-    best = min(errors, key=lambda kind: errors[kind]["mean"])
-    for kind, figures in sorted(errors.items(), key=lambda item: item[1]["mean"]):
+    ranked = sorted(errors, key=lambda kind: np.nan_to_num(errors[kind]["mean"], nan=np.inf))
+    best = ranked[0]
+    for kind in ranked:
+        figures = errors[kind]
         print(f"{kind:>10}: round-trip error {figures['mean']:.3g}, p99 {figures['p99']:.3g}")
     content: dict[str, Any] = {
         "levels": errors[best]["levels"],
@@ -99,7 +102,7 @@ def run(config: CalibrateConfig) -> int:
 
 
 def _calibrate(
-    checkpoint: families.Checkpoint,
+    checkpoint: Checkpoint,
     pixels: np.ndarray,
     fine: Ladder,
     ladders: dict[str, Ladder],

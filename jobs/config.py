@@ -102,7 +102,7 @@ class Config(OutOptions):
     """The address of a Ray cluster (default: $RAY_ADDRESS, else Ray is started on this machine)."""
 
     UNRECORDED: ClassVar[frozenset[str]] = frozenset(
-        {"out", "address", "inline", "dry_run", "calibrate", "calibration"}
+        {"out", "address", "inline", "dry_run", "calibrate", "calibration", "allow_pickle"}
     )
     """Fields that are not recorded in `run.json`."""
 
@@ -120,7 +120,17 @@ class Config(OutOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ComputeConfig(Config):
+class ModelOptions(Options):
+    """Options of the commands that load a model."""
+
+    GROUP: ClassVar[str] = "model"
+
+    allow_pickle: bool = False
+    """Also load weights that are a pickle (.bin), as tensors alone: for checkpoints that you trust."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeConfig(ModelOptions, Config):
     """Options of the commands that compute on Ray or in this process."""
 
     inline: bool = False

@@ -8,8 +8,9 @@ from typing import Annotated, Any, ClassVar, Literal
 from palindrome.jobs.arguments import ConfigError, Range, config_error
 from palindrome.jobs.config import CollectionOptions, PictureOptions, ReadingConfig
 from palindrome.jobs.sharded import Remaining, ShardedJob, remaining_shards, run_sharded
-from palindrome.model import families
 from palindrome.model.execution import FLOAT32, Execution
+from palindrome.model.families import Checkpoint
+from palindrome.pipeline.base.text import figure
 from palindrome.pipeline.images.decode import Preprocess
 from palindrome.pipeline.images.read import first_images
 from palindrome.pipeline.images.records import REASONS
@@ -18,6 +19,7 @@ from palindrome.pipeline.runs.inversion import Inversion
 from palindrome.pipeline.runs.kinds import REJECTS
 from palindrome.pipeline.runs.ladders import KINDS, resolve
 from palindrome.pipeline.runs.manifest import note, read_manifest
+from palindrome.pipeline.runs.models import load_model
 from palindrome.pipeline.runs.outcome import Failure
 from palindrome.pipeline.runs.plan import Totals, extend_plan, plan_totals, write_plan
 from palindrome.pipeline.runs.schemas import DTYPES, LATENT_COLUMNS
@@ -28,7 +30,7 @@ from palindrome.pipeline.runtime.precision import IMAGES, MIN_IMAGES_FOR_TRIAL, 
 from palindrome.pipeline.runtime.progress import Budget
 from palindrome.pipeline.runtime.reader import Reader
 from palindrome.pipeline.runtime.scheduler import Resources
-from palindrome.pipeline.storage.folder import Folder, absolute, options_for
+from palindrome.pipeline.storage.folder import Folder, absolute
 from palindrome.pipeline.tasks.encode import Encode
 
 
@@ -89,8 +91,12 @@ def run(config: EncodeConfig) -> int:
         uri = absolute(config.images)
         collection = open_collection(uri, keep=config.keep, reserved=LATENT_COLUMNS, **config.reading())
     with config_error("--model"):
-        model = families.load(absolute(config.model), options_for(config.model))
+        where, model = load_model(config.model, config.allow_pickle)
         how = config.preprocess(model.image_shape)
+    with config_error("--out"):
+        earlier = read_manifest(Folder(absolute(config.out)))
+    if earlier and earlier.job == "encode":
+        model = model.as_described(earlier.content)
     with config_error("--steps" if config.ladder in KINDS else "--ladder"):
         levels = resolve(config.ladder, config.steps, model.schedule)
     tolerance, exact = _tolerance(config)
@@ -133,7 +139,7 @@ def run(config: EncodeConfig) -> int:
     job = ShardedJob(
         name="encode",
         model=model,
-        settings={"images": uri, "model": absolute(config.model), "steps": inversion.steps},
+        settings={"images": uri, "model": where, "steps": inversion.steps},
         facts={**facts, "collection": source},
         plan=plan,
         evaluations=inversion.nfe_up + inversion.steps * measured,
@@ -170,7 +176,7 @@ def _plan(config: EncodeConfig, out: Folder, collection: Collection) -> Totals:
 
 def _precision(
     config: EncodeConfig,
-    model: families.Checkpoint,
+    model: Checkpoint,
     collection: Collection,
     how: Preprocess,
     trial: Inversion | None,
@@ -232,8 +238,10 @@ def _conclude(config: EncodeConfig, summary: dict[str, Any], exceeded: str | Non
         print(f"  {count} rejected as {reason}: {REASONS[reason]}")
     if "round_trip" in summary and summary["latents"]:
         measured = summary["round_trip"]
+        if measured["not_finite"]:
+            print(f"{measured['not_finite']} round trips are not finite, and left out of the mean", file=sys.stderr)
         print(
-            f"round-trip error {measured['mean']:.3g} (mean squared error, pixels in [0, 1]),"
+            f"round-trip error {figure(measured['mean'])} (mean squared error, pixels in [0, 1]),"
             f" {summary['latents'] - measured['not_identical']} of {summary['latents']} images identical to the bit"
         )
         if config.tolerance == "exact" and measured["not_identical"]:

@@ -7,18 +7,18 @@ from typing import Annotated, ClassVar, Literal
 from palindrome.jobs.arguments import ConfigError, Range, config_error
 from palindrome.jobs.config import ImagesConfig
 from palindrome.jobs.sharded import Remaining, ShardedJob, remaining_shards, run_sharded
-from palindrome.model import families
 from palindrome.model.execution import Execution
 from palindrome.pipeline.images.pixels import grid, pixels_of, png
 from palindrome.pipeline.runs.kinds import IMAGES
 from palindrome.pipeline.runs.ladders import KINDS, resolve
+from palindrome.pipeline.runs.models import load_model
 from palindrome.pipeline.runs.outcome import Failure
 from palindrome.pipeline.runs.plan import add_pieces, plan_totals, read_plan
 from palindrome.pipeline.runs.schemas import DTYPES
 from palindrome.pipeline.runs.shards import committed
 from palindrome.pipeline.runs.summary import generated_summary, put_summary
 from palindrome.pipeline.runtime.scheduler import Resources
-from palindrome.pipeline.storage.folder import Folder, absolute, options_for
+from palindrome.pipeline.storage.folder import Folder
 from palindrome.pipeline.tasks.generate import KIND, Generate, ranges
 
 SHOWN, COLUMNS = 64, 8  # samples in samples.png
@@ -66,7 +66,7 @@ def run(config: GenerateConfig) -> int:
     if config.eta and config.sigma_hat:
         raise ConfigError("--sigma-hat: it stands for itself, without --eta")
     with config_error("--model"):
-        model = families.load(absolute(config.model), options_for(absolute(config.model)))
+        where, model = load_model(config.model, config.allow_pickle)
     with config_error("--steps" if config.ladder in KINDS else "--ladder"):
         steps = config.steps or (min(100, model.schedule.num_train_timesteps) if config.ladder in KINDS else None)
         levels = resolve(config.ladder, steps, model.schedule)
@@ -97,7 +97,7 @@ def run(config: GenerateConfig) -> int:
     job = ShardedJob(
         name="generate",
         model=model,
-        settings={"model": absolute(config.model), "steps": len(levels) - 1},
+        settings={"model": where, "steps": len(levels) - 1},
         facts=facts,
         plan=plan,
         evaluations=len(levels) - 1,

@@ -108,7 +108,7 @@ def run(config: InterpolateConfig) -> int:
     with config_error("--pairs"):
         pairs = read_pairs(config.pairs) if config.pairs and not config.drawn() else None
     with config_error("--model"):
-        where, model = encoded.load_model(config.model)
+        where, model = encoded.load_model(config.model, config.allow_pickle)
     with config_error("--steps"):
         [levels] = encoded.ladders(() if config.steps is None else (config.steps,), model.schedule)
     with config_error("--out"):

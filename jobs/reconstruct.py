@@ -1,5 +1,6 @@
 """palindrome reconstruct: stored latents -> images, compared with the originals."""
 
+import sys
 from dataclasses import dataclass
 from math import prod
 from typing import Annotated, Any, ClassVar
@@ -8,6 +9,7 @@ from palindrome.jobs.arguments import Range, config_error
 from palindrome.jobs.config import ReadingConfig
 from palindrome.jobs.sharded import Remaining, ShardedJob, remaining_latents, run_sharded
 from palindrome.model.execution import Execution
+from palindrome.pipeline.base.text import figure
 from palindrome.pipeline.reports.comparison import choose_examples, series_at
 from palindrome.pipeline.reports.reconstruction import reconstruction_report
 from palindrome.pipeline.runs.encoded import EncodeRun
@@ -45,7 +47,7 @@ def run(config: ReconstructConfig) -> int:
     with config_error("--latents"):
         encoded = EncodeRun.open(Folder(absolute(config.latents)))
     with config_error("--model"):
-        _, model = encoded.load_model(config.model)
+        _, model = encoded.load_model(config.model, config.allow_pickle)
     with config_error("--steps"):
         ladders = encoded.ladders(config.steps, model.schedule)
     collection, how = encoded.collection, encoded.preprocess
@@ -94,9 +96,13 @@ def run(config: ReconstructConfig) -> int:
 def _conclude(config: ReconstructConfig, summary: dict[str, Any]) -> None:
     for row in summary["by_steps"]:
         if row["count"]:
+            if row["not_finite"]:
+                left_out = f"{row['not_finite']} images are not finite, and left out of the mean"
+                print(f"{row['steps']} steps: {left_out}", file=sys.stderr)
+            mean, median, p99 = (figure(row[name]) for name in ("mean", "median", "p99"))
             print(
-                f"{row['steps']} steps: round-trip error {row['mean']:.3g} (mean squared error, pixels in [0, 1];"
-                f" median {row['median']:.3g}, p99 {row['p99']:.3g}), {row['identical']:.1%} of 8-bit values identical"
+                f"{row['steps']} steps: round-trip error {mean} (mean squared error, pixels in [0, 1]; median {median},"
+                f" p99 {p99}), {row['identical']:.1%} of 8-bit values identical"
             )
         for reason, count in row["uncompared"].items():
             print(f"{row['steps']} steps: {count} images not compared: {reason}")

@@ -60,7 +60,7 @@ def run(config: RegenerateConfig) -> int:
     latents = encoded.folder
     which = config.selection(latents, min(encoded.done))
     with config_error("--model"):
-        where, model = encoded.load_model(config.model)
+        where, model = encoded.load_model(config.model, config.allow_pickle)
     with config_error("--steps"):
         ladders = encoded.ladders(config.steps, model.schedule)
     how = {"eta": config.eta, "use_sigma_hat": config.sigma_hat}

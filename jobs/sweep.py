@@ -10,7 +10,6 @@ from typing import Annotated, Any, ClassVar, Literal
 from palindrome.jobs.arguments import ConfigError, Range, config_error
 from palindrome.jobs.config import CollectionOptions, PictureOptions, ReadingConfig
 from palindrome.jobs.sharded import Remaining, ShardedJob, run_sharded
-from palindrome.model import families
 from palindrome.model.execution import Execution
 from palindrome.model.schedule import NoiseSchedule
 from palindrome.pipeline.images.records import Shard
@@ -19,13 +18,14 @@ from palindrome.pipeline.reports.sweep import put_report
 from palindrome.pipeline.runs.inversion import Inversion
 from palindrome.pipeline.runs.kinds import SWEPT
 from palindrome.pipeline.runs.ladders import KINDS, resolve
+from palindrome.pipeline.runs.models import load_model
 from palindrome.pipeline.runs.outcome import Failure
 from palindrome.pipeline.runs.plan import Totals, plan_totals, read_plan, write_plan
 from palindrome.pipeline.runs.shards import committed
 from palindrome.pipeline.runs.summary import put_summary, rejects_by_reason
 from palindrome.pipeline.runtime.reader import Reader
 from palindrome.pipeline.runtime.scheduler import Resources
-from palindrome.pipeline.storage.folder import Folder, absolute, options_for
+from palindrome.pipeline.storage.folder import Folder, absolute
 from palindrome.pipeline.tasks.sweep import Setting, Sweep, read_sweep, units
 
 
@@ -76,7 +76,7 @@ def run(config: SweepConfig) -> int:
         uri = absolute(config.images)
         collection = open_collection(uri, **config.reading())
     with config_error("--model"):
-        model = families.load(absolute(config.model), options_for(config.model))
+        where, model = load_model(config.model, config.allow_pickle)
         how = config.preprocess(model.image_shape)
     settings = _settings(config, model.schedule)
 
@@ -103,7 +103,7 @@ def run(config: SweepConfig) -> int:
         of_one = {unit for unit in committed(out, SWEPT) if unit.endswith(settings[0].name)}  # alike under each setting
         rejects = rejects_by_reason(out, of_one)
         put_summary(out, {"images": images, "rejects_by_reason": rejects, "settings": rows}, failures)
-        described = {"images": uri, "model": f"{absolute(config.model)} (digest {model.digest[:16]})"}
+        described = {"images": uri, "model": f"{where} (digest {model.digest[:16]})"}
         put_report(out, described, rows, rejects)
         return _conclude(config, rows, rejects)
 
@@ -111,7 +111,7 @@ def run(config: SweepConfig) -> int:
     job = ShardedJob(
         name="sweep",
         model=model,
-        settings={"images": uri, "model": absolute(config.model)},
+        settings={"images": uri, "model": where},
         facts={"model_digest": model.digest, "preprocess": how.record(), "collection": source},
         plan=plan,
         evaluations=sum(setting.most_nfe for setting in settings) / len(settings),

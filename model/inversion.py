@@ -53,9 +53,10 @@ def invert_exactly(
     starts from the image and corrects once more. With `tolerance` > 0 a sample leaves a step as soon as its next
     residual is expected to be below it, and `corrections` is the most a step may take.
 
-    A sample whose residual does not fall keeps the iterate with the smallest one: at worst the prediction. The residual
-    is the root mean square of G(x_b) - x_b of that iterate, the largest over the steps: of the last one evaluated,
-    before the update that follows from it, so the true one is smaller where the fixed point contracts.
+    A sample for which the network has no finite output becomes NaN. One whose residual does not fall keeps the iterate
+    with the smallest one: at worst the prediction. The residual is the root mean square of G(x_b) - x_b of that
+    iterate, the largest over the steps: of the last one evaluated, before the update that follows from it, so the true
+    one is smaller where the fixed point contracts.
     `corrections` = 0 is the paper's inversion, residual NaN.
     """
     if corrections == 0:
@@ -124,7 +125,8 @@ def _solve(
             active, x, y, least_at = active[going], x[going], y[going], least_at[going]
             history = [(before[going], its_residual[going]) for before, its_residual in history]
             condition = None if condition is None else condition[going]
-    return solved, least, count
+    # Without one finite residual, the network had no finite output: the prediction that is kept is no solution.
+    return _choose(least.isfinite(), solved, torch.full_like(solved, float("nan"))), least, count
 
 
 def _mix(history: Sequence[tuple[Tensor, Tensor]], relaxation: float) -> Tensor:

@@ -24,6 +24,11 @@ def size(count: float) -> str:
     return f"{count:,.3g} TB"
 
 
+def figure(value: float | None) -> str:
+    """A measured value, of which None is none."""
+    return "none" if value is None else f"{value:.3g}"
+
+
 def one_line(e: BaseException, most: int = 200) -> str:
     """An error in one line of at most so many characters, without memory addresses: retries say the same."""
     text = re.sub(r"0x[0-9a-f]{6,}", "0x…", str(e), flags=re.IGNORECASE)

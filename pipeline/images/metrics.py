@@ -1,6 +1,7 @@
 """Errors between images. Pixels are in [0, 1] here, as in the DDIM paper's Table 2; tensors in [-1, 1] are rescaled."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -36,8 +37,20 @@ def moments(latents: Tensor) -> dict[str, np.ndarray]:
 
 
 def psnr(mse: float) -> float:
-    """Peak signal-to-noise ratio in dB, the peak being 1; inf for no error."""
-    return -10 * math.log10(mse) if mse > 0 else math.inf
+    """Peak signal-to-noise ratio in dB, the peak being 1; inf for no error, NaN for one that is no number."""
+    return math.inf if mse == 0 else -10 * math.log10(mse) if mse > 0 else math.nan
+
+
+def finite(x: Tensor) -> np.ndarray:
+    """Which of x [B, ...] have finite values alone, bool [B]."""
+    return x.isfinite().flatten(1).all(1).cpu().numpy()
+
+
+def check_finite(images: Tensor, ids: Sequence[str]) -> None:
+    """Raises ValueError naming the first of images [B, C, H, W] that has no pixels, as its values are not finite."""
+    good = finite(images)
+    if not good.all():
+        raise ValueError(f"{ids[int(good.argmin())]}: the image has values that are not finite")
 
 
 def statistics(mse: np.ndarray) -> dict[str, float]:

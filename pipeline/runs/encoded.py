@@ -6,8 +6,8 @@ from typing import Any, Self
 
 import pyarrow.dataset as dataset
 
-from palindrome.model import families
 from palindrome.model.execution import FLOAT32, Execution
+from palindrome.model.families import Checkpoint
 from palindrome.model.schedule import Ladder, NoiseSchedule, check_ladder
 from palindrome.pipeline.base.errors import ManifestError
 from palindrome.pipeline.images.decode import Preprocess
@@ -16,9 +16,10 @@ from palindrome.pipeline.runs.inversion import Inversion
 from palindrome.pipeline.runs.kinds import LATENTS
 from palindrome.pipeline.runs.ladders import KINDS, ladder_of_kind
 from palindrome.pipeline.runs.manifest import Manifest, read_manifest
+from palindrome.pipeline.runs.models import load_model
 from palindrome.pipeline.runs.plan import Totals, plan_totals, read_plan
 from palindrome.pipeline.runs.shards import committed
-from palindrome.pipeline.storage.folder import Folder, absolute, options_for
+from palindrome.pipeline.storage.folder import Folder
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,16 +64,16 @@ class EncodeRun:
         """How the network was evaluated that made the latents."""
         return Execution(self.manifest.precision or FLOAT32.precision)
 
-    def load_model(self, asked: str | None) -> tuple[str, families.Checkpoint]:
+    def load_model(self, asked: str | None, allow_pickle: bool = False) -> tuple[str, Checkpoint]:
         """Where the model is and the model: the one that made the latents, at the place asked for or where encode found
         it. Raises ValueError where it is another."""
-        where, digest = absolute(asked or self.model), self.manifest.model_digest
-        model = families.load(where, options_for(where))
+        digest = self.manifest.model_digest
+        where, model = load_model(asked or self.model, allow_pickle)
         if model.digest != digest:
             raise ValueError(
                 f"the latents were made by another model: digest {digest[:12]}…, and this one's is {model.digest[:12]}…"
             )
-        return where, model
+        return where, model.as_described(self.manifest.content)
 
     def ladders(self, steps: Sequence[int], schedule: NoiseSchedule) -> tuple[Ladder, ...]:
         """A ladder for each number of steps, of the run's kind and up to its top level; the run's own where its number

@@ -92,12 +92,18 @@ def split_by_status(rows: pa.Table, steps: int) -> tuple[pa.Table, dict[str, int
 
 
 def error_statistics(rows: pa.Table) -> dict[str, Any]:
-    """count, mean, median, p99, max of `mse`, the mean PSNR of those that are not exact, and the worst ids, worst
-    first. What has no finite value is None."""
+    """count, how many of them are `not_finite` and left out of the figures, mean, median, p99, max of `mse`, the mean
+    PSNR of those that are not exact, and the worst ids, worst first. What has no finite value is None."""
     mse = rows["mse"].to_numpy()
     figures = {name: value if math.isfinite(value) else None for name, value in statistics(mse).items()}
-    worst = np.argsort(-mse, kind="stable")[:WORST]
-    return {"count": len(mse), **figures, "worst": rows["image_id"].take(pa.array(worst)).to_pylist()}
+    worst = np.argsort(-np.where(np.isfinite(mse), mse, np.inf), kind="stable")[:WORST]
+    not_finite = int((~np.isfinite(mse)).sum())
+    return {
+        "count": len(mse),
+        "not_finite": not_finite,
+        **figures,
+        "worst": rows["image_id"].take(pa.array(worst)).to_pylist(),
+    }
 
 
 def put_summary(run: Folder, summary: dict[str, Any], failures: Sequence[Failure]) -> None:

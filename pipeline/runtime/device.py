@@ -21,6 +21,8 @@ from palindrome.model.families import Checkpoint
 from palindrome.model.fit import epsilon_products
 from palindrome.model.inversion import invert_exactly
 from palindrome.model.schedule import Ladder
+from palindrome.pipeline.base.errors import RunError
+from palindrome.pipeline.images.metrics import finite
 from palindrome.pipeline.runtime.telemetry import Meters
 
 # Along a ladder, of a batch [B, ...] and its condition: each result is [B, ...].
@@ -119,6 +121,7 @@ class Model:
         self.flights: dict[int, ShardProgress] = {}  # by the shard's thread
         self.largest = 2**31  # the largest batch that is known to fit, once one did not
         self.meters = meters
+        self.proved = False  # whether it has had a finite output
         self.cancelled = threading.Event()  # once it is set, whatever is under way ends at its next evaluation
 
     def advance(self, images: int) -> None:
@@ -156,13 +159,14 @@ class Model:
         condition: Condition | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Images in [-1, 1] -> x at the ladder's top, the residuals [B] and the network evaluations [B], as
-        model.inversion says; the paper's inversion is `corrections` = 0."""
+        model.inversion says; the paper's inversion is `corrections` = 0. Raises RunError where the model's first
+        outputs are all not finite."""
         how = {**self._along(levels), "corrections": corrections, "tolerance": tolerance}
 
         def walk(net: Network, images: Tensor, condition: Condition | None) -> tuple[Tensor, Tensor, Tensor]:
             return invert_exactly(net, self.checkpoint.to_state(images), condition=condition, **how)
 
-        return self._on_device(walk, images, condition)
+        return self._checked(images, self._on_device(walk, images, condition))
 
     def epsilon_products(self, images: Tensor, levels: Ladder, condition: Condition | None = None) -> Tensor:
         """As model.fit says, of images in [-1, 1]."""
@@ -195,7 +199,9 @@ class Model:
             state = sample(net, x, noise=noise, condition=condition, **along, **how)
             return x, self.checkpoint.to_images(state)
 
-        return self._on_device(walk, torch.tensor(indices), condition)
+        x, images = self._on_device(walk, torch.tensor(indices), condition)
+        self._checked(x, (images,))
+        return x, images
 
     def vary(
         self,
@@ -215,7 +221,7 @@ class Model:
             state = sample(net, x[rows.cpu()].to(self.device), noise=noise, condition=condition, **along, **how)
             return (self.checkpoint.to_images(state),)
 
-        return self._on_device(walk, torch.arange(len(x)), condition)[0]
+        return self._checked(x, self._on_device(walk, torch.arange(len(x)), condition))[0]
 
     def _along(self, levels: Ladder) -> dict[str, Any]:
         """What the functions of `model` are told of a ladder and this checkpoint."""
@@ -239,6 +245,15 @@ class Model:
                 self.clock.seconds += seconds
                 if self.meters:
                     self.meters.device(seconds)
+
+    def _checked(self, batch: Tensor, found: Any) -> Any:
+        """What was found of a batch. Raises RunError where the first batch of finite inputs has not one finite output:
+        a model that diverged in training, or whose activations overflow in this precision, has no other."""
+        if not self.proved and finite(batch).any():
+            self.proved = bool(finite(found[0]).any())
+            if not self.proved:
+                raise RunError(f"the model's outputs are not finite (NaN or infinite) for all of {len(batch)} images")
+        return found
 
     def _in_parts(
         self, walk: Walk, flight: ShardProgress, batch: Tensor, condition: Condition | None

@@ -10,6 +10,7 @@ import torch
 
 from palindrome.model.execution import FLOAT32, Execution
 from palindrome.model.families import Checkpoint
+from palindrome.pipeline.base.errors import RunError
 from palindrome.pipeline.base.text import one_line
 from palindrome.pipeline.images.records import Shard
 from palindrome.pipeline.runs.outcome import Failure, Receipt
@@ -105,6 +106,8 @@ class Inline:
                         if (error := receipt.exception()) is None:
                             yield receipt.result()
                             break
+                        if isinstance(error, RunError):
+                            raise error
                         if attempt == RETRIES:
                             yield Failure(shard, one_line(error, 500))
             finally:

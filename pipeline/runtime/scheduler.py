@@ -192,6 +192,8 @@ class _Run:
             try:
                 result = ray.get(ref)
             except (RayTaskError, UnserializableException) as e:  # raised in the shard; the actor is well
+                if isinstance(cause := getattr(e, "cause", None), RunError):
+                    raise RunError(str(cause)) from e
                 yield from self._blamed(actor.shards.pop(ref), _words(e), self.retries)
                 actor.alone, actor.images, actor.pulse = False, 0, None
                 continue

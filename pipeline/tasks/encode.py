@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -9,8 +10,8 @@ import torch
 from torch import Tensor
 
 from palindrome.model.condition import Condition
-from palindrome.pipeline.images.metrics import psnr, round_trip_error, to_model, to_pixels
-from palindrome.pipeline.images.records import Shard
+from palindrome.pipeline.images.metrics import finite, psnr, round_trip_error, to_model, to_pixels
+from palindrome.pipeline.images.records import REASONS, Image, Reject, Shard
 from palindrome.pipeline.runs.inversion import Inversion
 from palindrome.pipeline.runs.outcome import Receipt
 from palindrome.pipeline.runs.schemas import latent_schema
@@ -40,17 +41,25 @@ class Encode:
         schema = latent_schema(model.checkpoint.latent_shape, self.inversion.dtype, self.reader.collection.kept)
         with latent_writer(self.run, shard.name, schema, self.metadata, once=not self.again) as out:
             for batch in self.reader.batches(shard):
-                rows = None
+                rows, rejects = None, list(batch.rejects)
                 if batch.images:
                     x = to_model(np.stack([image.pixels for image in batch.images]))
                     condition = model.checkpoint.condition([image.kept for image in batch.images])
                     latents, found = latents_of(model, x, self.inversion, self.measured, condition)
-                    rows = latent_rows(schema, batch.images, latents.numpy(), found)
-                out.add(rows, batch.rejects)
+                    good = finite(latents)
+                    images = list(compress(batch.images, good))
+                    found = {name: values[good] for name, values in found.items()}
+                    rows = latent_rows(schema, images, latents.numpy()[good], found)
+                    rejects += [_not_finite(image) for image in compress(batch.images, ~good)]
+                out.add(rows, rejects)
                 model.advance(len(batch.images))
             seconds = spent()
             written = out.commit(seconds)
             return Receipt(shard.name, out.rows, out.refused, **seconds, bytes=written)
+
+
+def _not_finite(image: Image) -> Reject:
+    return Reject(image.image_id, image.source, "not_finite", REASONS["not_finite"])
 
 
 def latents_of(
@@ -83,5 +92,5 @@ def latents_of(
 def measure(x: Tensor, decoded: Tensor) -> dict[str, np.ndarray]:
     """mse, psnr (dB) and the share of identical 8-bit values, [B] each, of images [B, C, H, W] in [-1, 1]."""
     mse = round_trip_error(x, decoded)
-    same = to_pixels(x) == to_pixels(decoded)
-    return {"mse": mse, "psnr": np.array([psnr(e) for e in mse]), "identical": same.reshape(len(x), -1).mean(1)}
+    same = (to_pixels(x) == to_pixels(decoded)).reshape(len(x), -1).mean(1)
+    return {"mse": mse, "psnr": np.array([psnr(e) for e in mse]), "identical": np.where(np.isfinite(mse), same, 0.0)}

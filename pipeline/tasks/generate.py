@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from palindrome.model.schedule import Ladder
-from palindrome.pipeline.images.metrics import to_pixels
+from palindrome.pipeline.images.metrics import check_finite, to_pixels
 from palindrome.pipeline.images.pixels import png
 from palindrome.pipeline.images.records import Piece, Shard
 from palindrome.pipeline.runs.kinds import IMAGES
@@ -48,6 +48,7 @@ class Generate:
             for first in range(piece.start, piece.stop, self.batch_size):
                 indices = range(first, min(first + self.batch_size, piece.stop))
                 noise, images = model.generate(self.seed, indices, self.levels, **self.how)
+                check_finite(images, [sample_id(index) for index in indices])
                 out.add(_rows(schema, indices, to_pixels(images), noise.numpy()))
                 model.advance(len(indices))
             seconds = spent()

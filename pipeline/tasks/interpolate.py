@@ -11,7 +11,7 @@ from torch import Tensor
 
 from palindrome.model.interpolate import lerp, slerp
 from palindrome.model.schedule import Ladder
-from palindrome.pipeline.images.metrics import to_pixels
+from palindrome.pipeline.images.metrics import check_finite, to_pixels
 from palindrome.pipeline.images.pixels import png
 from palindrome.pipeline.images.records import REASONS, Piece, Reject, Shard
 from palindrome.pipeline.runs.kinds import IMAGES
@@ -47,6 +47,7 @@ class Interpolate:
             left = self._frames(out, legs, found)
             while frames := list(islice(left, self.batch_size)):
                 images = model.decode(torch.stack([x for _, x in frames]), self.levels)
+                check_finite(images, [row["image_id"] for row, _ in frames])
                 rows = [
                     {**row, "image": {"bytes": png(pixels), "path": None}}
                     for (row, _), pixels in zip(frames, to_pixels(images), strict=True)

@@ -149,7 +149,7 @@ def nearest_pairs(run: Folder, shards: Sequence[str], which: Selection, count: i
         for rows, latents in read_latents(run, shard, BATCH, which):
             found = [At(row["image_id"], shard) for row in rows]
             index = {place: i for i, place in enumerate(found)}
-            cosines = mine @ _unit(latents).T
+            cosines = np.nan_to_num(mine @ _unit(latents).T, nan=-np.inf)  # of a latent that is not finite
             for i, first in enumerate(firsts):
                 if first in index:
                     cosines[i, index[first]] = -np.inf

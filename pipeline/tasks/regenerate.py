@@ -10,7 +10,7 @@ from torch import Tensor
 
 from palindrome.model.ddim import noise_index
 from palindrome.model.schedule import Ladder
-from palindrome.pipeline.images.metrics import round_trip_error, to_pixels
+from palindrome.pipeline.images.metrics import check_finite, round_trip_error, to_pixels
 from palindrome.pipeline.images.pixels import png
 from palindrome.pipeline.images.records import Shard
 from palindrome.pipeline.runs.kinds import IMAGES
@@ -60,6 +60,7 @@ class Regenerate:
         condition, longest = model.checkpoint.condition(stored), None
         for levels in sorted(self.ladders, key=len, reverse=True):
             images = model.vary(x, levels, self.seed, indices, condition, **self.how).clamp(-1, 1)  # as they are seen
+            check_finite(images, [row["image_id"] for row in stored])
             longest = images if longest is None else longest
             distances = round_trip_error(longest, images)
             yield [

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from palindrome.model import families
 from palindrome.pipeline.base.text import one_line
 from palindrome.pipeline.images.metrics import round_trip_error, to_model
 from palindrome.pipeline.images.read import read_image
@@ -20,7 +19,7 @@ from palindrome.pipeline.runs.plan import read_plan
 from palindrome.pipeline.runs.shards import open_checked
 from palindrome.pipeline.runs.verify import Account, Finding
 from palindrome.pipeline.runtime.device import Model
-from palindrome.pipeline.storage.folder import Folder, options_for
+from palindrome.pipeline.storage.folder import Folder
 
 # Of the stored error; another device or batch size rounds otherwise, which is all there is where the error is nothing.
 RELATIVE, ABSOLUTE = 1e-2, 1e-8
@@ -34,12 +33,9 @@ def verify_decoding(run: Folder, count: int, account: Account) -> Iterator[Findi
     encoded = EncodeRun.open(run)
     uri = encoded.model
     try:
-        loaded = families.load(uri, options_for(uri))
+        _, loaded = encoded.load_model(None)
     except Exception as e:  # of whichever store
         yield Finding("--deep", f"the model {uri} can't be loaded: {one_line(e)}")
-        return
-    if loaded.digest != encoded.manifest.model_digest:
-        yield Finding("--deep", f"the model {uri} is another than the run's: digest {loaded.digest[:12]}…")
         return
     model, levels = Model(loaded, execution=encoded.execution), encoded.inversion.levels
     how, collection = encoded.preprocess, encoded.collection
