@@ -19,7 +19,7 @@ from palindrome.pipeline.base.errors import SettingError
 GROUPS = {
     "required": (),
     "input": ("keep", "limit", "relist"),
-    "model": ("model", "precision", "compile"),
+    "model": ("model", "precision", "compile", "allow_pickle"),
     "inversion": (),
     "sampling": (),
     "interpolation": (),

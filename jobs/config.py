@@ -120,21 +120,13 @@ class Config(OutOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelOptions(Options):
-    """Options of the commands that load a model."""
-
-    GROUP: ClassVar[str] = "model"
-
-    allow_pickle: bool = False
-    """Also load weights that are a pickle (.bin), as tensors alone: for checkpoints that you trust."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ComputeConfig(ModelOptions, Config):
-    """Options of the commands that compute on Ray or in this process."""
+class ComputeConfig(Config):
+    """Options of the commands that compute with a model, on Ray or in this process."""
 
     inline: bool = False
     """Compute in this process, without Ray, on one GPU or all CPUs: for tens of images, or to debug."""
+    allow_pickle: bool = False
+    """Also load weights that are a pickle (.bin), as tensors alone: for checkpoints that you trust."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

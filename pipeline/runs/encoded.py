@@ -22,6 +22,10 @@ from palindrome.pipeline.runs.shards import committed
 from palindrome.pipeline.storage.folder import Folder
 
 
+class WrongModel(ValueError):
+    """A model that did not make the run's latents, and decodes them to noise."""
+
+
 @dataclass(frozen=True, eq=False)
 class EncodeRun:
     """An encode run: what its plan holds, the shards that are `done`, and what its run.json says of all latents."""
@@ -66,11 +70,11 @@ class EncodeRun:
 
     def load_model(self, asked: str | None, allow_pickle: bool = False) -> tuple[str, Checkpoint]:
         """Where the model is and the model: the one that made the latents, at the place asked for or where encode found
-        it. Raises ValueError where it is another."""
+        it. Raises WrongModel where it is another."""
         digest = self.manifest.model_digest
         where, model = load_model(asked or self.model, allow_pickle)
         if model.digest != digest:
-            raise ValueError(
+            raise WrongModel(
                 f"the latents were made by another model: digest {digest[:12]}…, and this one's is {model.digest[:12]}…"
             )
         return where, model.as_described(self.manifest.content)

@@ -13,7 +13,7 @@ from palindrome.pipeline.images.metrics import round_trip_error, to_model
 from palindrome.pipeline.images.read import read_image
 from palindrome.pipeline.images.records import Reject, Shard
 from palindrome.pipeline.images.sources import ONE_EACH, PARQUET, read_raw
-from palindrome.pipeline.runs.encoded import EncodeRun
+from palindrome.pipeline.runs.encoded import EncodeRun, WrongModel
 from palindrome.pipeline.runs.kinds import LATENTS
 from palindrome.pipeline.runs.plan import read_plan
 from palindrome.pipeline.runs.shards import open_checked
@@ -34,6 +34,9 @@ def verify_decoding(run: Folder, count: int, account: Account) -> Iterator[Findi
     uri = encoded.model
     try:
         _, loaded = encoded.load_model(None)
+    except WrongModel as e:
+        yield Finding("--deep", f"the model {uri} is another than the run's: {e}")
+        return
     except Exception as e:  # of whichever store
         yield Finding("--deep", f"the model {uri} can't be loaded: {one_line(e)}")
         return
