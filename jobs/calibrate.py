@@ -75,7 +75,7 @@ def run(config: CalibrateConfig) -> int:
         )
         raise Planned
     with executor_of(config) as executor:
-        resources = executor.fit([1], "actor", None, {})
+        resources = executor.choose_resources([1], "actor", None, {})
         errors = executor.call(resources, _calibrate, model, pixels, fine, ladders, config, resources.threads)
     best = min(errors, key=lambda kind: errors[kind]["mean"])
     for kind, figures in sorted(errors.items(), key=lambda item: item[1]["mean"]):
