@@ -100,7 +100,7 @@ def encode_work(
     """What `palindrome encode` does before its run: the files recognised, listed and planned; and the run's work."""
     collection, run = open_collection(str(files)), Folder(str(out))
     totals = write_plan(run, collection, shard_size)
-    reader = Reader(collection, Preprocess(size), batch_size, resources.read_by_tasks)
+    reader = Reader(collection, Preprocess(size), batch_size, resources.decode_in_tasks)
     return Encode(run, reader, Inversion(levels, 0, dtype=dtype), False, {}), totals
 
 

@@ -28,7 +28,7 @@ from palindrome.pipeline.runs.ladders import resolve
 from palindrome.pipeline.runs.outcome import Receipt
 from palindrome.pipeline.runs.plan import read_plan
 from palindrome.pipeline.runtime.device import Model
-from palindrome.pipeline.runtime.scheduler import SHARDS_AN_ACTOR, Resources, run_shards
+from palindrome.pipeline.runtime.scheduler import SHARDS_PER_ACTOR, Resources, run_shards
 from palindrome.pipeline.tasks.encode import Encode
 
 SIDE = 32  # pixels
@@ -78,12 +78,12 @@ class Together:
 def measured(args: argparse.Namespace, folder: Path, actors: int) -> dict[str, Any]:
     out, up = folder / f"run-{actors}", folder / f"up-{actors}"
     up.mkdir()
-    resources, checkpoint = Resources(actors, 0, 1, read_by_tasks=False), null_checkpoint(args.sleep)
+    resources, checkpoint = Resources(actors, 0, 1, decode_in_tasks=False), null_checkpoint(args.sleep)
     how = {"shard_size": args.shard_size, "batch_size": args.batch_size, "dtype": "float32"}
     levels = resolve("linear", args.steps, checkpoint.schedule)
     encode, totals = encode_work(folder / "files", SIDE, out, resources, **how, levels=levels)
     called = time.monotonic()
-    shards = chain(empty(actors * SHARDS_AN_ACTOR), read_plan(encode.run))
+    shards = chain(empty(actors * SHARDS_PER_ACTOR), read_plan(encode.run))
     outcomes = run_shards(Together(encode, up, actors), checkpoint, shards, resources)
     next(outcome for outcome in outcomes if isinstance(outcome, Receipt))
     started = time.monotonic()

@@ -76,7 +76,7 @@ def run(config: CalibrateConfig) -> int:
         )
         raise Planned
     with executor_of(config) as executor:
-        resources = executor.fit([1], "actor", None, {})
+        resources = executor.choose_resources([1], "actor", None, {})
         errors = executor.call(resources, _calibrate, model, pixels, fine, ladders, config, resources.threads)
     ranked = sorted(errors, key=lambda kind: np.nan_to_num(errors[kind]["mean"], nan=np.inf))
     best = ranked[0]

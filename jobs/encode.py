@@ -26,7 +26,7 @@ from palindrome.pipeline.runs.schemas import DTYPES, LATENT_COLUMNS
 from palindrome.pipeline.runs.shards import committed
 from palindrome.pipeline.runs.summary import latents_summary, put_summary
 from palindrome.pipeline.runtime.executor import Executor
-from palindrome.pipeline.runtime.precision import IMAGES, MIN_IMAGES_FOR_TRIAL, try_precisions
+from palindrome.pipeline.runtime.precision import MIN_IMAGES_FOR_TRIAL, TRIAL_IMAGES, try_precisions
 from palindrome.pipeline.runtime.progress import Budget
 from palindrome.pipeline.runtime.reader import Reader
 from palindrome.pipeline.runtime.scheduler import Resources
@@ -126,7 +126,7 @@ def run(config: EncodeConfig) -> int:
         return _precision(config, model, collection, how, inversion if pays else None, executor, resources, batch_size)
 
     def work(out: Folder, resources: Resources, execution: Execution) -> Encode:
-        reader = Reader(collection, how, execution.batch_size, resources.read_by_tasks)
+        reader = Reader(collection, how, execution.batch_size, resources.decode_in_tasks)
         about = {**facts, "precision": execution.precision}
         return Encode(out, reader, inversion, config.measure, about, config.retry_rejects)
 
@@ -148,7 +148,7 @@ def run(config: EncodeConfig) -> int:
         finish=finish,
         decode=config.decode,
         precision=precision,
-        stall=config.stall,
+        stall_timeout=config.stall,
         budget=budget,
     )
     return run_sharded(config, job)
@@ -193,7 +193,7 @@ def _precision(
     found: dict[str, Any] = {"precision": FLOAT32.precision if config.precision == "auto" else config.precision}
     if config.precision == "auto" and trial:
         try:
-            pixels = first_images(collection, how, IMAGES)
+            pixels = first_images(collection, how, TRIAL_IMAGES)
         except ValueError:  # the first of them are all rejects
             pixels = None
         if pixels is not None:

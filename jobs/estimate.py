@@ -85,7 +85,7 @@ def prepared(
         raise Planned
     with executor_of(config) as executor:
         with config_error("--workers", SettingError):
-            resources = executor.fit(config.workers, decode, config.gpus_per_worker, config.custom())
+            resources = executor.choose_resources(config.workers, decode, config.gpus_per_worker, config.custom())
         batch_size = _batch_size(config, model, cost, resources, executor)
         execution = config.execution(precision(executor, resources, batch_size), batch_size)
         if config.calibrate:

@@ -18,7 +18,7 @@ from palindrome.pipeline.runs.kinds import DATA, IMAGES, WITH_PICTURES, Kind
 from palindrome.pipeline.runs.manifest import claim, open_run
 from palindrome.pipeline.runs.plan import Totals
 from palindrome.pipeline.runs.shards import committed
-from palindrome.pipeline.runtime.progress import Progress, say_failed
+from palindrome.pipeline.runtime.progress import Progress, log_failed_shard
 from palindrome.pipeline.storage.folder import Folder, absolute
 from palindrome.pipeline.tasks.export import (
     Broken,
@@ -128,7 +128,7 @@ def _follow(progress: Progress, work: Export, shards: list[str]) -> int:
                 progress.add(outcome, 0)
             else:
                 progress.failed += 1
-                say_failed(shard, str(outcome))
+                log_failed_shard(shard, str(outcome))
     finally:
         work.stop.set()
     progress.show(last=True)

@@ -56,7 +56,7 @@ def run(config: ReconstructConfig) -> int:
         return remaining_latents(encoded, committed(out, RECONSTRUCTIONS), "reconstruct")
 
     def work(out: Folder, resources: Resources, execution: Execution) -> Reconstruct:
-        reader = Reader(collection, how, execution.batch_size, resources.read_by_tasks)
+        reader = Reader(collection, how, execution.batch_size, resources.decode_in_tasks)
         return Reconstruct(out, encoded.folder, reader, ladders, {"model_digest": model.digest})
 
     def finish(out: Folder, failures: list[Failure]) -> int:

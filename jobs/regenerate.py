@@ -96,7 +96,7 @@ def run(config: RegenerateConfig) -> int:
         work=work,
         finish=finish,
         precision=lambda *_: encoded.manifest.precision,
-        alike=which == Selection(),
+        uniform_cost=which == Selection(),
     )
     return run_sharded(config, job)
 

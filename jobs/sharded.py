@@ -18,7 +18,7 @@ from palindrome.pipeline.runs.plan import Totals, read_plan
 from palindrome.pipeline.runtime.actor import Work
 from palindrome.pipeline.runtime.executor import Executor
 from palindrome.pipeline.runtime.progress import Budget, Progress, follow
-from palindrome.pipeline.runtime.scheduler import STALL, Resources
+from palindrome.pipeline.runtime.scheduler import STALL_TIMEOUT, Resources
 from palindrome.pipeline.storage.folder import Folder, absolute
 
 
@@ -53,12 +53,12 @@ class ShardedJob:
     finish: Callable[[Folder, list[Failure]], int]
     """Writes summary and report, says how the run ended, and returns the exit code, but for failed shards."""
     decode: str = "actor"
-    """Where images are read and decoded, as `scheduler.fit` takes it."""
+    """Where images are read and decoded, as `scheduler.choose_resources` takes it."""
     precision: Callable[[Executor, Resources, int], str | None] = lambda executor, resources, batch_size: None
     """What the network computes in where --precision is auto, which a trial may find; None for float32."""
-    alike: bool = True
-    """Whether images cost alike, so that there is an ETA."""
-    stall: float = STALL
+    uniform_cost: bool = True
+    """Whether images cost uniform_cost, so that there is an ETA."""
+    stall_timeout: float = STALL_TIMEOUT
     budget: Budget = field(default_factory=Budget)
 
 
@@ -74,8 +74,8 @@ def run_sharded(config: ShardedConfig, job: ShardedJob) -> int:
         cost = Cost.of(totals, left, job.evaluations, job.written)
         with prepared(config, job.model, cost, job.decode, job.precision) as (executor, resources, execution):
             work = job.work(out, resources, execution)
-            outcomes = executor.run(work, job.model, remaining.shards, resources, execution, job.stall)
-            progress = Progress(job.name, totals, totals.shards - left, job.alike)
+            outcomes = executor.run(work, job.model, remaining.shards, resources, execution, job.stall_timeout)
+            progress = Progress(job.name, totals, totals.shards - left, job.uniform_cost)
             failures = follow(progress, outcomes, job.budget)
             out.clear_unfinished()
     code = job.finish(out, failures)

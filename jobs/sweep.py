@@ -94,7 +94,7 @@ def run(config: SweepConfig) -> int:
         return Remaining(Totals(planned.shards * count, planned.images * count), left, todo())
 
     def work(out: Folder, resources: Resources, execution: Execution) -> Sweep:
-        reader = Reader(collection, how, execution.batch_size, resources.read_by_tasks)
+        reader = Reader(collection, how, execution.batch_size, resources.decode_in_tasks)
         seed = config.seed if config.recover_noise else None
         return Sweep(out, reader, {s.name: s for s in settings}, seed, {"model_digest": model.digest})
 
@@ -119,7 +119,7 @@ def run(config: SweepConfig) -> int:
         work=work,
         finish=finish,
         decode=config.decode,
-        alike=False,
+        uniform_cost=False,
     )
     return run_sharded(config, job)
 

@@ -1,11 +1,16 @@
-"""Words for people: durations, sizes, and anything in one printable line."""
+"""Text for people: durations, sizes, and errors in one printable line."""
 
 import re
 
 
 def printable(text: str) -> str:
-    """The text in one line, with what would move a terminal's cursor, or hide, written as an escape."""
+    """The text on one line, with control and invisible characters escaped: they could move a terminal's cursor."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def single_line(text: str) -> str:
+    """The text, printable, with every run of whitespace as one space."""
+    return printable(" ".join(text.split()))
 
 
 def duration(seconds: float) -> str:
@@ -17,6 +22,7 @@ def duration(seconds: float) -> str:
 
 
 def size(count: float) -> str:
+    """A number of bytes: 2 kB, 3.4 GB."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.3g} {unit}"
@@ -30,6 +36,12 @@ def figure(value: float | None) -> str:
 
 
 def one_line(e: BaseException, most: int = 200) -> str:
-    """An error in one line of at most so many characters, without memory addresses: retries say the same."""
+    """Type and message of an error in one line of at most `most` characters, without memory addresses: a retry then
+    reports the same."""
     text = re.sub(r"0x[0-9a-f]{6,}", "0x…", str(e), flags=re.IGNORECASE)
-    return printable(" ".join(f"{type(e).__name__}: {text}".split()))[:most]
+    return single_line(f"{type(e).__name__}: {text}")[:most]
+
+
+def error_message(e: BaseException) -> str:
+    """The message of an error in one line; the name of its type if it has none."""
+    return single_line(str(e)) or type(e).__name__

@@ -1,4 +1,4 @@
-"""How many images go onto a device at once where nobody says: as few as keep it busy, found by trial."""
+"""The default batch size on a GPU: the smallest that keeps it busy, found by a trial."""
 
 from collections.abc import Callable
 from functools import partial
@@ -12,9 +12,9 @@ from palindrome.pipeline.runtime.scheduler import Resources
 from palindrome.pipeline.runtime.speed import evaluations_per_second
 
 SIZES = (64, 128, 256, 512, 1024)
-MOST_BYTES = 512 << 20  # of a batch as float32, of which a worker holds several in its memory
-ENOUGH = 0.95  # of the fastest: what a larger batch brings beyond that is not worth its memory
-MIN_SECONDS_FOR_TRIAL = 60.0  # that a run must have left for a trial of the next size to pay
+MAX_BATCH_BYTES = 512 << 20  # of a batch as float32; a worker holds several batches in memory
+FAST_ENOUGH = 0.95  # fraction of the highest speed; the rest is not worth a larger batch's memory
+MIN_SECONDS_FOR_TRIAL = 60.0  # shortest run, in seconds at the current size, for which trying the next size pays
 
 
 def try_batch_sizes(
@@ -25,10 +25,10 @@ def try_batch_sizes(
     resources: Resources,
     executor: Executor,
 ) -> tuple[int, dict[int, float]]:
-    """The batch size for a run of so many network evaluations on each device, no larger than `most` images where the
-    smallest of SIZES is not; and by size the evaluations a second, of an image each, that the trial measured."""
-    size, tried = executor.call(resources, _trial, checkpoint, execution, evaluations, most, resources.threads)
-    return int(size), dict(tried)
+    """The batch size for a run with `evaluations` network evaluations per device, at most `most` images or SIZES[0];
+    and the measured network evaluations per second, of one image each, by batch size."""
+    size, speeds = executor.call(resources, _trial, checkpoint, execution, evaluations, most, resources.threads)
+    return int(size), dict(speeds)
 
 
 def _trial(
@@ -36,20 +36,22 @@ def _trial(
 ) -> tuple[int, dict[int, float]]:
     model = Model(checkpoint, threads, execution=execution)
     tune_process(model)
-    fits = min(most, MOST_BYTES / (4 * prod(checkpoint.latent_shape)))
-    sizes = [size for size in SIZES if size <= fits] or [SIZES[0]]
-    # One that has no room is as fast as the halves that it is cut into.
-    return smallest(partial(evaluations_per_second, model), sizes, evaluations)
+    limit = min(most, MAX_BATCH_BYTES / (4 * prod(checkpoint.latent_shape)))
+    sizes = [size for size in SIZES if size <= limit] or [SIZES[0]]
+    # A batch that does not fit into the device's memory is split into halves, and is as fast as they are.
+    return smallest_fast_enough(partial(evaluations_per_second, model), sizes, evaluations)
 
 
-def smallest(speed: Callable[[int], float], sizes: list[int], evaluations: float) -> tuple[int, dict[int, float]]:
-    """Of growing sizes the first that is about as fast as the fastest, and what was measured: up to the first size that
-    is no faster than the one before it, or that leaves the run too short for another to pay."""
-    tried: dict[int, float] = {}
+def smallest_fast_enough(
+    speed: Callable[[int], float], sizes: list[int], evaluations: float
+) -> tuple[int, dict[int, float]]:
+    """The smallest of the ascending sizes that reaches FAST_ENOUGH, and the speeds measured. Stops at the first size
+    that gains nothing over the one before it, or when the run is too short for another trial to pay."""
+    speeds: dict[int, float] = {}
     before = 0.0
     for size in sizes:
-        tried[size] = speed(size)
-        if ENOUGH * tried[size] <= before or evaluations < MIN_SECONDS_FOR_TRIAL * tried[size]:
+        speeds[size] = speed(size)
+        if FAST_ENOUGH * speeds[size] <= before or evaluations < MIN_SECONDS_FOR_TRIAL * speeds[size]:
             break
-        before = tried[size]
-    return next(size for size in sizes if tried[size] >= ENOUGH * max(tried.values())), tried
+        before = speeds[size]
+    return next(size for size in sizes if speeds[size] >= FAST_ENOUGH * max(speeds.values())), speeds

@@ -1,4 +1,4 @@
-"""Where a run computes: on Ray's actors, or in this process."""
+"""Where a run computes: on Ray actors, or in this process."""
 
 import os
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -16,20 +16,27 @@ from palindrome.pipeline.images.records import Shard
 from palindrome.pipeline.runs.outcome import Failure, Receipt
 from palindrome.pipeline.runtime.actor import Work
 from palindrome.pipeline.runtime.device import Model
-from palindrome.pipeline.runtime.scheduler import RETRIES, STALL, Heartbeat, Resources, fit, run_shards
-
-HEARTBEAT = 1.0  # seconds
+from palindrome.pipeline.runtime.scheduler import (
+    ERROR_LENGTH,
+    HEARTBEAT_SECONDS,
+    MAX_RETRIES,
+    STALL_TIMEOUT,
+    Heartbeat,
+    Resources,
+    choose_resources,
+    run_shards,
+)
 
 Outcomes = Generator[Receipt | Failure | Heartbeat, None, None]
 
 
 class Executor(Protocol):
-    """How a job computes. Every job runs on either; what it writes is the same."""
+    """Runs a job's computation. Every job runs on either executor, with the same output."""
 
-    def fit(
+    def choose_resources(
         self, workers: Sequence[int], decode: str, gpus_per_worker: float | None, custom: Mapping[str, float]
     ) -> Resources:
-        """What a run takes, as `scheduler.fit` says it."""
+        """The resources of a run, as `scheduler.choose_resources` describes it."""
 
     def run(
         self,
@@ -38,21 +45,21 @@ class Executor(Protocol):
         shards: Iterator[Shard],
         resources: Resources,
         execution: Execution = FLOAT32,
-        stall: float = STALL,
+        stall_timeout: float = STALL_TIMEOUT,
     ) -> Outcomes:
-        """An outcome for every shard, and heartbeats, as `scheduler.run_shards` says it."""
+        """One outcome per shard, and heartbeats, as `scheduler.run_shards` describes it."""
 
     def call(self, resources: Resources, function: Callable[..., Any], *arguments: Any) -> Any:
-        """The result of one call, on a device as a worker has it."""
+        """The result of one function call, on the device of a worker with these resources."""
 
 
 class OnRay:
-    """On the Ray that this process is connected to."""
+    """The Ray cluster that this process is connected to."""
 
-    def fit(
+    def choose_resources(
         self, workers: Sequence[int], decode: str, gpus_per_worker: float | None, custom: Mapping[str, float]
     ) -> Resources:
-        return fit(workers, decode, gpus_per_worker, custom)
+        return choose_resources(workers, decode, gpus_per_worker, custom)
 
     def run(
         self,
@@ -61,23 +68,23 @@ class OnRay:
         shards: Iterator[Shard],
         resources: Resources,
         execution: Execution = FLOAT32,
-        stall: float = STALL,
+        stall_timeout: float = STALL_TIMEOUT,
     ) -> Outcomes:
-        return run_shards(work, checkpoint, shards, resources, execution, stall)
+        return run_shards(work, checkpoint, shards, resources, execution, stall_timeout)
 
     def call(self, resources: Resources, function: Callable[..., Any], *arguments: Any) -> Any:
-        return ray.get(ray.remote(function).options(**resources.takes).remote(*arguments))
+        return ray.get(ray.remote(function).options(**resources.ray_options).remote(*arguments))
 
 
 class Inline:
-    """In this process, without Ray: one shard after the other, on the GPU if there is one. A shard that raises is tried
-    again as on Ray; one that kills its process kills the run, which the same command resumes."""
+    """This process, without Ray: one shard after the other, on the GPU if there is one. A shard that raises is retried
+    as on Ray. A shard that kills the process ends the run; the same command resumes it."""
 
-    def fit(
+    def choose_resources(
         self, workers: Sequence[int], decode: str, gpus_per_worker: float | None, custom: Mapping[str, float]
     ) -> Resources:
         gpu = torch.cuda.is_available()
-        return Resources(1, float(gpu), None if gpu else len(os.sched_getaffinity(0)), read_by_tasks=False)
+        return Resources(1, float(gpu), None if gpu else len(os.sched_getaffinity(0)), decode_in_tasks=False)
 
     def run(
         self,
@@ -86,10 +93,11 @@ class Inline:
         shards: Iterator[Shard],
         resources: Resources,
         execution: Execution = FLOAT32,
-        stall: float = STALL,
+        stall_timeout: float = STALL_TIMEOUT,
     ) -> Outcomes:
-        """`stall` has no effect: no other worker could take the shard."""
-        # In a thread, so that this one can report progress, and stop it: torch's settings are that thread's too.
+        """`stall_timeout` has no effect: no other worker could retry the shard."""
+        # Shards run in a thread, so that this one can report progress and cancel it. The model is made there as well,
+        # because torch's number of threads is set per thread.
         with ThreadPoolExecutor(1, "shard") as pool:
             model = pool.submit(Model, checkpoint, resources.threads, None, execution).result()
 
@@ -99,17 +107,17 @@ class Inline:
 
             try:
                 for shard in shards:
-                    for attempt in range(RETRIES + 1):
+                    for attempt in range(MAX_RETRIES + 1):
                         receipt = pool.submit(process, shard)
-                        while not wait([receipt], HEARTBEAT).done:
+                        while not wait([receipt], HEARTBEAT_SECONDS).done:
                             yield Heartbeat(sum(progress.images for progress in model.in_flight()))
                         if (error := receipt.exception()) is None:
                             yield receipt.result()
                             break
-                        if isinstance(error, RunError):
+                        if isinstance(error, RunError):  # no retry would help
                             raise error
-                        if attempt == RETRIES:
-                            yield Failure(shard, one_line(error, 500))
+                        if attempt == MAX_RETRIES:
+                            yield Failure(shard, one_line(error, ERROR_LENGTH))
             finally:
                 model.cancelled.set()
 

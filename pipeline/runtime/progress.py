@@ -1,4 +1,4 @@
-"""Progress of a long run: one line kept up to date on a terminal, a line now and then elsewhere."""
+"""Progress of a sharded run, and the limits at which it is aborted."""
 
 import sys
 import time
@@ -8,41 +8,39 @@ from dataclasses import dataclass
 
 from palindrome.pipeline.base import interrupt
 from palindrome.pipeline.base.log import say
+from palindrome.pipeline.base.status_line import StatusLine
 from palindrome.pipeline.base.text import duration
 from palindrome.pipeline.runs.outcome import Failure, Receipt
 from palindrome.pipeline.runs.plan import Totals
 from palindrome.pipeline.runtime.scheduler import Heartbeat
 
-EVERY = 10.0  # seconds between lines where there is no terminal
-
 
 class Progress:
-    """done/total shards, images, images/s, ETA, rejects; of a run of `totals`, `done_shards` of which were there.
-    Where images do not cost alike, as in a sweep, there is no ETA."""
+    """Shards done, images, images per second, ETA, rejects and failed shards of a run of `totals`, of which
+    `done_shards` were done before. Without `uniform_cost`, as in a sweep, images differ in cost and there is no ETA."""
 
-    def __init__(self, verb: str, totals: Totals, done_shards: int, alike: bool = True) -> None:
+    def __init__(self, verb: str, totals: Totals, done_shards: int, uniform_cost: bool = True) -> None:
         self.verb, self.shards, self.images = verb, totals.shards, totals.images
         self.done_shards, self.done, self.rejects, self.failed = done_shards, 0, 0, 0
-        self.in_flight, self.alike = 0, alike
-        self.terminal = sys.stdout.isatty()
-        self.started = self.printed = time.monotonic()
+        self.in_flight, self.uniform_cost = 0, uniform_cost
+        self.line = StatusLine(sys.stdout)
+        self.started = time.monotonic()
 
     def add(self, images: int, rejects: int) -> None:
+        """Counts a committed shard."""
         self.done_shards += 1
         self.done += images
-        self.in_flight = max(0, self.in_flight - images)  # until the next pulse: rather too few than counted twice
+        self.in_flight = max(0, self.in_flight - images)  # until the next heartbeat; counts no image twice
         self.rejects += rejects
         self.show()
 
     def show(self, last: bool = False) -> None:
-        now = time.monotonic()
-        if not last and now - self.printed < (0.2 if self.terminal else EVERY):
+        if not last and not self.line.due():
             return
-        self.printed = now
         done = self.done + (0 if last else self.in_flight)
-        rate = (done + self.rejects) / max(now - self.started, 1e-9)
+        rate = (done + self.rejects) / max(time.monotonic() - self.started, 1e-9)
         left = (self.shards - self.done_shards - self.failed) * self.images / self.shards - self.in_flight
-        eta = left / rate if left > 0 and rate and self.alike and not last else None
+        eta = left / rate if left > 0 and rate and self.uniform_cost and not last else None
         line = f"{self.verb}: {self.done_shards}/{self.shards} shards, {done} images, {rate:.1f} images/s"
         if eta is not None:
             line += f", ETA {duration(eta)}"
@@ -50,12 +48,9 @@ class Progress:
             line += f", {self.rejects} rejects"
         if self.failed:
             line += f", {self.failed} shards failed"
-        if self.terminal:
-            print(f"\r\x1b[K{line}", end="\n" if last else "", flush=True)
-            return
-        say(
+        self.line.show(
             line,
-            "progress",
+            last,
             job=self.verb,
             shards_done=self.done_shards,
             shards=self.shards,
@@ -67,24 +62,24 @@ class Progress:
         )
 
 
-def say_failed(shard: str, error: str) -> None:
+def log_failed_shard(shard: str, error: str) -> None:
     say(f"shard {shard} failed: {error}", "shard_failed", "error", shard=shard, error=error)
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How much may go wrong before a run is given up: shards that fail, and the share of the images rejected."""
+    """How much may go wrong before a run is aborted: number of failed shards, fraction of images rejected."""
 
-    failed_shards: float | None = None  # None: go on to the end, and fail if one did
+    failed_shards: float | None = None  # None: never abort; the run then fails if a shard did
     reject_fraction: float = 1.0
 
     @property
     def tolerated(self) -> float:
-        """Failed shards with which a run succeeds."""
+        """Failed shards with which a run still succeeds."""
         return self.failed_shards or 0
 
     def exceeded(self, failed: int, rejects: int, images: int) -> str | None:
-        """In words; of a run of so many images."""
+        """The message if a run of `images` images exceeds the budget."""
         if self.failed_shards is not None and failed > self.failed_shards:
             return f"--max-failed-shards: {failed} shards failed, and {self.failed_shards} may"
         if rejects > self.reject_fraction * images:
@@ -95,16 +90,16 @@ class Budget:
 def follow(
     progress: Progress, outcomes: Generator[Receipt | Failure | Heartbeat, None, None], budget: Budget | None = None
 ) -> list[Failure]:
-    """Shows the outcomes as they come and returns the failures, each said at once on standard error. A budget that
-    is exceeded ends the run."""
+    """Shows the outcomes as they come, logs each failure at once and returns the failures. Ends the run early if the
+    budget is exceeded."""
     failures = []
-    with closing(outcomes):  # actors are given back before the connection is, whatever ends this
+    with closing(outcomes):  # kills the actors before the connection to Ray is closed, also after an exception
         for outcome in outcomes:
             interrupt.check()
             if isinstance(outcome, Failure):
                 failures.append(outcome)
                 progress.failed += 1
-                say_failed(outcome.shard.name, outcome.error)
+                log_failed_shard(outcome.shard.name, outcome.error)
             elif isinstance(outcome, Heartbeat):
                 progress.in_flight = outcome.images
                 progress.show()

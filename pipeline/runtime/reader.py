@@ -1,4 +1,4 @@
-"""How a shard's images come to the actor: read and decoded by streaming CPU tasks, or in a thread of its own."""
+"""Prefetching a shard's images for the actor, in Ray tasks or in a thread."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,36 +11,35 @@ from palindrome.pipeline.images.read import Batch, read_batches
 from palindrome.pipeline.images.records import Shard
 from palindrome.pipeline.images.sources import Collection
 
-READ_AHEAD = 2  # batches that a reader may be ahead of the device
+PREFETCH = 2  # batches that a reading task may be ahead of the device
 
 
-@ray.remote(num_cpus=1, num_returns="streaming", max_retries=3, _generator_backpressure_num_objects=READ_AHEAD)
+@ray.remote(num_cpus=1, num_returns="streaming", max_retries=3, _generator_backpressure_num_objects=PREFETCH)
 def _read_task(collection: Collection, shard: Shard, how: Preprocess, batch_size: int) -> Iterator[Batch]:
     yield from read_batches(collection, shard, how, batch_size)
 
 
-def _ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
-    """Each is read while the one before it is worked on."""
+def _prefetched(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """Reads each batch in a thread while the caller processes the one before it."""
     with ThreadPoolExecutor(1, "reader") as thread:
-        coming = thread.submit(next, batches, None)
-        while (batch := coming.result()) is not None:
-            coming = thread.submit(next, batches, None)
+        following = thread.submit(next, batches, None)
+        while (batch := following.result()) is not None:
+            following = thread.submit(next, batches, None)
             yield batch
 
 
 @dataclass(frozen=True)
 class Reader:
-    """How a shard's images come to the actor, which has the next while it works on these: read and decoded by streaming
-    CPU tasks, or in a thread of its own."""
+    """Yields a shard's batches, read and decoded ahead of the caller: by streaming Ray tasks, or in a thread."""
 
     collection: Collection
     how: Preprocess
     batch_size: int
-    by_tasks: bool
+    in_tasks: bool
 
     def batches(self, shard: Shard) -> Iterator[Batch]:
-        if not self.by_tasks:
-            yield from _ahead(read_batches(self.collection, shard, self.how, self.batch_size))
+        if not self.in_tasks:
+            yield from _prefetched(read_batches(self.collection, shard, self.how, self.batch_size))
             return
         task = _read_task.options(name=f"read {shard.name}")
         for ref in task.remote(self.collection, shard, self.how, self.batch_size):

@@ -1,4 +1,4 @@
-"""How fast this cluster's devices evaluate a model: a few seconds of the real actor on noise."""
+"""The speed of a cluster's device, measured by a real actor that decodes noise for a few seconds."""
 
 import json
 import time
@@ -20,25 +20,25 @@ from palindrome.pipeline.runtime.executor import Executor
 from palindrome.pipeline.runtime.scheduler import Resources
 from palindrome.pipeline.storage.folder import Folder, file_at
 
-SECONDS = 6.0  # of measurement, after one batch that is not counted
-GLANCE = 1.0  # where what is compared is far apart
-STEPS = 4  # a batch goes in and comes out that often, as in a run
+CALIBRATION_SECONDS = 6.0  # of measurement, after one warm-up batch
+TRIAL_SECONDS = 1.0  # enough to compare batch sizes or precisions
+STEPS = 4  # network evaluations per batch between its transfers to and from the device
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Decodes noise; its receipt counts network evaluations of an image."""
+    """Decodes noise; the `images` of its receipt are network evaluations, of one image each."""
 
     batch_size: int
 
     def process(self, model: Model, shard: Shard) -> Receipt:
-        evaluations, spent = decode_noise(model, self.batch_size, SECONDS)
+        evaluations, spent = decode_noise(model, self.batch_size, CALIBRATION_SECONDS)
         return Receipt(shard.name, evaluations, 0, **spent, bytes=0)
 
 
 def decode_noise(model: Model, batch_size: int, seconds: float) -> tuple[int, dict[str, float]]:
-    """Network evaluations, of an image each, in at least so many seconds, and what `stopwatch` says of them; behind a
-    batch that is not counted."""
+    """Decodes noise for at least `seconds` seconds, after one warm-up batch. Returns the network evaluations, of one
+    image each, and the time as `stopwatch` gives it."""
     levels = ladder("linear", STEPS, model.checkpoint.schedule.num_train_timesteps)
     x = torch.randn(batch_size, *model.checkpoint.latent_shape)
     model.decode(x, levels)
@@ -50,15 +50,15 @@ def decode_noise(model: Model, batch_size: int, seconds: float) -> tuple[int, di
 
 
 def evaluations_per_second(model: Model, batch_size: int) -> float:
-    """Network evaluations a second, of an image each, as a trial has them: from GLANCE seconds."""
-    evaluations, spent = decode_noise(model, batch_size, GLANCE)
+    """Network evaluations per second, of one image each, measured for TRIAL_SECONDS."""
+    evaluations, spent = decode_noise(model, batch_size, TRIAL_SECONDS)
     return evaluations / spent["seconds"]
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Of one device, in network evaluations of an image; and the seconds until an actor was up. `origin` is `measured`,
-    or when it was."""
+    """The speed of one device, in network evaluations of one image, and the seconds until an actor was ready. `origin`
+    is `measured`, or says when it was measured."""
 
     evaluations_per_second: float
     seconds_to_start: float
@@ -67,9 +67,9 @@ class Speed:
 
 
 def measure(model: Checkpoint, resources: Resources, execution: Execution, executor: Executor) -> Speed:
-    """By a worker as the run's will be. Raises RunError."""
+    """Measures with one worker like the run's. Raises RunError."""
     started = time.monotonic()
-    work, one = Calibration(execution.batch_size), replace(resources, workers=1, fewest=1)
+    work, one = Calibration(execution.batch_size), replace(resources, workers=1, min_workers=1)
     shards: Iterator[Shard] = iter([Shard("calibration", "noise", execution.batch_size, ())])
     for outcome in executor.run(work, model, shards, one, execution):
         if isinstance(outcome, Failure):
@@ -81,8 +81,8 @@ def measure(model: Checkpoint, resources: Resources, execution: Execution, execu
 
 
 def record(uri: str, model: Checkpoint, speed: Speed) -> None:
-    """Adds a measurement to a file, in place of an earlier one of this model. Raises ValueError where the file is
-    another."""
+    """Adds a measurement to a file, replacing an earlier one of this model. Raises ValueError if the file holds
+    something else."""
     folder, name = file_at(uri)
     content = _recorded(folder, name) if folder.exists(name) else {}
     now = datetime.now(UTC).isoformat(timespec="seconds")
@@ -91,7 +91,7 @@ def record(uri: str, model: Checkpoint, speed: Speed) -> None:
 
 
 def recall(uri: str, model: Checkpoint) -> Speed:
-    """What `record` wrote of this model. Raises ValueError where there is nothing, or no such file."""
+    """The measurement of this model in a file that `record` wrote. Raises ValueError if there is none."""
     folder, name = file_at(uri)
     if not folder.exists(name):
         raise ValueError(f"{uri} does not exist; --calibrate writes it")
@@ -105,9 +105,9 @@ def recall(uri: str, model: Checkpoint) -> Speed:
 def _recorded(folder: Folder, name: str) -> dict[str, Any]:
     try:
         content = json.loads(folder.read(name))
-        known = isinstance(content, dict) and all("evaluations_per_second" in found for found in content.values())
+        valid = isinstance(content, dict) and all("evaluations_per_second" in found for found in content.values())
     except (ValueError, TypeError):
-        known = False
-    if not known:
-        raise ValueError(f"{name} is no file of calibrations")
+        valid = False
+    if not valid:
+        raise ValueError(f"{name} is not a calibration file")
     return dict(content)

@@ -125,7 +125,7 @@ def test_a_recorded_calibration_estimates_without_a_device(palindrome, sample, m
 def test_a_record_that_tells_nothing_is_named(palindrome, sample, model, tmp_path):
     command = ["encode", "--images", sample, "--model", model, "--out", tmp_path / "run", "--dry-run", "--calibration"]
     other = tmp_path / "other.json"
-    for content, words in (("{}", "no measurement of this model"), ("[1]", "is no file of calibrations")):
+    for content, words in (("{}", "no measurement of this model"), ("[1]", "is not a calibration file")):
         other.write_text(content)
         said = palindrome(*command, other)
         assert said.code == 2 and "--calibration: " in said.err and words in said.err

@@ -1,4 +1,4 @@
-"""The actor's process: what it imports when. Its work on shards is in tests/pipeline/test_run.py and tests/jobs."""
+"""What the actor's process imports, and when. test_scheduler.py and tests/jobs test its work on shards."""
 
 import gc
 import subprocess
@@ -13,15 +13,15 @@ from palindrome.model.execution import FLOAT32
 from palindrome.pipeline.images.records import Shard
 from palindrome.pipeline.runs.outcome import Receipt
 from palindrome.pipeline.runtime.actor import ShardActor
-from palindrome.pipeline.runtime.device import SWITCH
+from palindrome.pipeline.runtime.device import SWITCH_INTERVAL
 
 ROOT = Path(__file__).parents[3]
 
 
 @dataclass(frozen=True)
 class Frozen:
-    """Says with its receipt's images how much of the actor's process the collector leaves alone, and with its seconds
-    for how long a thread keeps the interpreter."""
+    """Reports the actor's process in a receipt: `images` is the number of frozen objects, `rejects` whether the garbage
+    collector is enabled, `seconds` the interpreter's switch interval."""
 
     def process(self, model, shard):
         return Receipt(shard, gc.get_freeze_count(), int(gc.isenabled()), sys.getswitchinterval(), 0.0, 0)
@@ -36,7 +36,7 @@ def test_the_class_is_imported_without_torch():
 def test_the_constructor_tunes_the_process_and_its_imports_are_frozen(tiny):
     actor = ray.remote(ShardActor).remote([ray.put((Frozen(), tiny, 1, FLOAT32))])
     receipt = ray.get(actor.process.remote(Shard("a", "files", 0, ())))
-    assert receipt.images > 50_000  # of which torch makes most
-    assert receipt.rejects == 1  # it works again
-    assert receipt.seconds == pytest.approx(SWITCH)
+    assert receipt.images > 50_000  # most of them from torch
+    assert receipt.rejects == 1  # the collector is enabled again
+    assert receipt.seconds == pytest.approx(SWITCH_INTERVAL)
     ray.kill(actor)

@@ -1,4 +1,4 @@
-"""What holds the model: batches that do not fit, lanes, and the clock."""
+"""The model on a device: batches that do not fit into memory, batch threads, and the clock."""
 
 import ctypes
 import os
@@ -13,20 +13,20 @@ import torch
 from palindrome.model.ddim import invert, sample
 from palindrome.model.families.unet2d import UNet2D
 from palindrome.model.schedule import NoiseSchedule, ladder
-from palindrome.pipeline.runtime.device import MOST_LANES, Model, compute_alone
+from palindrome.pipeline.runtime.device import MAX_BATCH_THREADS, Model, use_one_torch_thread
 
 LEVELS = ladder("linear", 4)
 
 
 class Tight(torch.nn.Module):
-    """A network of one multiplication, on a device that has room for `room` images."""
+    """A network of one multiplication, on a device whose memory holds `capacity` images."""
 
-    def __init__(self, room):
+    def __init__(self, capacity):
         super().__init__()
-        self.room, self.batches = room, []
+        self.capacity, self.batches = capacity, []
 
     def forward(self, x, timestep):
-        if len(x) > self.room:
+        if len(x) > self.capacity:
             raise torch.OutOfMemoryError(f"{len(x)} images do not fit")
         self.batches.append(len(x))
         return x.sin() * (1 + timestep / 1000)
@@ -34,14 +34,14 @@ class Tight(torch.nn.Module):
 
 @dataclass(frozen=True)
 class TightCheckpoint(UNet2D):
-    room: int = 1
+    capacity: int = 1
 
     def denoiser(self, device, execution):
-        return Tight(self.room)
+        return Tight(self.capacity)
 
 
-def model(room, threads=1):
-    return Model(TightCheckpoint(None, {}, NoiseSchedule(), room=room), threads)
+def model(capacity, threads=1):
+    return Model(TightCheckpoint(None, {}, NoiseSchedule(), capacity=capacity), threads)
 
 
 @pytest.fixture
@@ -57,29 +57,29 @@ def threads():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("room", [1, 2, 3, 5, 12])
-def test_a_batch_that_does_not_fit_is_halved_until_it_does(x, room):
-    tight = model(room)
+@pytest.mark.parametrize("capacity", [1, 2, 3, 5, 12])
+def test_a_batch_that_does_not_fit_is_halved_until_it_does(x, capacity):
+    tight = model(capacity)
     latents = tight.encode(x, LEVELS)[0]
     assert torch.equal(latents, model(100).encode(x, LEVELS)[0])
     assert torch.equal(tight.decode(latents, LEVELS), model(100).decode(latents, LEVELS))
-    assert max(tight.network.batches) <= room
+    assert max(tight.network.batches) <= capacity
 
 
 def test_the_size_that_fits_is_kept(x):
     tight = model(3)
     tight.encode(x, LEVELS)[0]
-    assert tight.largest == 3
+    assert tight.max_batch == 3
     tight.network.batches.clear()
-    tight.network.room = 100  # one that asked for more would get it now
+    tight.network.capacity = 100  # a larger batch would fit now
     tight.encode(x, LEVELS)[0]
     assert set(tight.network.batches) == {3, 1}
 
 
 def test_a_batch_that_fits_is_not_cut(x):
-    roomy = model(13)
-    roomy.encode(x, LEVELS)[0]
-    assert set(roomy.network.batches) == {13}
+    fitting = model(13)
+    fitting.encode(x, LEVELS)[0]
+    assert set(fitting.network.batches) == {13}
 
 
 def test_one_image_that_does_not_fit_raises(x):
@@ -92,14 +92,14 @@ def test_other_errors_are_not_taken_for_memory(x):
     broken.network.register_forward_hook(lambda network, inputs, output: output @ torch.zeros(7, 7))
     with pytest.raises(RuntimeError, match="shape"):
         broken.encode(x, LEVELS)[0]
-    assert broken.largest > 100
+    assert broken.max_batch > 100
 
 
 def test_a_failure_leaves_the_device_free(x):
     tight = model(0)
     with pytest.raises(torch.OutOfMemoryError):
         tight.encode(x, LEVELS)[0]
-    tight.network.room = 100
+    tight.network.capacity = 100
     assert tight.encode(x[:1], LEVELS)[0].shape == (1, 3, 4, 4)
 
 
@@ -114,7 +114,7 @@ def test_encode_and_decode_are_ddim(tiny):
 
 def test_the_prediction_type_is_the_checkpoints(x):
     as_epsilon = model(100).encode(x, LEVELS)[0]
-    as_v = Model(TightCheckpoint(None, {}, NoiseSchedule(), "v_prediction", room=100), 1).encode(x, LEVELS)[0]
+    as_v = Model(TightCheckpoint(None, {}, NoiseSchedule(), "v_prediction", capacity=100), 1).encode(x, LEVELS)[0]
     assert not torch.allclose(as_epsilon, as_v)
 
 
@@ -134,7 +134,7 @@ def test_the_device_takes_one_batch_at_a_time_from_two_threads(x):
     assert len(found) == 8 and all(torch.equal(each, expected) for each in found)
 
 
-def test_the_clock_counts_the_thread_that_asks(x):
+def test_the_clock_counts_the_calling_thread(x):
     shared, seconds = model(100), []
 
     def work():
@@ -149,16 +149,16 @@ def test_the_clock_counts_the_thread_that_asks(x):
 
 
 @pytest.mark.parametrize(("threads", "images"), [(2, 13), (3, 13), (4, 2), (7, 1)])
-def test_lanes_share_a_batch_and_change_nothing(x, threads, images):
+def test_batch_threads_split_a_batch_and_change_nothing(x, threads, images):
     many = model(100, threads)
     assert torch.equal(many.encode(x[:images], LEVELS)[0], model(100).encode(x[:images], LEVELS)[0])
-    lanes = min(threads, MOST_LANES, images)
-    parts = [len(part) for part in x[:images].tensor_split(lanes)] * (len(LEVELS) - 1)
+    slices = min(threads, MAX_BATCH_THREADS, images)
+    parts = [len(part) for part in x[:images].tensor_split(slices)] * (len(LEVELS) - 1)
     assert sorted(many.network.batches) == sorted(parts)
 
 
-def test_what_one_lane_raises_is_raised_once_all_have_ended(x):
-    shared = model(6, threads=2)  # lanes of 7 and 6 images
+def test_an_error_in_one_batch_thread_is_raised_once_all_have_ended(x):
+    shared = model(6, threads=2)  # slices of 7 and 6 images
 
     def stumble(_, inputs):
         if len(inputs[0]) == 7:
@@ -169,31 +169,31 @@ def test_what_one_lane_raises_is_raised_once_all_have_ended(x):
         shared.encode(x, LEVELS)
     assert shared.network.batches == [6] * (len(LEVELS) - 1)
     handle.remove()
-    shared.network.room = 100
+    shared.network.capacity = 100
     assert shared.encode(x, LEVELS)[0].shape == x.shape
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="threads are counted as Linux shows them")
-def test_no_thread_computes_but_the_lanes_and_their_helpers(tiny):
-    """More teams of OpenMP's in the process would slow all of them down."""
+def test_only_the_batch_threads_and_their_openmp_threads_compute(tiny):
+    """More OpenMP teams in the process would slow all of them down."""
     x = torch.rand(64, 3, 16, 16)
 
     def helpers():
         return len(os.listdir("/proc/self/task")) - threading.active_count()
 
     def work():
-        compute_alone()
+        use_one_torch_thread()
         assert torch.get_num_threads() == 1
         found.append(held.encode(x, LEVELS)[0].repeat(1, 1, 8, 8).exp().sum())  # large enough to be shared
         counted.append(helpers())
 
     before, found, counted = helpers(), [], []
-    held = Model(tiny, threads=2 * MOST_LANES)
-    for _ in range(2):  # the second comes after lanes have set their threads
+    held = Model(tiny, threads=2 * MAX_BATCH_THREADS)
+    for _ in range(2):  # the second comes after the batch threads have set torch's number of threads
         shard = threading.Thread(target=work)
         shard.start()
         shard.join()
-    assert len(counted) == 2 and max(counted) <= before + MOST_LANES
+    assert len(counted) == 2 and max(counted) <= before + MAX_BATCH_THREADS
 
 
 PROCESS = """

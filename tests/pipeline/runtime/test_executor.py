@@ -1,4 +1,4 @@
-"""The inline executor against what Ray's promises: an outcome for every shard, retries, and nothing left at work."""
+"""The inline executor against the contract of Ray's: an outcome for every shard, retries, and no thread left behind."""
 
 import threading
 from dataclasses import dataclass, field
@@ -11,15 +11,15 @@ from palindrome.pipeline.images.records import Shard
 from palindrome.pipeline.runs.outcome import Failure, Receipt
 from palindrome.pipeline.runtime import executor
 from palindrome.pipeline.runtime.executor import Inline
-from palindrome.pipeline.runtime.scheduler import RETRIES, Heartbeat, Resources
+from palindrome.pipeline.runtime.scheduler import MAX_RETRIES, Heartbeat, Resources
 
-ONE = Resources(workers=1, gpus=0, threads=1, read_by_tasks=False)
+ONE = Resources(workers=1, gpus=0, threads=1, decode_in_tasks=False)
 LEVELS = ladder("linear", 4, 1000)
 
 
 @dataclass
 class Work:
-    """Does what a shard's name says; `seen` are the shards in the order of the tries."""
+    """Does what a shard's name says; `seen` lists the shards in the order of the attempts."""
 
     seen: list = field(default_factory=list)
     threads: set = field(default_factory=set)
@@ -46,15 +46,15 @@ def test_every_shard_has_one_outcome_in_order(tiny):
     assert [o.shard.name if isinstance(o, Failure) else o.shard for o in found] == ["a", "bad", "once", "b"]
     assert [isinstance(o, Failure) for o in found] == [False, True, False, False]
     assert found[1].error == "ValueError: no good ever"
-    assert work.seen == ["a", *["bad"] * (RETRIES + 1), *["once"] * 2, "b"]
+    assert work.seen == ["a", *["bad"] * (MAX_RETRIES + 1), *["once"] * 2, "b"]
 
 
 def test_no_shard_is_no_outcome(tiny):
     assert outcomes(Work(), tiny) == []
 
 
-def test_to_close_it_ends_what_is_under_way_and_its_thread(tiny, monkeypatch):
-    monkeypatch.setattr(executor, "HEARTBEAT", 0.01)
+def test_closing_it_cancels_the_shard_in_flight_and_ends_its_thread(tiny, monkeypatch):
+    monkeypatch.setattr(executor, "HEARTBEAT_SECONDS", 0.01)
     work = Work()
     running = Inline().run(work, tiny, iter([Shard("endless", "files", 1, ()), Shard("a", "files", 1, ())]), ONE)
     while not (beat := next(running)).images:
@@ -65,10 +65,10 @@ def test_to_close_it_ends_what_is_under_way_and_its_thread(tiny, monkeypatch):
 
 
 @pytest.mark.parametrize("workers", [(), (1,)])
-def test_it_is_one_worker_that_reads_by_itself(workers):
-    resources = Inline().fit(workers, "auto", None, {})
-    assert (resources.workers, resources.read_by_tasks) == (1, False)
+def test_it_is_one_worker_that_decodes_without_tasks(workers):
+    resources = Inline().choose_resources(workers, "auto", None, {})
+    assert (resources.workers, resources.decode_in_tasks) == (1, False)
 
 
-def test_a_call_is_made_here():
+def test_a_call_runs_in_this_thread():
     assert Inline().call(ONE, threading.get_ident) == threading.get_ident()

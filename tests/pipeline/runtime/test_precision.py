@@ -31,9 +31,9 @@ def threads():
 
 @pytest.fixture(autouse=True)
 def any_speed(monkeypatch):
-    """What is tested is the error's part: how fast a busy machine is, or one without bfloat16, is left out of it."""
-    monkeypatch.setattr(precision, "FASTER", 0.0)
-    monkeypatch.setattr(calibration, "GLANCE", 0.01)
+    """Only the errors are tested: speed depends on the machine and its load."""
+    monkeypatch.setattr(precision, "MIN_SPEEDUP", 0.0)
+    monkeypatch.setattr(calibration, "TRIAL_SECONDS", 0.01)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def trial(bundled, pixels, corrections, steps=5):
     return _trial(bundled, pixels, how, 2, None), how
 
 
-def test_where_plain_inversion_errs_more_than_bfloat16_bfloat16_is_taken(bundled, pixels):
+def test_bfloat16_is_chosen_when_plain_inversion_has_the_larger_error(bundled, pixels):
     found, how = trial(bundled, pixels, corrections=0)
     assert found["precision"] == "bfloat16"
     exact, low = found["tried"]["float32"], found["tried"]["bfloat16"]
@@ -68,15 +68,15 @@ def test_where_plain_inversion_errs_more_than_bfloat16_bfloat16_is_taken(bundled
     )
 
 
-def test_where_inversion_is_exact_it_is_refused_on_a_few_images(bundled, pixels):
+def test_bfloat16_is_ruled_out_on_a_few_images_when_inversion_is_exact(bundled, pixels):
     found, _ = trial(bundled, pixels, corrections=3, steps=20)
     assert found["precision"] == "float32"
     assert found["tried"]["bfloat16"]["images"] == found["tried"]["float32"]["images"] == 4
     assert found["tried"]["bfloat16"]["round_trip"] > 10 * found["tried"]["float32"]["round_trip"]
 
 
-def test_what_overflows_is_refused(bundled, pixels, monkeypatch):
-    """Of NaN neither `above` nor `below` is true."""
+def test_a_precision_that_overflows_is_ruled_out(bundled, pixels, monkeypatch):
+    """NaN is neither above nor below the limit."""
     error = precision.round_trip_error
     calls = []
 
@@ -90,8 +90,8 @@ def test_what_overflows_is_refused(bundled, pixels, monkeypatch):
     assert found["tried"]["float32"]["round_trip"] > 0
 
 
-def test_what_is_not_faster_is_not_tried(bundled, pixels, monkeypatch):
-    monkeypatch.setattr(precision, "FASTER", 1e9)
+def test_errors_are_not_measured_for_a_precision_that_is_not_faster(bundled, pixels, monkeypatch):
+    monkeypatch.setattr(precision, "MIN_SPEEDUP", 1e9)
     found, _ = trial(bundled, pixels, corrections=0)
     assert found["precision"] == "float32"
     assert set(found["tried"]["bfloat16"]) == {"per_second"} and found["tried"]["bfloat16"]["per_second"] > 0

@@ -1,4 +1,4 @@
-"""The streaming run on a real Ray: shards that fail, processes that die, and who is blamed."""
+"""The streaming run on a real Ray: shards that fail, processes that die, and which shard is charged for it."""
 
 import json
 import os
@@ -19,17 +19,17 @@ from palindrome.pipeline.base.errors import RunError, SettingError
 from palindrome.pipeline.images.records import Shard
 from palindrome.pipeline.runs.outcome import Failure, Receipt
 from palindrome.pipeline.runtime import scheduler as run_module
-from palindrome.pipeline.runtime.scheduler import RETRIES, SHARDS_AN_ACTOR, Heartbeat, Resources, run_shards
+from palindrome.pipeline.runtime.scheduler import MAX_RETRIES, SHARDS_PER_ACTOR, Heartbeat, Resources, run_shards
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's workers can't import a test module
 pytestmark = pytest.mark.usefixtures("ray_here")
 ROOT = Path(__file__).parents[3]
-ONE = Resources(workers=1, gpus=0, threads=1, read_by_tasks=False)
-TWO = Resources(workers=2, gpus=0, threads=1, read_by_tasks=False)
+ONE = Resources(workers=1, gpus=0, threads=1, decode_in_tasks=False)
+TWO = Resources(workers=2, gpus=0, threads=1, decode_in_tasks=False)
 
 
 class BadShard(Exception):
-    """Takes two values and gives its base one: such an exception can be pickled and not be read again."""
+    """Takes two arguments and passes one to its base: such an exception can be pickled but not unpickled."""
 
     def __init__(self, name, why):
         super().__init__(f"{name}: {why}")
@@ -37,7 +37,7 @@ class BadShard(Exception):
 
 @dataclass(frozen=True)
 class Work:
-    """Notes every attempt in a folder. The names of shards say what becomes of them:
+    """Records every attempt in a folder. The name of a shard says what happens to it:
 
     `good`; `raise` each time; `raise-once`; `odd` raises what can't be unpickled; `kill` its process each time;
     `kill-once`; `wait` until a file `go` is there; `slow` for a moment; `hang` each time; `hang-once`; `stop-once` its
@@ -55,7 +55,7 @@ class Work:
         if kind == "odd":
             raise BadShard(shard.name, "odd")
         if kind == "kill" or (kind == "kill-once" and not before):
-            time.sleep(0.3)  # so that a neighbour is in flight too
+            time.sleep(0.3)  # until a neighbour is in flight too
             os.kill(os.getpid(), signal.SIGKILL)
         while kind == "wait" and not (self.folder / "go").exists():
             time.sleep(0.05)
@@ -83,7 +83,7 @@ def shards_of(*kinds):
 
 
 def account(outcomes):
-    """(names of the shards done, words by the name of the failed ones); no shard has two outcomes."""
+    """(names of the shards done, error by name of the failed ones); no shard has two outcomes."""
     outcomes = [outcome for outcome in outcomes if not isinstance(outcome, Heartbeat)]
     done = [o.shard for o in outcomes if isinstance(o, Receipt)]
     failed = {o.shard.name: o.error for o in outcomes if isinstance(o, Failure)}
@@ -111,12 +111,12 @@ def test_no_shards_no_outcomes(work, tiny):
     assert run(work, [], ONE, tiny) == (set(), {})
 
 
-def test_a_shard_that_raises_is_given_up_on_after_its_retries(work, tiny):
+def test_a_shard_that_raises_fails_after_its_retries(work, tiny):
     done, failed = run(work, ["good", "raise", "good", "raise-once", "good"], ONE, tiny)
     assert done == {"good.0", "good.2", "raise-once.3", "good.4"}
     assert failed.keys() == {"raise.1"}
-    assert failed["raise.1"] == f"ValueError: no luck with raise.1 of attempt {RETRIES}"
-    assert work.attempts() == {"good.0": 1, "raise.1": RETRIES + 1, "good.2": 1, "raise-once.3": 2, "good.4": 1}
+    assert failed["raise.1"] == f"ValueError: no luck with raise.1 of attempt {MAX_RETRIES}"
+    assert work.attempts() == {"good.0": 1, "raise.1": MAX_RETRIES + 1, "good.2": 1, "raise-once.3": 2, "good.4": 1}
     assert len(work.processes()) == 1  # an exception costs no process
 
 
@@ -126,16 +126,16 @@ def test_an_exception_that_can_not_be_unpickled_is_a_failure_too(work, tiny):
     assert "odd.1: odd" in failed["odd.1"]
 
 
-def test_a_shard_that_kills_its_process_is_set_aside_alone(work, tiny):
+def test_a_shard_that_kills_its_process_is_quarantined(work, tiny):
     kinds = ["slow", "kill", "slow", "slow", "slow", "slow", "slow"]
     done, failed = run(work, kinds, ONE, tiny)
     assert failed.keys() == {"kill.1"}
     assert failed["kill.1"].startswith("The actor is dead because its worker process has died.")
     assert len(done) == len(kinds) - 1
-    assert RETRIES + 1 <= work.attempts()["kill.1"] <= RETRIES + 2  # and once with a neighbour, when none is to blame
+    assert MAX_RETRIES + 1 <= work.attempts()["kill.1"] <= MAX_RETRIES + 2  # once with a neighbour: no attempt
 
 
-def test_two_killers_side_by_side_take_nobody_with_them(work, tiny):
+def test_two_shards_that_kill_their_process_fail_no_other_shard(work, tiny):
     done, failed = run(work, ["kill", "kill", "slow", "slow", "slow", "slow"], TWO, tiny)
     assert failed.keys() == {"kill.0", "kill.1"}
     assert len(done) == 4
@@ -180,35 +180,35 @@ class Dying:
 
 @pytest.mark.parametrize("fatal", [False, True], ids=["raises", "is killed"])
 def test_actors_that_never_start_end_the_run(work, fatal, monkeypatch):
-    monkeypatch.setattr(run_module, "BACKOFF", 0.1)
+    monkeypatch.setattr(run_module, "START_BACKOFF", 0.1)
     why = "The actor is dead because its worker process has died" if fatal else "the weights are not those"
-    with pytest.raises(RunError, match=f"3 actors in a row died before they were up: .*{why}"):
+    with pytest.raises(RunError, match=f"3 actors in a row died before they were ready: .*{why}"):
         run(work, ["good"] * 3, ONE, Dying(fatal))
     assert work.attempts() == {}
 
 
 def test_more_workers_than_cpus_still_completes(work, tiny):
     cpus = int(ray.cluster_resources()["CPU"])
-    many = Resources(workers=2 * cpus, gpus=0, threads=1, read_by_tasks=False)
+    many = Resources(workers=2 * cpus, gpus=0, threads=1, decode_in_tasks=False)
     done, failed = run(work, ["slow"] * 30, many, tiny)
     assert (len(done), failed) == (30, {})
     assert len(work.processes()) <= cpus
 
 
-def test_fewer_actors_than_there_must_be_end_the_run(work, tiny, monkeypatch):
-    monkeypatch.setattr(run_module, "ROOM", 3)
-    many = Resources(workers=10, gpus=0, threads=1, read_by_tasks=False, fewest=10)
+def test_fewer_actors_than_the_minimum_end_the_run(work, tiny, monkeypatch):
+    monkeypatch.setattr(run_module, "CAPACITY_TIMEOUT", 3)
+    many = Resources(workers=10, gpus=0, threads=1, decode_in_tasks=False, min_workers=10)
     with pytest.raises(RunError, match=r"[0-3] workers are up and 10 are needed"):
         run(work, ["slow"] * 500, many, tiny)
 
 
 def test_no_more_actors_than_shards(work, tiny):
-    done, _ = run(work, ["slow"], Resources(workers=3, gpus=0, threads=1, read_by_tasks=False), tiny)
+    done, _ = run(work, ["slow"], Resources(workers=3, gpus=0, threads=1, decode_in_tasks=False), tiny)
     assert done == {"slow.0"}
     assert len(work.processes()) == 1
 
 
-def test_shards_are_read_as_actors_have_room(work, tiny):
+def test_shards_are_read_as_actors_have_free_slots(work, tiny):
     read = []
 
     def shards():
@@ -218,31 +218,31 @@ def test_shards_are_read_as_actors_have_room(work, tiny):
 
     outcomes = (o for o in run_shards(work, tiny, shards(), TWO) if not isinstance(o, Heartbeat))
     for count, _ in enumerate(outcomes, start=1):
-        assert len(read) <= count + TWO.workers * (SHARDS_AN_ACTOR + 1)
+        assert len(read) <= count + TWO.workers * (SHARDS_PER_ACTOR + 1)
     assert len(read) == count == 200
 
 
-def test_a_run_that_is_left_gives_its_actors_back(work, tiny):
+def test_closing_a_run_kills_its_actors(work, tiny):
     outcomes = run_shards(work, tiny, iter(shards_of(*["good"] * 50)), ONE)
     while not isinstance(next(outcomes), Receipt):
         pass
     [pid] = work.processes()
     outcomes.close()
-    while _is_alive(pid):  # Ray ends the process in its own time
+    while _is_alive(pid):  # Ray ends the process asynchronously
         time.sleep(0.05)
 
 
 def test_shards_overlap_in_an_actor_so_that_one_is_read_while_the_other_computes(work, tiny):
-    outcomes = run_shards(work, tiny, iter(shards_of(*["wait"] * SHARDS_AN_ACTOR)), ONE)
+    outcomes = run_shards(work, tiny, iter(shards_of(*["wait"] * SHARDS_PER_ACTOR)), ONE)
 
     def let_go():
-        while len(work.attempts()) < SHARDS_AN_ACTOR:
+        while len(work.attempts()) < SHARDS_PER_ACTOR:
             time.sleep(0.05)
         (work.folder / "go").touch()
 
     threading.Thread(target=let_go, daemon=True).start()
     done, _ = account(outcomes)
-    assert len(done) == SHARDS_AN_ACTOR
+    assert len(done) == SHARDS_PER_ACTOR
 
 
 @pytest.mark.parametrize(
@@ -252,21 +252,21 @@ def test_shards_overlap_in_an_actor_so_that_one_is_read_while_the_other_computes
         ((), "actor", Resources(1, 0, 3, False)),
         ((2,), "tasks", Resources(2, 0, 1, True)),
         ((3,), "auto", Resources(3, 0, 1, False)),
-        ((2, 7), "auto", Resources(7, 0, 1, False, fewest=2)),
+        ((2, 7), "auto", Resources(7, 0, 1, False, min_workers=2)),
     ],
 )
-def test_what_fits_three_cpus(workers, decode, expected):
-    assert run_module.fit(workers, decode) == expected
+def test_resources_on_three_cpus(workers, decode, expected):
+    assert run_module.choose_resources(workers, decode) == expected
 
 
 def test_decoding_tasks_need_a_cpu_beside_the_actors():
     with pytest.raises(SettingError, match="3 actors take all 3 CPUs") as e:
-        run_module.fit([3], "tasks")
+        run_module.choose_resources([3], "tasks")
     assert e.value.field == "decode"
-    assert run_module.fit((1, 8), "tasks") == Resources(8, 0, 1, True, fewest=1)
+    assert run_module.choose_resources((1, 8), "tasks") == Resources(8, 0, 1, True, min_workers=1)
 
 
-# On a Ray of its own, which kills a process that takes three gigabytes more than are in use as it starts.
+# On a Ray of its own that kills a process once 3 GiB more memory are in use than at its start.
 SHORT_OF_MEMORY = """
 import json, os, sys
 from palindrome.infra import cluster
@@ -294,7 +294,7 @@ class Work:
             time.sleep(0.02)
         return Receipt(shard.name, 1, 0, 0.0, 0.0, 0)
 
-scheduler.RETRIES = 0
+scheduler.MAX_RETRIES = 0
 with cluster.connect("local"):
     shards = iter([Shard("greedy", "files", 1, ()), Shard("modest", "files", 1, ())])
     for outcome in scheduler.run_shards(Work(), Checkpoint(), shards, scheduler.Resources(1, 0, 1, False)):
@@ -303,7 +303,7 @@ with cluster.connect("local"):
 """
 
 
-def test_a_shard_for_which_ray_kills_the_actor_to_save_memory_is_a_failure():
+def test_a_shard_whose_actor_ray_kills_for_its_memory_fails():
     code = subprocess.run([sys.executable, "-c", SHORT_OF_MEMORY], cwd=ROOT, capture_output=True, text=True)
     assert code.returncode == 0, code.stderr
     outcomes = [json.loads(line) for line in code.stdout.splitlines() if line.startswith('["')]
@@ -320,17 +320,19 @@ def _is_alive(pid):
         return False
 
 
-def test_a_shard_that_hangs_is_tried_elsewhere_and_its_neighbours_are_not_blamed(work, tiny):
+def test_a_stalled_shard_is_retried_and_its_neighbours_are_not_charged(work, tiny):
     kinds = ["slow", "hang-once", "busy", "hang", "slow"]
-    done, failed = account(run_shards(work, tiny, iter(shards_of(*kinds)), TWO, stall=3))
+    done, failed = account(run_shards(work, tiny, iter(shards_of(*kinds)), TWO, stall_timeout=3))
     assert done == {"slow.0", "hang-once.1", "busy.2", "slow.4"}
     assert failed == {"hang.3": "no progress for 3 s"}
     attempts = work.attempts()
-    assert (attempts["hang-once.1"], attempts["hang.3"]) == (2, RETRIES + 1)
+    assert (attempts["hang-once.1"], attempts["hang.3"]) == (2, MAX_RETRIES + 1)
 
 
-def test_a_process_that_does_not_answer_is_given_up(work, tiny):
-    done, failed = account(run_shards(work, tiny, iter(shards_of("good", "stop-once", "good", "good")), ONE, stall=3))
+def test_a_process_that_does_not_answer_is_killed(work, tiny):
+    done, failed = account(
+        run_shards(work, tiny, iter(shards_of("good", "stop-once", "good", "good")), ONE, stall_timeout=3)
+    )
     assert failed == {}
     assert len(done) == 4
     assert work.attempts()["stop-once.1"] == 2
