@@ -17,6 +17,7 @@ from palindrome.jobs.config import ImagesConfig, OutOptions, Planned
 from palindrome.pipeline.base import interrupt
 from palindrome.pipeline.base.errors import RunError, StoreError
 from palindrome.pipeline.base.log import say, structured
+from palindrome.pipeline.runs.lease import release_all
 from palindrome.pipeline.storage.folder import using
 
 
@@ -55,6 +56,8 @@ def _main(argv: list[str]) -> int:
         if out := getattr(config, "out", None):
             print(f"\ninterrupted; the same command resumes {out}", file=sys.stderr)
         return 143 if isinstance(e, Terminated) else 130
+    finally:
+        release_all()
 
 
 def _dry_run(start: Callable[[Any], int], config: OutOptions) -> int:

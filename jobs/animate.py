@@ -1,17 +1,18 @@
 """palindrome animate: the paths of an interpolation as strips and films."""
 
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Annotated, Any, ClassVar, Literal
 
 from palindrome.jobs.arguments import ConfigError, Range, config_error
 from palindrome.jobs.config import OutOptions, Planned
+from palindrome.jobs.holding import hold_run
 from palindrome.pipeline.base import interrupt
 from palindrome.pipeline.base.errors import writing
 from palindrome.pipeline.base.threads import in_threads
 from palindrome.pipeline.runs.kinds import IMAGES, PATHS, WITH_PATHS
-from palindrome.pipeline.runs.manifest import claim, open_run
+from palindrome.pipeline.runs.manifest import open_run
 from palindrome.pipeline.runs.plan import read_plan
 from palindrome.pipeline.runs.shards import committed
 from palindrome.pipeline.storage.folder import Folder, absolute
@@ -51,10 +52,9 @@ def run(config: AnimateConfig) -> int:
     with config_error("RUN"):
         source, manifest = open_run(config.run, *WITH_PATHS)
         paths, broken = whole_paths(source, committed(source, IMAGES))
+    of = {"source_config": manifest.config, "model_digest": manifest.model_digest}
+    hold_run(out, "animate", config, {**config.recorded(), "run": source.uri}, facts=of)
     with config_error("--out"):
-        settings = {k: v for k, v in asdict(config).items() if k not in ("out", "dry_run")}
-        of = {"source_config": manifest.config, "model_digest": manifest.model_digest}
-        claim(out, "animate", {**settings, "run": source.uri}, (), of)
         done = out.files(PATHS)
     film, end = Film(config.format, config.fps, config.scale), ENDS[config.format]
     if config.dry_run:

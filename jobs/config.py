@@ -88,6 +88,16 @@ class OutOptions(Options):
     """The folder to write to, a path or an fsspec URI. The same command again resumes."""
     dry_run: bool = False
     """Check the input and the output, print what would be computed and written, and exit."""
+    take_over: bool = False
+    """Write into the run even if another command holds its lease: for one that was killed on another machine, which is
+    else waited for, for a minute."""
+
+    UNRECORDED: ClassVar[frozenset[str]] = frozenset({"out", "dry_run", "take_over"})
+    """Fields that are not recorded in `run.json`."""
+
+    def recorded(self) -> dict[str, Any]:
+        """The fields for `run.json`."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if k not in self.UNRECORDED}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,15 +111,13 @@ class Config(OutOptions):
     address: str | None = None
     """The address of a Ray cluster (default: $RAY_ADDRESS, else Ray is started on this machine)."""
 
-    UNRECORDED: ClassVar[frozenset[str]] = frozenset(
-        {"out", "address", "inline", "dry_run", "calibrate", "calibration", "allow_pickle"}
-    )
-    """Fields that are not recorded in `run.json`."""
+    UNRECORDED: ClassVar[frozenset[str]] = OutOptions.UNRECORDED | {
+        *("address", "inline", "calibrate", "calibration", "allow_pickle"),
+    }
 
     def settings(self, **resolved: Any) -> dict[str, Any]:
         """The fields for `run.json`; `resolved` overrides some of them."""
-        found = {k: v for k, v in dataclasses.asdict(self).items() if k not in self.UNRECORDED}
-        return {**found, **resolved}
+        return {**self.recorded(), **resolved}
 
     @classmethod
     def defaults(cls) -> dict[str, Any]:

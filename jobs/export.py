@@ -3,11 +3,12 @@
 import json
 import sys
 import threading
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 from palindrome.jobs.arguments import ConfigError, Range, config_error
 from palindrome.jobs.config import OutOptions, Planned
+from palindrome.jobs.holding import hold_run
 from palindrome.pipeline.base import interrupt
 from palindrome.pipeline.base.errors import ManifestError, RunError
 from palindrome.pipeline.base.log import note
@@ -15,7 +16,7 @@ from palindrome.pipeline.base.text import one_line, printable, size
 from palindrome.pipeline.base.threads import in_threads
 from palindrome.pipeline.runs.exports import TABLES, exported, merged_index
 from palindrome.pipeline.runs.kinds import DATA, IMAGES, WITH_PICTURES, Kind
-from palindrome.pipeline.runs.manifest import claim, open_run
+from palindrome.pipeline.runs.manifest import open_run
 from palindrome.pipeline.runs.plan import Totals
 from palindrome.pipeline.runs.shards import committed
 from palindrome.pipeline.runtime.progress import Progress, log_failed_shard
@@ -72,10 +73,9 @@ def run(config: ExportConfig) -> int:
     variants = [len(levels) - 1 for levels in manifest.ladders] if "steps" in kind.variants else []
     if config.steps is not None and config.steps not in variants:
         raise ConfigError(f"--steps: {config.run} holds images of {' and '.join(map(str, variants)) or 'no'} steps")
+    of = {"source": {"job": manifest.job, **manifest.facts}, "source_config": manifest.config}
+    resumed = hold_run(out, "export", config, {**config.recorded(), "run": source.uri}, facts=of)
     with config_error("--out"):
-        settings = {k: v for k, v in asdict(config).items() if k not in ("out", "dry_run")}
-        of = {"source": {"job": manifest.job, **manifest.facts}, "source_config": manifest.config}
-        resumed = claim(out, "export", {**settings, "run": source.uri}, (), of)
         done = exported(out, config.format) & shards
     left = sorted(shards - done)
     print(f"{len(shards)} shards of images, {len(left)} to export", flush=True)

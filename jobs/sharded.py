@@ -5,14 +5,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from palindrome.jobs.arguments import config_error
 from palindrome.jobs.config import ShardedConfig
 from palindrome.jobs.estimate import Cost, prepared
+from palindrome.jobs.holding import hold_run
 from palindrome.model.execution import Execution
 from palindrome.model.families import Checkpoint
 from palindrome.pipeline.images.records import Shard
 from palindrome.pipeline.runs.encoded import EncodeRun
-from palindrome.pipeline.runs.manifest import claim
 from palindrome.pipeline.runs.outcome import Failure
 from palindrome.pipeline.runs.plan import Totals, read_plan
 from palindrome.pipeline.runtime.actor import Work
@@ -65,8 +64,7 @@ class ShardedJob:
 def run_sharded(config: ShardedConfig, job: ShardedJob) -> int:
     """Does what is left of a job's run and returns the exit code. Raises ConfigError, and Planned in a dry run."""
     out = Folder(absolute(config.out))
-    with config_error("--out"):
-        claim(out, job.name, config.settings(**job.settings), config.MUTABLE, job.facts, config.defaults())
+    hold_run(out, job.name, config, config.settings(**job.settings), config.MUTABLE, job.facts, config.defaults())
     remaining = job.plan(out)
     totals, left = remaining.totals, remaining.left
     failures: list[Failure] = []

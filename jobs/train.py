@@ -16,6 +16,7 @@ from pyarrow.fs import FSSpecHandler, PyFileSystem
 from palindrome.infra.cluster import ClusterError, connect
 from palindrome.jobs.arguments import ConfigError, Range, config_error
 from palindrome.jobs.config import CollectionOptions, Config, PictureOptions, Planned
+from palindrome.jobs.holding import hold_run
 from palindrome.model.presets import PRESETS
 from palindrome.model.schedule import NoiseSchedule
 from palindrome.model.training import Hyperparameters
@@ -26,7 +27,6 @@ from palindrome.pipeline.base.text import size
 from palindrome.pipeline.images.read import read_batches
 from palindrome.pipeline.images.records import Reject
 from palindrome.pipeline.images.sources import open_collection
-from palindrome.pipeline.runs.manifest import claim
 from palindrome.pipeline.runs.plan import Totals, plan_totals, read_plan, write_plan
 from palindrome.pipeline.storage.folder import Folder, absolute
 from palindrome.pipeline.tasks.train import PROGRESS, RECORD, Train, train
@@ -102,8 +102,10 @@ def run(config: TrainConfig) -> int:
         if config.batch_size % config.workers:
             raise ConfigError(f"--batch-size: {config.batch_size} is not divisible by --workers {config.workers}")
     out = Folder(absolute(config.out))
+    hold_run(
+        out, "train", config, config.settings(images=absolute(config.images)), config.MUTABLE, {}, config.defaults()
+    )
     with config_error("--out"):
-        claim(out, "train", config.settings(images=absolute(config.images)), config.MUTABLE, {}, config.defaults())
         trained = json.loads(out.read(RECORD))["steps"] if out.exists(RECORD) else 0
         if trained >= config.train_steps:
             print(f"{config.out} is trained already: {trained} steps")

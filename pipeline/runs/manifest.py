@@ -8,6 +8,7 @@ from typing import Any
 
 from palindrome.pipeline.base.errors import ManifestError, RunError
 from palindrome.pipeline.runs.kinds import KINDS, Kind
+from palindrome.pipeline.runs.lease import NAME as LEASE
 from palindrome.pipeline.storage.folder import TEMPORARY, Folder, absolute
 
 NAME = "run.json"
@@ -75,8 +76,10 @@ def claim(
     free: Collection[str],
     facts: Mapping[str, Any],
     defaults: Mapping[str, Any] | None = None,
+    check_only: bool = False,
 ) -> bool:
-    """Writes `run.json`, or checks the one that is there; True if the run goes on from an earlier one.
+    """Writes `run.json`, or checks the one that is there; True if the run goes on from an earlier one. With
+    `check_only` nothing is written.
 
     `config` are the command's settings, which must be the same again but for those named in `free`; `facts` what was
     found (the model's digest), likewise. A setting that the run of an earlier version does not have had the value that
@@ -84,11 +87,12 @@ def claim(
     """
     wanted = json.loads(json.dumps({"job": job, "config": dict(config), **facts}))
     found = _content(run)
-    if found is not None:
-        run.clear_unfinished()
     names = {path.rpartition("/")[2] for path in run.fs.ls(run.path(), detail=False)} if run.exists() else set()
     names = {name for name in names if not name.startswith(TEMPORARY)}  # a run killed at its first put leaves one
-    if names <= {NAME, "plan"} and not run.exists(COMPLETE):  # nothing is done here yet: a first try may have failed
+    # Where nothing is done yet, a first try may have failed.
+    if names <= {NAME, LEASE, "plan"} and not run.exists(COMPLETE):
+        if check_only:
+            return False
         meaning = {k: "may change" if k in free else "must be the same to resume" for k in config}
         content = {**wanted, "versions": _versions(), "fields": meaning}
         run.put(NAME, (json.dumps(content, indent=2) + "\n").encode())

@@ -176,6 +176,21 @@ class Folder:
             self.fs.makedirs(self.path(name).rsplit("/", 1)[0], exist_ok=True)
             self.fs.pipe_file(self.path(name), bytes(content))
 
+    def put_new(self, name: str, content: bytes) -> bool:
+        """Writes one small object where there is none, and says whether it did. A store without conditional puts may
+        let two writers through: whose object it is then shows when it is read."""
+        path = self.path(name)
+        self.fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+        try:
+            if self.is_local:
+                with open(path, "xb") as file:
+                    file.write(content)
+            else:
+                self.fs.pipe_file(path, content, mode="create")
+        except FileExistsError:
+            return False
+        return True
+
     def create(self, name: str, once: bool = False) -> "NewObject":
         """An object to be written bit by bit, which is there once it is committed, over what was there; or, where it is
         written `once` and the store can tell, not over it: who commits it second changes nothing."""
