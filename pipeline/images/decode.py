@@ -40,7 +40,6 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 MAX_SCANS = 100  # of a JPEG, as in libtiff; a progressive one has about ten
 GRAY_KEYS = {"L;2": (3, 85), "L;4": (15, 17)}  # of a PNG of 2 or 4 bits: its largest value, and what makes it 255
-Tags = dict[int, Any]  # of a TIFF
 FILTERS = {
     "lanczos": PIL.Resampling.LANCZOS,
     "bicubic": PIL.Resampling.BICUBIC,
@@ -174,7 +173,7 @@ def _readable(data: bytes, how: Preprocess) -> bytes:
     return data
 
 
-def _loaded(opened: ImageFile, tags: Tags, data: bytes, how: Preprocess) -> PIL.Image:
+def _loaded(opened: ImageFile, tags: tiff.Tags, data: bytes, how: Preprocess) -> PIL.Image:
     """The picture as it stands in its file, which is all there unless it is to be kept as it is. Raises Rejected."""
     if opened.format in ("JPEG", "MPO"):
         try:
@@ -186,15 +185,13 @@ def _loaded(opened: ImageFile, tags: Tags, data: bytes, how: Preprocess) -> PIL.
     checked = how.truncated == "reject"
     lacks = ""
     if checked and isinstance(opened, TiffImageFile):
-        lacks = tiff.lacks(tags)
+        lacks = tiff.lacks(tags) or tiff.lacks_of_jpegs(tags, data)
     elif checked and opened.format == "JPEG2000":
         lacks = jpeg2000.lacks(data)
     if lacks:
         raise Rejected("truncated", f"the file lacks a part of the picture: {lacks}")
-    with _of_pillow(data, how), tiff.listening() as words:
+    with _of_pillow(data, how):
         opened.load()
-    if checked and words:
-        raise Rejected("truncated", words[0])
     if checked and opened.format == "PNG" and (lacks := png.lacks(opened, data)):
         raise Rejected("truncated", f"the file lacks a part of the picture: {lacks}")
     return opened
@@ -228,7 +225,7 @@ def _same(image: PIL.Image, other: bytes, data: bytes, how: Preprocess) -> bool:
         return all(np.array_equal(np.asarray(image.crop(box)), np.asarray(second.crop(box))) for box in boxes)
 
 
-def _converted(loaded: PIL.Image, tags: Tags, data: bytes, how: Preprocess) -> tuple[PIL.Image, int, int]:
+def _converted(loaded: PIL.Image, tags: tiff.Tags, data: bytes, how: Preprocess) -> tuple[PIL.Image, int, int]:
     """A picture as it stands in its file -> upright, RGB or L, and its width and height."""
     image = _upright(_tiff_gray(loaded, tags))
     width, height = image.size
@@ -258,7 +255,7 @@ def _check_size(image: PIL.Image, how: Preprocess) -> None:
         raise Rejected("too_large", f"{image.width}x{image.height} is more than {how.max_pixels} pixels")
 
 
-def _check_cost(image: PIL.Image, tags: Tags, data: bytes, max_pixels: int) -> None:
+def _check_cost(image: PIL.Image, tags: tiff.Tags, data: bytes, max_pixels: int) -> None:
     """Raises Rejected for a few kB that would cost gigabytes or hours, though the image has few pixels.
 
     Not found out here is an AVIF whose coded frame is larger than it says: libavif ends at 16384x16384, 0.6 GB."""
@@ -280,7 +277,7 @@ def _check_cost(image: PIL.Image, tags: Tags, data: bytes, max_pixels: int) -> N
             raise Rejected("too_large", f"a tile of {width}x{height} is more than {limit} pixels")
 
 
-def _tags(image: PIL.Image, data: bytes, how: Preprocess) -> Tags:
+def _tags(image: PIL.Image, data: bytes, how: Preprocess) -> tiff.Tags:
     """Those of a TIFF that matter here, {} of another file."""
     if not isinstance(image, TiffImageFile):
         return {}
@@ -288,7 +285,7 @@ def _tags(image: PIL.Image, data: bytes, how: Preprocess) -> Tags:
         return {tag: image.tag_v2[tag] for tag in tiff.TAGS if tag in image.tag_v2}
 
 
-def _check_tiff(image: PIL.Image, tags: Tags) -> None:
+def _check_tiff(image: PIL.Image, tags: tiff.Tags) -> None:
     """Raises Rejected for layouts that Pillow takes for another, and sets right those that it can read if told."""
     if not isinstance(image, TiffImageFile) or not image.tile:
         return
@@ -305,7 +302,7 @@ def _check_tiff(image: PIL.Image, tags: Tags) -> None:
         image.tile = [t._replace(args=(f"{t.args[0]};16{order}", *t.args[1:])) for t in image.tile]  # type: ignore[index]
 
 
-def _tiff_gray(image: PIL.Image, tags: Tags) -> PIL.Image:
+def _tiff_gray(image: PIL.Image, tags: tiff.Tags) -> PIL.Image:
     """A loaded image as it is; of a TIFF's gray 12 bits brought to 16, and 16 that count from white turned round."""
     if not tags or not image.mode.startswith("I;16"):
         return image

@@ -75,6 +75,15 @@ def pixels(jpeg: bytes, found: Sequence[Segment], mode: str, size: tuple[int, in
         return None
 
 
+def warning(jpeg: bytes, color: str) -> str:
+    """What simplejpeg says of a file, whose pixels are not wanted, that lacks data; else ""."""
+    try:
+        simplejpeg.decode_jpeg(jpeg, color, min_factor=8)
+    except ValueError as e:
+        return str(e) if LACKING.search(str(e)) else ""
+    return ""
+
+
 def clean(jpeg: bytes, found: Sequence[Segment]) -> bytes:
     """Without stray bytes between its segments, of which libjpeg would warn first, and with an end marker."""
     parts, kept = [], 0

@@ -1,23 +1,22 @@
-"""TIFF files: tags as numbers, and whether the pixels are all there, which libtiff says and Pillow does not pass on."""
+"""TIFF files: their tags, and whether their pixels are all there."""
 
 import ctypes
-import re
 import struct
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from PIL import _imaging
 
+from palindrome.pipeline.images import jpeg
+
 WIDTH, HEIGHT = 256, 257
 BITS, COMPRESSION, PHOTOMETRIC, STRIPS, SAMPLES, ROWS, STRIP_BYTES, PLANAR = 258, 259, 262, 273, 277, 278, 279, 284
-TILE, TILES = (322, 323), 324  # width and height of tiles, and where they are
+TILE, TILES, TILE_BYTES = (322, 323), 324, 325  # width and height of tiles, and where they are
+TABLES = 347  # what all JPEGs in the file share
 SIGNS, SUBSAMPLING = 339, 530  # whether values are signed or floats, and how many pixels share a colour
 TAGS = (WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC, STRIPS, SAMPLES, ROWS, STRIP_BYTES, PLANAR, *TILE, TILES)
-TAGS += (SIGNS, SUBSAMPLING)
-CODEC = re.compile(rb"JPEGLib|\w+Decode\w*")  # libtiff's modules that speak of a strip's data
-LACKING = re.compile(rb"premature|bad code word|not enough data|instead of RST|bad huffman", re.IGNORECASE)
+TAGS += (TILE_BYTES, TABLES, SIGNS, SUBSAMPLING)
+JPEG = 7  # a compression
+Tags = dict[int, Any]
 
 
 def tags_of(data: bytes) -> list[int]:
@@ -44,7 +43,7 @@ def number(value: Any, default: int) -> int:
     return next(iter(numbers(value)), default)
 
 
-def lacks(tags: dict[int, Any]) -> str:
+def lacks(tags: Tags) -> str:
     """What a TIFF has not of its pixels by its tags, "" for nothing: Pillow leaves black what has no strip or tile, and
     takes one at 0 from the file's header."""
     tiled, width, height = TILES in tags, number(tags.get(WIDTH), 1), number(tags.get(HEIGHT), 1)
@@ -67,37 +66,23 @@ def lacks(tags: dict[int, Any]) -> str:
     return ""
 
 
-_heard = threading.local()
+def lacks_of_jpegs(tags: Tags, data: bytes) -> str:
+    """What a TIFF's strips or tiles lack that are JPEGs, "" for nothing, or where they are none."""
+    starts, counts = (
+        numbers(tags.get(tag)) for tag in ((TILES, TILE_BYTES) if TILES in tags else (STRIPS, STRIP_BYTES))
+    )
+    tables = tags.get(TABLES, b"")
+    if tags.get(COMPRESSION) != JPEG or not isinstance(tables, bytes):
+        return ""
+    color = {1: "GRAY", 4: "CMYK"}.get(1 if tags.get(PLANAR) == 2 else number(tags.get(SAMPLES), 1), "RGB")
+    for start, count in zip(starts, counts, strict=False):
+        part = data[start : start + count]
+        if words := jpeg.warning(tables.removesuffix(jpeg.EOI) + part[2 if tables else 0 :], color):
+            return words
+    return ""
 
 
-@contextmanager
-def listening() -> Iterator[list[str]]:
-    """What libtiff says, while this thread is within, of data that it had to make up."""
-    words: list[str] = []
-    _heard.words = words
-    try:
-        yield words
-    finally:
-        _heard.words = None
-
-
-def _hear(_: Any, module: bytes | None, form: bytes | None, values: int | None) -> None:
-    words = getattr(_heard, "words", None)
-    if words is not None and form and CODEC.fullmatch(module or b""):
-        text = ctypes.create_string_buffer(300)
-        _format(text, len(text), form, values)
-        if LACKING.search(text.value):
-            words.append(text.value.decode("ascii", "replace"))
-
-
-# libtiff prints its errors, and tells its warnings to whom it is told of, in the terms of C's printf.
-_handler = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_void_p)(_hear)
-try:
-    _format = ctypes.CDLL(None).vsnprintf
-    _format.argtypes = (ctypes.c_char_p, ctypes.c_size_t, ctypes.c_char_p, ctypes.c_void_p)
-    _library = ctypes.CDLL(_imaging.__file__)
-    _library.TIFFSetErrorHandler(None)
-    _library.TIFFSetErrorHandlerExt(_handler)
-    _library.TIFFSetWarningHandlerExt(_handler)
-except (OSError, AttributeError, TypeError):  # a Pillow without libtiff, or with one built in
+try:  # libtiff prints each error
+    ctypes.CDLL(_imaging.__file__).TIFFSetErrorHandler(None)
+except (OSError, AttributeError):  # a Pillow without libtiff, or with one built in
     pass

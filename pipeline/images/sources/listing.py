@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from itertools import islice, pairwise, product
 from operator import itemgetter
 from pathlib import Path
@@ -125,9 +126,19 @@ def _files(fs: Any, path: str, uri: str) -> tuple[str, Iterator[_Found]]:
         info = fs.info(path)
     except (FileNotFoundError, NotADirectoryError):
         raise SourceError(f"{uri} does not exist") from None
-    if info["type"] == "directory":
+    # Some tools leave an empty object with a folder's name beside what is in it.
+    if info["type"] == "directory" or (
+        not info.get("size") and not isinstance(fs, LocalFileSystem) and _below(fs, path)
+    ):
         return path, _walk(fs, path)
     return path.rpartition("/")[0], iter([_found(info, path)])
+
+
+def _below(fs: Any, path: str) -> bool:
+    """Whether a store has objects below that name."""
+    with suppress(FileNotFoundError, NotADirectoryError):
+        return any(info["name"].rstrip("/") != path for info in fs.ls(f"{path}/", detail=True))
+    return False
 
 
 def _expanded(path: str) -> list[str]:
