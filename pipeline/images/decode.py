@@ -117,6 +117,9 @@ def decode(data: bytes, how: Preprocess) -> tuple[np.ndarray, int, int]:
     # Some plugins allocate while they open a file: a GIF's first frame may ask for 4 GB. They keep to twice this limit,
     # which the whole process shares: hence no lower than other pictures need.
     PIL.MAX_IMAGE_PIXELS = max(how.max_pixels, 1 << 24)
+    if (image := bmp.masked(data, how.max_pixels)) is not None:
+        image, width, height = _converted(image, {}, data, how)
+        return _array(image, how), width, height
     data = _readable(data, how)
     with _of_pillow(data, how):
         opened = _open(data)
@@ -180,8 +183,6 @@ def _loaded(opened: ImageFile, tags: tiff.Tags, data: bytes, how: Preprocess) ->
             return _loaded_jpeg(opened, data, how)
         except jpeg.Incomplete as e:
             raise Rejected("truncated", str(e)) from None
-    if opened.format == "BMP" and (masked := bmp.masked(data, how.max_pixels)) is not None:
-        return masked
     checked = how.truncated == "reject"
     lacks = ""
     if checked and isinstance(opened, TiffImageFile):
