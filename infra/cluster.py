@@ -2,8 +2,10 @@
 
 import logging
 import os
+import secrets
 import signal
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import chdir, contextmanager
 from tempfile import TemporaryDirectory
@@ -17,6 +19,11 @@ os.environ.setdefault("RAY_raylet_client_num_connect_attempts", "200")
 import ray
 
 from palindrome.pipeline.base.ray_private import stop_monitor
+
+SOCKET_PATH = 103 if sys.platform == "darwin" else 107  # bytes of a socket's path, at most
+BELOW = len("/ray/session_2000-01-01_00-00-00_000000_1234567/sockets/plasma_store.1")  # what Ray adds to a folder
+SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
+TOKEN = secrets.token_hex(32)  # of a Ray that this process starts: Ray would write one where others may read it
 
 
 class ClusterError(ConnectionError):
@@ -33,7 +40,9 @@ def connect(address: str | None = None) -> Iterator[None]:
         yield
         return
     where = address or os.environ.get("RAY_ADDRESS") or "local"
-    local = {"include_dashboard": False} if where == "local" else {}
+    local = {"include_dashboard": False, "_temp_dir": _short_folder()} if where == "local" else {}
+    if local and not any(os.environ.get(name) for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")):
+        os.environ["RAY_AUTH_TOKEN"] = TOKEN
     _answers(where)
     before = signal.getsignal(signal.SIGTERM)
     # Ray puts the driver's working directory first in its workers' sys.path: a user's own torch.py or palindrome/ there
@@ -52,6 +61,22 @@ def connect(address: str | None = None) -> Iterator[None]:
             if local:
                 stop_monitor()
             ray.shutdown()
+
+
+def _short_folder() -> str | None:
+    """Where Ray may put its sockets, None for where it would by itself: the $TMPDIR of a Slurm job, say, is too long a
+    path. Raises ClusterError where there is none."""
+    for variable in ("RAY_TMPDIR", "TMPDIR"):
+        if given := os.environ.get(variable):
+            break
+    else:
+        return None
+    if len(os.fsencode(os.path.abspath(given))) + BELOW <= SOCKET_PATH:
+        return None
+    for folder in SHORT_FOLDERS:
+        if os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK):
+            return os.path.join(folder, f"ray-{os.getuid()}")  # not `ray`, which may be another user's
+    raise ClusterError(f"${variable} is too long a path for Ray's sockets: set RAY_TMPDIR to a folder of a short one")
 
 
 def _answers(address: str) -> None:

@@ -59,10 +59,10 @@ def list_files(uri: str, options: Options, extensions: Sequence[str] = ()) -> It
     root, found = _files(fs, path, uri)
     wanted = tuple("." + extension.lower().lstrip(".") for extension in extensions)
     for file, size, version in _announced(uri, found):
-        name = as_text(file[len(root) :].removeprefix("/"))
+        name = as_text(_utf8(fs, file[len(root) :]).removeprefix("/"))
         hidden = not name or name.endswith("/") or any(part.startswith(".") for part in name.split("/"))
         if not hidden and (not wanted or name.lower().endswith(wanted)):
-            yield Listed(name, as_text(fs.unstrip_protocol(file)), size, version)
+            yield Listed(name, as_text(_utf8(fs, fs.unstrip_protocol(file))), size, version)
 
 
 def in_order(entries: Iterable[Listed]) -> Iterator[Listed]:
@@ -93,8 +93,18 @@ def as_text(name: str) -> str:
     return name.encode("utf-8", "backslashreplace").decode()
 
 
+def _utf8(fs: Any, name: str) -> str:
+    """A name on this machine's disks as it is in UTF-8, whatever the locale says: ids are the same everywhere."""
+    if sys.getfilesystemencoding() == "utf-8" or not isinstance(fs, LocalFileSystem):
+        return name
+    return os.fsencode(name).decode("utf-8", "surrogateescape")
+
+
 def path_of(fs: Any, uri: str) -> str:
-    return re.sub(r"\\udc([89a-f][0-9a-f])", lambda m: chr(0xDC00 + int(m[1], 16)), fs._strip_protocol(uri))
+    path = re.sub(r"\\udc([89a-f][0-9a-f])", lambda m: chr(0xDC00 + int(m[1], 16)), fs._strip_protocol(uri))
+    if sys.getfilesystemencoding() == "utf-8" or not isinstance(fs, LocalFileSystem):
+        return path
+    return os.fsdecode(path.encode("utf-8", "surrogateescape"))
 
 
 def _filesystem(uri: str, options: Options) -> tuple[Any, str]:

@@ -60,7 +60,10 @@ def listed(fs: Any, collection: Collection, file: str) -> Iterator[Listed]:
     def _reference(name: str) -> str:
         if host(file):
             return joined(file, name)
-        return name if is_whole(name) else f"{folder}/{name}{outer}"
+        if is_whole(name):
+            return name
+        below = f"{folder}/{name}"  # in a file URI % is written %25: this is a path
+        return below.replace("%", "%25") if scheme(file) == "file" else f"{below}{outer}"
 
     for batch in _batches(fs, file, [pa.field(column, pa.string()), *collection.kept]):
         for row in batch.to_pylist():
