@@ -43,7 +43,10 @@ def connect(address: str | None = None) -> Iterator[None]:
     local = {"include_dashboard": False, "_temp_dir": _short_folder()} if where == "local" else {}
     if local and not any(os.environ.get(name) for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")):
         os.environ["RAY_AUTH_TOKEN"] = TOKEN
-    _answers(where)
+    try:
+        _answers(where)
+    except ClusterError as e:
+        raise ClusterError(f"{e}{_hint(address)}") from e
     before = signal.getsignal(signal.SIGTERM)
     # Ray puts the driver's working directory first in its workers' sys.path: a user's own torch.py or palindrome/ there
     # would be imported instead. Workers get an empty folder.
@@ -51,8 +54,10 @@ def connect(address: str | None = None) -> Iterator[None]:
         try:
             with chdir(empty):
                 ray.init(address=where, logging_level=logging.ERROR, log_to_driver=False, **local)
-        except (ConnectionError, RuntimeError, ValueError) as e:
-            raise ClusterError(f"no Ray cluster at {where}: {str(e).splitlines()[0]}") from e
+        except (OSError, RuntimeError, ValueError) as e:
+            words = "Ray can't be started on this machine" if local else f"no Ray cluster at {where}"
+            why = next(iter(str(e).splitlines()), type(e).__name__)
+            raise ClusterError(f"{words}: {why}{_hint(address)}") from e
         if callable(before):  # Ray has put its own there, which ends the process on the spot
             signal.signal(signal.SIGTERM, before)
         try:
@@ -61,6 +66,11 @@ def connect(address: str | None = None) -> Iterator[None]:
             if local:
                 stop_monitor()
             ray.shutdown()
+
+
+def _hint(address: str | None) -> str:
+    given = not address and os.environ.get("RAY_ADDRESS")
+    return "; $RAY_ADDRESS names it: without it, Ray is started on this machine" if given else ""
 
 
 def _short_folder() -> str | None:

@@ -29,6 +29,7 @@ MAGIC = re.compile(
     rb"|\0\0\0\x0cjP  |\xff\x4f\xff\x51",
     re.DOTALL,
 )
+HTML = re.compile(rb"<(?:!doctype\s+html|html)\b", re.IGNORECASE)
 BROKEN = (  # what Pillow's plugins raise on bytes that are not as they should be
     *(OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, AttributeError, OverflowError),
     *(ZeroDivisionError, AssertionError, RuntimeError, SystemError, struct.error, zlib.error),
@@ -156,7 +157,9 @@ def _of_pillow(data: bytes, how: Preprocess) -> Iterator[None]:
         if MAGIC.match(data):
             reason, detail = "corrupt", "the header can't be read, or states a layout that is not supported"
             raise Rejected("truncated" if len(data) < 64 else reason, detail) from None
-        raise Rejected("not_an_image", "no known image format") from None
+        page = data.removeprefix(b"\xef\xbb\xbf").lstrip()[:2048]
+        is_html = page.startswith(b"<") and HTML.search(page)
+        raise Rejected("not_an_image", "a page of HTML" if is_html else "no known image format") from None
     except PIL.DecompressionBombError as e:
         raise Rejected("too_large", f"{_number(e)} pixels are more than {how.max_pixels}") from None
     except BROKEN as e:

@@ -358,7 +358,8 @@ def is_outage(error: BaseException | None, fs: Any) -> bool:
         code = code or getattr(getattr(error, "response", None), "status_code", None)  # of requests and httpx
         if str(code).isdigit() and int(str(code)) >= 400:
             return int(str(code)) in (401, 408, 425, 429) or int(str(code)) >= 500
-        if isinstance(error, ConnectionError | TimeoutError) or type(error).__module__.split(".")[0] in CLIENTS:
+        of_client = type(error).__module__.split(".")[0] in CLIENTS and not isinstance(error, ValueError)  # of no URL
+        if of_client or isinstance(error, ConnectionError | TimeoutError):
             return True
         error = error.__cause__
     return False

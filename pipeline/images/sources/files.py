@@ -75,7 +75,7 @@ def _read_of_list(place: Place, piece: Piece, servers: Servers) -> RawImage:
                 time.sleep(wait)
                 continue
             else:
-                servers.failed(server, _words(e), e, _status(e) in BUSY)
+                servers.failed(server, _words(e), _status(e) in BUSY)
                 return _none(piece, "unreadable", _words(e))
         if server:
             servers.answered(server)
