@@ -23,8 +23,10 @@ BUSY = (None, 408, 429, 502, 503, 504)  # its statuses, None without an answer, 
 AHEAD_BYTES = 64 << 20  # of files that wait to be decoded, by their sizes when they were listed
 
 
-UNREADABLE = (OSError, ValueError, ImportError, EOFError, NotImplementedError)  # what a store says of one file,
-UNREADABLE += (zlib.error, lzma.LZMAError, zipfile.BadZipFile, tarfile.TarError)  # and an archive of one in it
+UNREADABLE = (  # what a store says of one file, and an archive of one in it
+    *(OSError, ValueError, ImportError, EOFError, NotImplementedError),
+    *(zlib.error, lzma.LZMAError, zipfile.BadZipFile, tarfile.TarError),
+)
 
 Place = Callable[[Piece], tuple[Any, str]]  # the filesystem of a piece, and its path there
 
