@@ -165,6 +165,8 @@ def _of_pillow(data: bytes, how: Preprocess) -> Iterator[None]:
     except BROKEN as e:
         if isinstance(e, OSError) and e.errno in SHORT:
             raise
+        if str(e).startswith("out of memory"):  # as Pillow says that malloc failed
+            raise MemoryError(str(e)) from None
         raise Rejected(_reason(e, data), _words(e)) from None
 
 

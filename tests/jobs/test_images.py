@@ -216,6 +216,17 @@ def test_an_outage_while_inputs_are_looked_at_is_no_wrong_command(palindrome, od
             patched.setattr(os, "scandir", fails)
             said = palindrome(*command, "--images", odd)
         assert said.code == code, said.err
+        if code == 1:
+            stat = os.stat
+
+            def unstated(path, *more, number=number, stat=stat, **named):
+                if str(path).startswith(str(odd)):
+                    raise OSError(number, os.strerror(number), str(path))
+                return stat(path, *more, **named)
+
+            with monkeypatch.context() as patched:
+                patched.setattr(os, "stat", unstated)
+                assert [palindrome(*command, "--images", images).code for images in (odd, f"{odd}/*.png")] == [1, 1]
         assert os.strerror(number) in said.err and "--images" in said.err and len(said.err.splitlines()) == 1
 
 

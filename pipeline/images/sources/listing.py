@@ -22,7 +22,7 @@ from fsspec.utils import glob_translate
 
 from palindrome.pipeline.base.errors import SourceError
 from palindrome.pipeline.base.log import say
-from palindrome.pipeline.storage.folder import Options, open_fs
+from palindrome.pipeline.storage.folder import Options, is_outage, open_fs
 
 LISTERS = 16  # requests at once
 RANGES = 64  # that a bucket's keys are cut into, at most
@@ -119,9 +119,9 @@ def _filesystem(uri: str, options: Options) -> tuple[Any, str]:
 def _files(fs: Any, path: str, uri: str) -> tuple[str, Iterator[_Found]]:
     """The root below which names begin, and the files."""
     magic = fsspec.core.has_magic(path)
-    if (magic or BRACES.search(path)) and not fs.exists(path):
+    if (magic or BRACES.search(path)) and not _exists(fs, path):
         root = re.split(r"[*?\[{]", path)[0].rpartition("/")[0]
-        if root and not fs.exists(_as_folder(fs, root)):
+        if root and not _exists(fs, _as_folder(fs, root)):
             raise SourceError(f"{uri} does not exist: there is no {root}")
         paths = _expanded(path)
         if magic:
@@ -142,6 +142,19 @@ def _files(fs: Any, path: str, uri: str) -> tuple[str, Iterator[_Found]]:
     ):
         return path, _walk(fs, path)
     return path.rpartition("/")[0], iter([_found(info, path)])
+
+
+def _exists(fs: Any, path: str) -> bool:
+    """Raises OSError where a disk or a mounted server does not say."""
+    if not isinstance(fs, LocalFileSystem):
+        return bool(fs.exists(path))
+    try:
+        os.stat(path)
+    except (OSError, ValueError) as e:
+        if is_outage(e, fs):
+            raise
+        return False
+    return True
 
 
 def _below(fs: Any, path: str) -> bool:
@@ -290,7 +303,9 @@ def _walk_local(root: str, depth: int | None) -> Iterator[_Found]:
             for entry in entries:
                 try:
                     about = entry.stat()
-                except OSError:  # a link to nothing, or gone since: it is missing when it is read
+                except OSError as e:  # a link to nothing, or gone since: it is missing when it is read
+                    if is_outage(e, LocalFileSystem()):  # it may be a folder
+                        raise
                     yield _Found(entry.path, 0, "")
                     continue
                 if not entry.is_dir():
