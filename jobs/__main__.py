@@ -20,6 +20,8 @@ from palindrome.pipeline.base.log import say, structured
 from palindrome.pipeline.runs.lease import release_all
 from palindrome.pipeline.storage.folder import using
 
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM, which schedulers send before they take a machine away."""
@@ -29,6 +31,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs one command. Exit codes: 0 success; 1 the run failed; 2 the command is invalid; 130 SIGINT; 143 SIGTERM."""
     argv = sys.argv[1:] if arguments is None else arguments
     if arguments is None:
+        _spare_loopback()
+        _use_utf8()
         _hide_options(argv)
         atexit.register(gc.freeze)  # no garbage collection at exit: the process ends anyway
     try:
@@ -75,6 +79,21 @@ def _export(config: ImagesConfig) -> int:
     export = importlib.import_module("palindrome.jobs.export")
     out = f"{config.out.rstrip('/')}/{config.format}"
     return int(export.run(export.ExportConfig(run=config.out, out=out, format=config.format)))
+
+
+def _use_utf8() -> None:
+    """Executes the same command again in Python's UTF-8 mode, which Ray's workers then have too, where the locale is
+    another: names of files, and so the ids of images, would depend on it."""
+    if sys.getfilesystemencoding() != "utf-8" and not sys.flags.utf8_mode:
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, sys.orig_argv)
+
+
+def _spare_loopback() -> None:
+    """A company's proxy does not reach this machine: Ray and servers on it are asked directly."""
+    for name in ("no_proxy", "NO_PROXY"):
+        there = [part for part in os.environ.get(name, "").split(",") if part.strip()]
+        os.environ[name] = ",".join([*there, *(own for own in LOOPBACK if own not in there)])
 
 
 def _hide_options(argv: list[str]) -> None:

@@ -10,9 +10,11 @@ import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from errno import EACCES
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from palindrome.pipeline.base.errors import SettingError
+from palindrome.pipeline.base.errors import RunError, SettingError
+from palindrome.pipeline.storage.folder import is_outage
 
 # The groups of the help, in its order. A field named here is in that group in every command; any other is in the GROUP
 # of the class that defines it. Fields without a default are in the first.
@@ -73,7 +75,7 @@ def flag_of(name: str) -> str:
 @contextmanager
 def config_error(flag: str, *only: type[Exception]) -> Iterator[None]:
     """Converts errors about a flag's value to a ConfigError that begins with the flag: errors of the types in `only`,
-    or by default those that files, stores and invalid values raise."""
+    or by default those that files, stores and invalid values raise. An outage says nothing of the value: RunError."""
     try:
         yield
     except ConfigError:
@@ -83,7 +85,9 @@ def config_error(flag: str, *only: type[Exception]) -> Iterator[None]:
         if not from_store and not isinstance(e, only or (OSError, ValueError, ImportError)):
             raise
         at_fault = flag_of(e.field) if isinstance(e, SettingError) else flag
-        raise ConfigError(f"{at_fault}: {' '.join(str(e).split()) or type(e).__name__}") from e
+        words = f"{at_fault}: {' '.join(str(e).split()) or type(e).__name__}"
+        refused = any(getattr(error, "errno", None) == EACCES for error in (e, e.__cause__))  # wrong credentials, say
+        raise (RunError if not (only or refused) and is_outage(e, None) else ConfigError)(words) from e
 
 
 def add_arguments(parser: argparse.ArgumentParser, config: type[Options], *more: type[Options]) -> list[str]:

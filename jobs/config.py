@@ -315,6 +315,8 @@ class PictureOptions(Options):
     255 each."""
     max_pixels: Annotated[int, Range(1)] = 100_000_000
     """Images with more pixels are rejected."""
+    truncated: Literal["reject", "keep"] = "reject"
+    """What becomes of files that lack a part of the picture: rejected, or kept as the decoder fills them in."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -327,4 +329,5 @@ class PictureOptions(Options):
 
         channels, size, _ = shape
         red, green, blue = self.background
-        return Preprocess(size, channels, self.max_pixels, (red, green, blue), self.resample, self.fit)
+        background = (red, green, blue)
+        return Preprocess(size, channels, self.max_pixels, background, self.resample, self.fit, self.truncated)

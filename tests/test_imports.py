@@ -88,7 +88,7 @@ ADAPTERS = {
     Path("pipeline/base/ray_private.py"),
     Path("infra/spot_aws.py"),  # Ray's node providers, which external ones extend
     Path("infra/spot_gcp.py"),
-    Path("pipeline/images/decode.py"),  # Pillow's decoders
+    Path("pipeline/images/tiff.py"),  # Pillow's libtiff
 }
 
 

@@ -1,20 +1,24 @@
 """Bytes -> uint8 image of the model's size, or a reject with its reason."""
 
-import ctypes
+import errno
 import io
 import logging
 import re
 import struct
 import warnings
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, UnidentifiedImageError, _imaging
+from PIL import ExifTags, UnidentifiedImageError
 from PIL import Image as PIL
 from PIL.ImageFile import ImageFile
 from PIL.TiffImagePlugin import TiffImageFile
+
+from palindrome.pipeline.images import bmp, jpeg, jpeg2000, png, tiff
 
 # Formats that are pictures and whose decoders run in this process (EPS, say, would start Ghostscript).
 PIL.init()
@@ -25,24 +29,17 @@ MAGIC = re.compile(
     rb"|\0\0\0\x0cjP  |\xff\x4f\xff\x51",
     re.DOTALL,
 )
+HTML = re.compile(rb"<(?:!doctype\s+html|html)\b", re.IGNORECASE)
 BROKEN = (  # what Pillow's plugins raise on bytes that are not as they should be
     *(OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, AttributeError, OverflowError),
     *(ZeroDivisionError, AssertionError, RuntimeError, SystemError, struct.error, zlib.error),
 )
-FAILURES = (PIL.DecompressionBombError, MemoryError, *BROKEN)  # all that a decoder says of a picture
+SHORT = (errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EIO)  # of what the machine is, and no picture
 # What is wrong with a file stands in its reject; a worker's stderr is for what is wrong with the run. Said once, as
 # warnings.catch_warnings around each image would let threads restore one another's filters.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 logging.getLogger("PIL").addHandler(logging.NullHandler())
-try:  # libtiff prints each error
-    ctypes.CDLL(_imaging.__file__).TIFFSetErrorHandler(None)
-except (OSError, AttributeError):  # a Pillow without libtiff, or with one built in
-    pass
 MAX_SCANS = 100  # of a JPEG, as in libtiff; a progressive one has about ten
-MARKER = re.compile(rb"\xff[\x02-\xcf\xd8-\xfe]")  # of a JPEG, but those without a length
-SIZ = re.compile(rb"\xff\x4f\xff\x51....(.{32})", re.DOTALL)  # the header of a JPEG 2000 codestream
-TILE = (322, 323)  # a TIFF's tags of its tiles' width and height
-BITS, PHOTOMETRIC, PLANAR, SAMPLES, SUBSAMPLING = 258, 262, 284, 339, 530  # and of how its values are stored
 GRAY_KEYS = {"L;2": (3, 85), "L;4": (15, 17)}  # of a PNG of 2 or 4 bits: its largest value, and what makes it 255
 FILTERS = {
     "lanczos": PIL.Resampling.LANCZOS,
@@ -51,6 +48,8 @@ FILTERS = {
     "area": None,  # not Pillow's
 }
 FITS = ("crop", "pad")
+TRUNCATED = ("reject", "keep")
+LEFT_OUT = {"fit": "crop", "truncated": "reject"}  # of records, where they are as before there was a choice
 TURNS = {  # EXIF's orientation -> what makes the image upright
     2: PIL.Transpose.FLIP_LEFT_RIGHT,
     3: PIL.Transpose.ROTATE_180,
@@ -78,8 +77,9 @@ class Preprocess:
     values by their high byte, colour profiles not applied). Then `fit`: `crop` is the largest centred square; `pad` is
     the whole image, centred on `background` (of an odd number of pixels left over, one more is on the right or below).
     Resized to `size` pixels by `resample`: lanczos, bicubic or box as Pillow does it, or area, the mean over the area
-    that each new pixel covers (OpenCV's INTER_AREA; box counts a pixel in full or not at all). Raises ValueError for a
-    value that is none of these.
+    that each new pixel covers (OpenCV's INTER_AREA; box counts a pixel in full or not at all). A file that lacks a part
+    of the picture is a reject, or, where `truncated` is `keep`, what its decoder fills in, as far as that gives any.
+    Raises ValueError for a value that is none of these.
     """
 
     size: int
@@ -88,6 +88,7 @@ class Preprocess:
     background: tuple[int, int, int] = (255, 255, 255)
     resample: str = "lanczos"
     fit: str = "crop"
+    truncated: str = "reject"
 
     def __post_init__(self) -> None:
         red, green, blue = self.background
@@ -98,79 +99,153 @@ class Preprocess:
             raise ValueError(f"resample {self.resample!r} is none of {', '.join(FILTERS)}")
         if self.fit not in FITS:
             raise ValueError(f"fit {self.fit!r} is none of {', '.join(FITS)}")
+        if self.truncated not in TRUNCATED:
+            raise ValueError(f"truncated {self.truncated!r} is none of {', '.join(TRUNCATED)}")
 
     def record(self) -> dict[str, Any]:
-        """For files, as JSON's types; `Preprocess(**record)` is equal. `fit` is left out where it is `crop`, as in
-        files from before there was another: runs from then go on, with the same metadata in each of their files."""
+        """For files, as JSON's types; `Preprocess(**record)` is equal. What LEFT_OUT names is left out where it is the
+        default, as in files from before there was a choice: runs from then go on, with the same metadata in each of
+        their files."""
         found = {**asdict(self), "background": list(self.background)}
-        return {name: value for name, value in found.items() if (name, value) != ("fit", "crop")}
+        return {name: value for name, value in found.items() if LEFT_OUT.get(name) != value}
 
 
 def decode(data: bytes, how: Preprocess) -> tuple[np.ndarray, int, int]:
-    """Returns uint8 [size, size, channels] and the width and height before resizing; raises Rejected."""
+    """Returns uint8 [size, size, channels] and the width and height before resizing; raises Rejected for what is wrong
+    with the bytes. A MemoryError is not."""
     if not data:
         raise Rejected("empty", "0 bytes")
-    try:
-        return _decode(data, how)
-    except FAILURES as e:
-        raise _rejected(e, data, how) from None
+    # Some plugins allocate while they open a file: a GIF's first frame may ask for 4 GB. They keep to twice this limit,
+    # which the whole process shares: hence no lower than other pictures need.
+    PIL.MAX_IMAGE_PIXELS = max(how.max_pixels, 1 << 24)
+    if (image := bmp.masked(data, how.max_pixels)) is not None:
+        image, width, height = _converted(image, {}, data, how)
+        return _array(image, how), width, height
+    data = _readable(data, how)
+    with _of_pillow(data, how):
+        opened = _open(data)
+    with opened:
+        _check_size(opened, how)
+        tags = _tags(opened, data, how)
+        _check_cost(opened, tags, data, how.max_pixels)
+        _check_tiff(opened, tags)
+        alpha = _keyed_out(opened, data, how)
+        image = _loaded(opened, tags, data, how)
+        if alpha is not None:
+            image.putalpha(alpha)
+        image, width, height = _converted(image, tags, data, how)
+    return _array(image, how), width, height
 
 
 def from_pillow(image: PIL.Image, how: Preprocess) -> np.ndarray:
     """A picture that Pillow has opened or made, at the frame that it shows -> uint8 [size, size, channels]; raises
     Rejected. What `decode` makes of its file, but for those few that Pillow reads otherwise."""
-    try:
-        _check_size(image, how)
+    _check_size(image, how)
+    with _of_pillow(b"", how):
         image.load()
-        return _prepared(image, how)[0]
-    except FAILURES as e:
-        raise _rejected(e, b"", how) from None
+    return _array(_converted(image, _tags(image, b"", how), b"", how)[0], how)
 
 
-def _rejected(e: Exception, data: bytes, how: Preprocess) -> Rejected:
-    """What one of FAILURES says of those bytes."""
-    if isinstance(e, UnidentifiedImageError):
+@contextmanager
+def _of_pillow(data: bytes, how: Preprocess) -> Iterator[None]:
+    """What Pillow raises within it is said of those bytes. Not what this program's own code does wrong outside of it,
+    nor that memory is short: neither is the picture's fault."""
+    try:
+        yield
+    except UnidentifiedImageError:
         # Pillow says the same of a text file and of a PNG that ends inside its header.
         if MAGIC.match(data):
-            reason = "truncated" if len(data) < 64 else "corrupt"
-            return Rejected(reason, "the header can't be read, or states a layout that is not supported")
-        return Rejected("not_an_image", "no known image format")
-    if isinstance(e, PIL.DecompressionBombError):
-        return Rejected("too_large", f"{_number(e)} pixels are more than {how.max_pixels}")
-    if isinstance(e, MemoryError):
-        return Rejected("too_large", "not enough memory to decode it")
-    return Rejected(_reason(e, data), _words(e))
+            reason, detail = "corrupt", "the header can't be read, or states a layout that is not supported"
+            raise Rejected("truncated" if len(data) < 64 else reason, detail) from None
+        page = data.removeprefix(b"\xef\xbb\xbf").lstrip()[:2048]
+        is_html = page.startswith(b"<") and HTML.search(page)
+        raise Rejected("not_an_image", "a page of HTML" if is_html else "no known image format") from None
+    except PIL.DecompressionBombError as e:
+        raise Rejected("too_large", f"{_number(e)} pixels are more than {how.max_pixels}") from None
+    except BROKEN as e:
+        if isinstance(e, OSError) and e.errno in SHORT:
+            raise
+        if str(e).startswith("out of memory"):  # as Pillow says that malloc failed
+            raise MemoryError(str(e)) from None
+        raise Rejected(_reason(e, data), _words(e)) from None
 
 
-def _decode(data: bytes, how: Preprocess) -> tuple[np.ndarray, int, int]:
-    # Some plugins allocate while they open a file: a GIF's first frame may ask for 4 GB. They keep to twice this limit,
-    # which the whole process shares: hence no lower than other pictures need.
-    PIL.MAX_IMAGE_PIXELS = max(how.max_pixels, 1 << 24)
-    with _open(data) as opened:
-        _check_size(opened, how)
-        _check_cost(opened, data, how.max_pixels)
-        _check_tiff(opened)
-        alpha = _keyed_out(opened, data)
+def _readable(data: bytes, how: Preprocess) -> bytes:
+    """Without what keeps Pillow from reading a sound picture."""
+    if data[:2] in (b"P1", b"P2", b"P3"):  # a megabyte of comments takes Pillow ten seconds
+        return re.sub(rb"#[^\r\n]*[\r\n]?", b"", data)
+    if data.startswith(png.SIGNATURE):
+        return png.without_metadata(data)
+    if how.truncated == "keep" and data.startswith(b"\xff\xd8"):
+        return jpeg.clean(data, jpeg.segments(data, MAX_SCANS))
+    return data
+
+
+def _loaded(opened: ImageFile, tags: tiff.Tags, data: bytes, how: Preprocess) -> PIL.Image:
+    """The picture as it stands in its file, which is all there unless it is to be kept as it is. Raises Rejected."""
+    if opened.format in ("JPEG", "MPO"):
+        try:
+            return _loaded_jpeg(opened, data, how)
+        except jpeg.Incomplete as e:
+            raise Rejected("truncated", str(e)) from None
+    checked = how.truncated == "reject"
+    lacks = ""
+    if checked and isinstance(opened, TiffImageFile):
+        lacks = tiff.lacks(tags) or tiff.lacks_of_jpegs(tags, data)
+    elif checked and opened.format == "JPEG2000":
+        lacks = jpeg2000.lacks(data)
+    if lacks:
+        raise Rejected("truncated", f"the file lacks a part of the picture: {lacks}")
+    with _of_pillow(data, how):
         opened.load()
-        if alpha is not None:
-            opened.putalpha(alpha)
-        return _prepared(opened, how)
+    if checked and opened.format == "PNG" and (lacks := png.lacks(opened, data)):
+        raise Rejected("truncated", f"the file lacks a part of the picture: {lacks}")
+    return opened
 
 
-def _prepared(loaded: PIL.Image, how: Preprocess) -> tuple[np.ndarray, int, int]:
-    """What `decode` returns, of a picture as it stands in its file."""
-    image = _upright(_tiff_gray(loaded))
+def _loaded_jpeg(opened: ImageFile, data: bytes, how: Preprocess) -> PIL.Image:
+    """Raises Rejected, and Incomplete."""
+    keep = how.truncated == "keep"
+    found = jpeg.segments(data, MAX_SCANS)
+    pixels = jpeg.pixels(data, found, opened.mode, opened.size, keep)
+    if pixels is None:
+        with _of_pillow(data, how):
+            opened.load()
+        if not keep and not _same(opened, jpeg.filled(data, found), data, how):
+            raise jpeg.Incomplete("a part of the picture is missing")
+    if not keep:
+        jpeg.check_scans(data, found)
+    if pixels is None:
+        return opened
+    image = PIL.frombuffer(opened.mode, opened.size, pixels, "raw", opened.mode, 0, 1)
+    image.info = opened.info  # with EXIF
+    return image
+
+
+def _same(image: PIL.Image, other: bytes, data: bytes, how: Preprocess) -> bool:
+    """Whether a picture is the one of another file."""
+    with _of_pillow(data, how), _open(other) as second:
+        second.load()
+        rows = range(0, image.height, 256)  # at a time: as arrays they are copies
+        boxes = [(0, top, image.width, min(top + 256, image.height)) for top in rows]
+        return all(np.array_equal(np.asarray(image.crop(box)), np.asarray(second.crop(box))) for box in boxes)
+
+
+def _converted(loaded: PIL.Image, tags: tiff.Tags, data: bytes, how: Preprocess) -> tuple[PIL.Image, int, int]:
+    """A picture as it stands in its file -> upright, RGB or L, and its width and height."""
+    image = _upright(_tiff_gray(loaded, tags))
     width, height = image.size
-    image = _rgb(image, how.background)
-    if how.channels == 1:
-        image = image.convert("L")
-    return np.asarray(_fitted(image, how)).reshape(how.size, how.size, how.channels), width, height
+    image = _rgb(image, data, how)
+    return image.convert("L") if how.channels == 1 else image, width, height
+
+
+def _array(image: PIL.Image, how: Preprocess) -> np.ndarray:
+    """RGB or L of any size -> uint8 [size, size, channels]."""
+    return np.asarray(_fitted(image, how)).reshape(how.size, how.size, how.channels)
 
 
 def _open(data: bytes) -> ImageFile:
     """As PIL.open, without its check of the size, which leaves out width and height."""
-    if data[:2] in (b"P1", b"P2", b"P3"):  # a megabyte of comments takes Pillow ten seconds
-        data = re.sub(rb"#[^\r\n]*[\r\n]?", b"", data)
     for name in FORMATS:
         factory, accepts = PIL.OPEN[name]
         try:
@@ -186,78 +261,64 @@ def _check_size(image: PIL.Image, how: Preprocess) -> None:
         raise Rejected("too_large", f"{image.width}x{image.height} is more than {how.max_pixels} pixels")
 
 
-def _check_cost(image: PIL.Image, data: bytes, max_pixels: int) -> None:
+def _check_cost(image: PIL.Image, tags: tiff.Tags, data: bytes, max_pixels: int) -> None:
     """Raises Rejected for a few kB that would cost gigabytes or hours, though the image has few pixels.
 
     Not found out here is an AVIF whose coded frame is larger than it says: libavif ends at 16384x16384, 0.6 GB."""
     limit = max(max_pixels, 1 << 20)
     if image.format in ("JPEG", "MPO"):
-        if _scans(data) > MAX_SCANS:  # each goes over all pixels, and needs 10 bytes
+        found = jpeg.segments(data, MAX_SCANS)
+        if sum(segment.code == jpeg.SCAN for segment in found) > MAX_SCANS:  # each goes over all pixels, for 10 bytes
             raise Rejected("corrupt", f"more than {MAX_SCANS} scans")
     elif image.format == "JPEG2000":
-        for sizes in SIZ.findall(data):
-            width, height, _, _, tile_width, tile_height, left, top = struct.unpack(">8I", sizes)
-            tiles = -(-(width - left) // max(tile_width, 1)) * -(-(height - top) // max(tile_height, 1))
+        for tiles in jpeg2000.tiles_of(data):
             if tiles * 2048 > limit:  # OpenJPEG takes 7 kB a tile, the pixels 4 bytes each
                 raise Rejected("too_large", f"{tiles} tiles")
     elif isinstance(image, TiffImageFile):
-        tags = _tiff_tags(data)
-        if any(tags.count(tag) > 1 for tag in TILE):  # Pillow believes the last, libtiff the first
+        there = tiff.tags_of(data)
+        if any(there.count(tag) > 1 for tag in tiff.TILE):  # Pillow believes the last, libtiff the first
             raise Rejected("corrupt", "two sizes of tiles")
-        width, height = (image.tag_v2.get(tag, 0) for tag in TILE)
+        width, height = (tiff.number(tags.get(tag), 0) for tag in tiff.TILE)
         if width * height > limit:  # libtiff's buffer is one tile, however small the image
             raise Rejected("too_large", f"a tile of {width}x{height} is more than {limit} pixels")
 
 
-def _scans(jpeg: bytes) -> int:
-    """The scans of a JPEG's first image, counted to one more than MAX_SCANS."""
-    scans, found = 0, MARKER.search(jpeg, 2)
-    while found and found[0][-1] != 0xD9 and scans <= MAX_SCANS:
-        scans += found[0][-1] == 0xDA
-        at = found.end()
-        found = MARKER.search(jpeg, at + int.from_bytes(jpeg[at : at + 2], "big"))
-    return scans
+def _tags(image: PIL.Image, data: bytes, how: Preprocess) -> tiff.Tags:
+    """Those of a TIFF that matter here, {} of another file."""
+    if not isinstance(image, TiffImageFile):
+        return {}
+    with _of_pillow(data, how):
+        return {tag: image.tag_v2[tag] for tag in tiff.TAGS if tag in image.tag_v2}
 
 
-def _tiff_tags(data: bytes) -> list[int]:
-    """The tags in a TIFF's first directory."""
-    order = "<" if data[:1] == b"I" else ">"
-    big = data[2:4] in (b"+\0", b"\0+")  # BigTIFF, where offsets and counts have 8 bytes
-    (at,) = struct.unpack_from(order + ("Q" if big else "I"), data, 8 if big else 4)
-    (n,) = struct.unpack_from(order + ("Q" if big else "H"), data, at)
-    first, size = (at + 8, 20) if big else (at + 2, 12)
-    entries = data[first : first + size * min(n, 65535)]
-    return [struct.unpack_from(order + "H", entries, i)[0] for i in range(0, len(entries) - 1, size)]
-
-
-def _check_tiff(image: PIL.Image) -> None:
+def _check_tiff(image: PIL.Image, tags: tiff.Tags) -> None:
     """Raises Rejected for layouts that Pillow takes for another, and sets right those that it can read if told."""
     if not isinstance(image, TiffImageFile) or not image.tile:
         return
-    tags, stored_plainly = image.tag_v2, image.tile[0].codec_name == "raw"
-    bits = tags.get(BITS, (1,))
-    if stored_plainly and tags.get(PHOTOMETRIC) == 6 and tags.get(SUBSAMPLING, (1, 1)) != (1, 1):
+    stored_plainly, photometric = image.tile[0].codec_name == "raw", tags.get(tiff.PHOTOMETRIC)
+    bits, planes = tags.get(tiff.BITS, (1,)), tags.get(tiff.PLANAR) == 2
+    if stored_plainly and photometric == 6 and tags.get(tiff.SUBSAMPLING, (1, 1)) != (1, 1):
         raise Rejected("corrupt", "YCbCr of fewer colours than pixels without compression is not supported")
-    if tags.get(PHOTOMETRIC) == 8 and tags.get(PLANAR) == 2:
+    if photometric == 8 and planes:
         raise Rejected("corrupt", "LAB with its values in planes is not supported")
-    if bits == (8,) and tags.get(SAMPLES) == (2,):  # of 16 and 32 bits _rgb looks at the values
+    if bits == (8,) and tags.get(tiff.SIGNS) == (2,):  # of 16 and 32 bits _rgb looks at the values
         raise Rejected("corrupt", "signed 8-bit values have no stated range to show as 8-bit")
-    if stored_plainly and tags.get(PLANAR) == 2 and bits[0] == 16:  # Pillow would take each byte for a value
-        order = "L" if tags.prefix == b"II" else "B"
+    if stored_plainly and planes and bits[0] == 16:  # Pillow would take each byte for a value
+        order = "L" if image.tag_v2.prefix == b"II" else "B"
         image.tile = [t._replace(args=(f"{t.args[0]};16{order}", *t.args[1:])) for t in image.tile]  # type: ignore[index]
 
 
-def _tiff_gray(image: PIL.Image) -> PIL.Image:
+def _tiff_gray(image: PIL.Image, tags: tiff.Tags) -> PIL.Image:
     """A loaded image as it is; of a TIFF's gray 12 bits brought to 16, and 16 that count from white turned round."""
-    if not isinstance(image, TiffImageFile) or not image.mode.startswith("I;16"):
+    if not tags or not image.mode.startswith("I;16"):
         return image
     values = np.asarray(image).astype(np.uint16)
-    if image.tag_v2.get(BITS) == (12,):
+    if tags.get(tiff.BITS) == (12,):
         return PIL.fromarray(values << 4)
-    return PIL.fromarray(65535 - values) if image.tag_v2.get(PHOTOMETRIC) == 0 else image
+    return PIL.fromarray(65535 - values) if tags.get(tiff.PHOTOMETRIC) == 0 else image
 
 
-def _keyed_out(image: ImageFile, data: bytes) -> PIL.Image | None:
+def _keyed_out(image: ImageFile, data: bytes, how: Preprocess) -> PIL.Image | None:
     """The alpha of a 16-bit RGB PNG with a transparent colour, else None.
 
     Pillow compares that colour, which has the file's depth, with 8-bit values: for gray of 2 or 4 bits it is brought
@@ -271,10 +332,10 @@ def _keyed_out(image: ImageFile, data: bytes) -> PIL.Image | None:
         image.info["transparency"] = (key & largest) * scale
         return None
     del image.info["transparency"]
-    with _open(data) as second:
+    with _of_pillow(data, how), _open(data) as second:
         second.tile = [tile._replace(args="RGB;16L") for tile in second.tile]
-        low = np.asarray(second)
-    values = np.asarray(image).astype(np.uint16) << 8 | low
+        low, high = np.asarray(second), np.asarray(image)
+    values = high.astype(np.uint16) << 8 | low
     return PIL.fromarray(np.where((values == key).all(-1), 0, 255).astype(np.uint8))
 
 
@@ -287,7 +348,7 @@ def _upright(image: PIL.Image) -> PIL.Image:
     return image if turn is None else image.transpose(turn)
 
 
-def _rgb(image: PIL.Image, background: tuple[int, int, int]) -> PIL.Image:
+def _rgb(image: PIL.Image, data: bytes, how: Preprocess) -> PIL.Image:
     if image.mode == "RGB" and not image.has_transparency_data:
         return image
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
@@ -295,14 +356,15 @@ def _rgb(image: PIL.Image, background: tuple[int, int, int]) -> PIL.Image:
         if image.mode == "F" or not (values.min() >= 0 and values.max() <= 65535):
             raise Rejected("corrupt", f"mode {image.mode} has no stated range to show as 8-bit")
         pixels = np.repeat((values.astype(np.uint16) >> 8).astype(np.uint8)[..., None], 3, axis=2)
-        pixels[values == image.info.get("transparency", -1)] = background
+        pixels[values == image.info.get("transparency", -1)] = how.background
         return PIL.fromarray(pixels)
-    if image.mode == "La":  # premultiplied, which Pillow converts to nothing else
-        image = image.convert("LA")
-    if image.has_transparency_data:
-        over = PIL.new("RGBA", image.size, (*background, 255))
-        return PIL.alpha_composite(over, image.convert("RGBA")).convert("RGB")
-    return image.convert("RGB")
+    with _of_pillow(data, how):
+        if image.mode == "La":  # premultiplied, which Pillow converts to nothing else
+            image = image.convert("LA")
+        if image.has_transparency_data:
+            over = PIL.new("RGBA", image.size, (*how.background, 255))
+            return PIL.alpha_composite(over, image.convert("RGBA")).convert("RGB")
+        return image.convert("RGB")
 
 
 def _fitted(image: PIL.Image, how: Preprocess) -> PIL.Image:

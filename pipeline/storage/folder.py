@@ -1,5 +1,6 @@
 """A folder on any store that fsspec knows, by URI: list, read, and put a whole object atomically."""
 
+import errno
 import os
 import re
 import uuid
@@ -18,9 +19,12 @@ from pyarrow.fs import FSSpecHandler, PyFileSystem
 from pyarrow.fs import LocalFileSystem as ArrowLocalFileSystem
 
 from palindrome.pipeline.base.errors import StoreError
+from palindrome.pipeline.storage.uri import WEB, chained, is_chain, local_path, scheme
+from palindrome.pipeline.storage.uri import absolute as absolute
 
 AWS_FILES = ("~/.aws/credentials", "~/.aws/config")
 TEMPORARY = ".tmp-"  # how the name of a file begins that is not yet whole; readers never see one
+WEB_WAITS = {"total": 300, "sock_connect": 10, "sock_read": 20}  # seconds for a web server that does not answer
 GROUP_ROWS, GROUP_BYTES = 1024, 32 << 20  # a row group of a table that is written bit by bit
 
 Options = Mapping[str, Mapping[str, Any]]  # of stores, by protocol: {"s3": {"endpoint_url": ...}}, as fsspec takes them
@@ -71,7 +75,8 @@ def _resolved(options: Options) -> Options:
 def options_for(uri: str, options: Options | None = None) -> dict[str, dict[str, Any]]:
     """Of the options (default: the current ones) those of the protocols in a URI, as fsspec takes them with it."""
     options = current_options() if options is None else options
-    protocols = re.findall(r"(?:^|::)([a-z0-9+.-]+)(?=://|::)", uri) or ["file"]
+    chain = re.findall(r"(?:^|::)([a-z0-9+.-]+)(?=://|::)", uri) if is_chain(uri) else []
+    protocols = chain or [scheme(uri) or "file"]
     given = {name: dict(options.get(ALIASES.get(name, name), {})) for name in protocols}
     return {name: of_it for name, of_it in given.items() if of_it}
 
@@ -85,8 +90,22 @@ def by_protocol(options: object) -> bool:
 
 def open_fs(uri: str, options: Options) -> tuple[Any, str]:
     """The store of a URI, as fsspec opens it with the options of its protocols, and the path on it."""
-    fs, path = fsspec.url_to_fs(uri, **options_for(uri, options))
-    return fs, str(path)
+    if is_chain(uri):
+        if (inside := chained(uri)) and "::" in inside[1]:  # fsspec would take it for another link
+            return open_fs(inside[0], options)[0], inside[1]
+        fs, path = fsspec.url_to_fs(uri, **options_for(uri, options))
+        return fs, str(path)
+    protocol = scheme(uri) or "file"
+    path = local_path(uri) if protocol == "file" else protocol + uri[len(protocol) :]
+    given = options_for(uri, options).get(protocol, {})
+    if protocol in WEB:
+        from aiohttp import ClientTimeout  # few commands need it
+
+        client = {"timeout": ClientTimeout(**WEB_WAITS), "trust_env": True, **given.get("client_kwargs", {})}
+        given = {**given, "client_kwargs": client}
+    kind = fsspec.get_filesystem_class(protocol)
+    fs = fsspec.filesystem(protocol, **{**kind._get_kwargs_from_urls(path), **given})
+    return fs, str(fs._strip_protocol(path))
 
 
 def open_ranges(fs: Any, path: str) -> Any:
@@ -99,11 +118,6 @@ class _Ranges(FSSpecHandler):
 
     def open_input_file(self, path: str) -> pa.PythonFile:
         return pa.PythonFile(open_ranges(self.fs, path), mode="r")
-
-
-def absolute(uri: str) -> str:
-    """A path as every process of the run can open it; URIs with a scheme stay as they are."""
-    return uri if "://" in uri or "::" in uri else os.path.abspath(os.path.expanduser(uri))
 
 
 @dataclass(frozen=True)
@@ -333,19 +347,34 @@ class TableWriter:
             self.waiting = []
 
 
+# What is wrong with the one file: its path, or that it may not be read.
+FAULTS = {errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}
+FAULTS |= {errno.EEXIST, errno.EINVAL, errno.EILSEQ, errno.ENXIO, errno.EOVERFLOW, errno.EFBIG}
+# What is wrong with this machine, whichever store is read, and with a mounted store's server.
+MACHINE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EIO, errno.ESTALE, errno.ETIMEDOUT}
+MACHINE |= {errno.ENOTCONN, errno.EAGAIN, errno.ENODEV, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETUNREACH}
+
+
 def is_outage(error: BaseException | None, fs: Any) -> bool:
-    """Whether an error is of a remote store and says nothing of the object that was asked for: the store throttles,
-    fails, can't be reached, takes no such credentials. False for what is missing, archived, or not for this user."""
-    while error is not None and not isinstance(fs, LocalFileSystem):
+    """Whether an error says nothing of the object that was asked for: the store throttles, fails, can't be reached,
+    takes no such credentials; a disk or a mounted server fails; the machine lacks memory or file handles. False for
+    what is missing, archived, not for this user, or no readable path."""
+    while error is not None:
         if isinstance(error, StoreError):
             return error.outage
+        if isinstance(error, MemoryError):
+            return True
         if isinstance(error, FileNotFoundError | PermissionError | FileExistsError):
             return False
+        number = error.errno if isinstance(error, OSError) else None
+        if number is not None and (number in MACHINE or (isinstance(fs, LocalFileSystem) and number not in FAULTS)):
+            return True
         code = getattr(error, "status", None) or getattr(error, "code", None)  # of aiohttp, of gcsfs
         code = code or getattr(getattr(error, "response", None), "status_code", None)  # of requests and httpx
         if str(code).isdigit() and int(str(code)) >= 400:
             return int(str(code)) in (401, 408, 425, 429) or int(str(code)) >= 500
-        if isinstance(error, ConnectionError | TimeoutError) or type(error).__module__.split(".")[0] in CLIENTS:
+        of_client = type(error).__module__.split(".")[0] in CLIENTS and not isinstance(error, ValueError)  # of no URL
+        if of_client or isinstance(error, ConnectionError | TimeoutError):
             return True
         error = error.__cause__
     return False

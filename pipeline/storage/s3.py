@@ -222,7 +222,8 @@ def _told(error: Exception, uri: str, endpoint: str, exclusive: bool, tried: int
     outage = of_the_store(error)
     if not isinstance(error, ClientError):
         words = _words(error, endpoint) + (f", {tried} times" if tried > 1 else "")
-        return StoreError(errno.EINVAL if isinstance(error, ParamValidationError) else errno.EIO, words, uri, outage)
+        number = errno.EACCES if isinstance(error, NO_CREDENTIALS) else errno.EIO
+        return StoreError(errno.EINVAL if isinstance(error, ParamValidationError) else number, words, uri, outage)
     code, message = _code(error), str(error.response.get("Error", {}).get("Message") or "")
     if exclusive and (code == "PreconditionFailed" or _status(error) == 412):
         return FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), uri)

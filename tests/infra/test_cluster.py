@@ -1,8 +1,13 @@
 """A Ray of one's own: there within the `with`, and gone after it with all its processes."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+
+from palindrome.infra import cluster
 
 ROOT = Path(__file__).parents[2]
 OWN = """
@@ -36,3 +41,57 @@ def test_it_ends_with_all_its_processes():
     done = subprocess.run([sys.executable, "-c", OWN], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["0", "False"]
+
+
+PRIVATE = """
+import os, sys
+from pathlib import Path
+from palindrome.infra.cluster import connect
+
+with connect():
+    import ray
+    assert ray.get(ray.remote(lambda: os.environ["RAY_AUTH_TOKEN"]).remote()) == os.environ["RAY_AUTH_TOKEN"]
+    folder = ray._private.worker._global_node.get_session_dir_path()
+    assert len(os.environ["TMPDIR"]) < 100 or not folder.startswith(os.environ["TMPDIR"])
+    assert os.environ["RAY_AUTH_MODE"] == "token"
+    gcs = ray.get_runtime_context().gcs_address
+    import subprocess
+    stranger = {**os.environ, "RAY_AUTH_TOKEN": "0" * 64}
+    asked = [sys.executable, "-c", f"import ray; ray.init({gcs!r}, log_to_driver=False); print('in')"]
+    assert "in" in subprocess.run(asked, capture_output=True, text=True).stdout
+    assert "in" not in subprocess.run(asked, env=stranger, capture_output=True, text=True, timeout=60).stdout
+assert not Path.home().joinpath(".ray").exists()
+"""
+
+
+def test_its_folder_is_short_and_its_token_no_file(tmp_path):
+    """TMPDIR as Slurm has it, and a home that others may read."""
+    folder = tmp_path / ("slurm_jobdir_1355700_" + "x" * 60)
+    folder.mkdir()
+    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+    env |= {"TMPDIR": str(folder), "HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", PRIVATE], cwd=ROOT, env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_without_any_short_folder_one_line_says_what_to_do(monkeypatch):
+    monkeypatch.setenv("TMPDIR", "/" + "x" * 60)
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    monkeypatch.setattr(cluster, "SHORT_FOLDERS", ())
+    with pytest.raises(cluster.ClusterError, match=r"^\$TMPDIR is too long a path for Ray's sockets: set RAY_TMPDIR"):
+        cluster._short_folder()
+    monkeypatch.setenv("RAY_TMPDIR", "/tmp")
+    assert cluster._short_folder() is None
+
+
+@pytest.mark.parametrize("words", ["127.0.0.1:{}", "ray://127.0.0.1:{}", "garbage"])
+def test_cluster_of_the_environment_that_is_gone_is_named(words, stores, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", address := words.format(stores.free_port()))
+    with (
+        pytest.raises(cluster.ClusterError, match=rf"{address}: .*; \$RAY_ADDRESS names it") as info,
+        cluster.connect(),
+    ):
+        pass
+    assert "\n" not in str(info.value)

@@ -1,12 +1,15 @@
 """How images become the model's input: by flags, recorded with the latents, and the same again wherever originals are
 read."""
 
+import errno
 import io
 import json
+import os
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 from PIL import Image
 
 from palindrome.jobs.train import TrainConfig
@@ -167,3 +170,75 @@ def test_train_reads_images_so_too(pngs, tmp_path):
     )
     assert batch.shape == (4, 16, 16, 3)
     assert (batch == (200, 10, 60)).all()
+
+
+@pytest.fixture(scope="module")
+def halves(pngs, corpus, tmp_path_factory):
+    """A JPEG, and half of it with an end marker."""
+    folder = tmp_path_factory.mktemp("halves")
+    data = corpus.encoded(Image.open(io.BytesIO(pngs[1])).convert("RGB").resize((64, 64)), "JPEG", quality=95)
+    (folder / "whole.jpg").write_bytes(data)
+    (folder / "half.jpg").write_bytes(data[: len(data) // 2] + b"\xff\xd9")
+    return folder
+
+
+def test_a_picture_that_lacks_a_part_is_a_reject_unless_it_is_to_be_kept(palindrome, halves, model, tmp_path):
+    for flags, latents in (((), ["whole.jpg"]), (("--truncated", "keep"), ["half.jpg", "whole.jpg"])):
+        out = tmp_path / str(len(latents))
+        command = ["encode", "--images", halves, "--model", model, "--out", out, "--ladder", "0,1,2", *flags]
+        said = palindrome(*command)
+        assert said.code == 0, said.err
+        assert pq.read_table(out / "latents")["image_id"].to_pylist() == latents
+        recorded = json.loads((out / "run.json").read_text())["preprocess"]
+        assert recorded.get("truncated") == ("keep" if flags else None)  # as in runs of earlier versions
+        assert Preprocess(**recorded).truncated == ("keep" if flags else "reject")
+        assert palindrome(*command).code == 0
+    (path,) = (tmp_path / "1" / "rejects").iterdir()
+    (reject,) = pq.read_table(path).to_pylist()
+    assert (reject["image_id"], reject["reason"]) == ("half.jpg", "truncated")
+    assert "premature end of data" in reject["detail"]
+    said = palindrome(*command[:6], tmp_path / "1", *command[7:])
+    assert said.code == 2 and "--truncated" in said.err
+
+
+def test_an_outage_while_inputs_are_looked_at_is_no_wrong_command(palindrome, odd, model, tmp_path, monkeypatch):
+    command = ["encode", "--model", model, "--out", tmp_path / "run", "--ladder", "0,1,2"]
+    assert palindrome(*command, "--images", tmp_path / "none").code == 2
+    listed = os.scandir
+    for number, code in ((errno.ESTALE, 1), (errno.EIO, 1), (errno.EMFILE, 1), (errno.EACCES, 2)):
+
+        def fails(folder, number=number):
+            if str(folder).startswith(str(odd)):
+                raise OSError(number, os.strerror(number), str(folder))
+            return listed(folder)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "scandir", fails)
+            said = palindrome(*command, "--images", odd)
+        assert said.code == code, said.err
+        if code == 1:
+            stat = os.stat
+
+            def unstated(path, *more, number=number, stat=stat, **named):
+                if str(path).startswith(str(odd)):
+                    raise OSError(number, os.strerror(number), str(path))
+                return stat(path, *more, **named)
+
+            with monkeypatch.context() as patched:
+                patched.setattr(os, "stat", unstated)
+                assert [palindrome(*command, "--images", images).code for images in (odd, f"{odd}/*.png")] == [1, 1]
+        assert os.strerror(number) in said.err and "--images" in said.err and len(said.err.splitlines()) == 1
+
+
+def test_an_outage_amid_a_run_is_no_reject(palindrome, odd, model, tmp_path, monkeypatch):
+    command = ["encode", "--images", odd, "--model", model, "--out", tmp_path / "run", "--ladder", "0,1,2"]
+
+    def fails(self, path, *_, **__):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(LocalFileSystem, "cat_file", fails)
+        assert palindrome(*command).code == 1
+    assert not list((tmp_path / "run").glob("rejects/*"))
+    assert palindrome(*command).code == 0
+    assert pq.read_table(tmp_path / "run" / "latents").num_rows == 6

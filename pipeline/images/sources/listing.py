@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from itertools import islice, pairwise, product
 from operator import itemgetter
 from pathlib import Path
@@ -21,7 +22,7 @@ from fsspec.utils import glob_translate
 
 from palindrome.pipeline.base.errors import SourceError
 from palindrome.pipeline.base.log import say
-from palindrome.pipeline.storage.folder import Options, open_fs
+from palindrome.pipeline.storage.folder import Options, is_outage, open_fs
 
 LISTERS = 16  # requests at once
 RANGES = 64  # that a bucket's keys are cut into, at most
@@ -58,10 +59,10 @@ def list_files(uri: str, options: Options, extensions: Sequence[str] = ()) -> It
     root, found = _files(fs, path, uri)
     wanted = tuple("." + extension.lower().lstrip(".") for extension in extensions)
     for file, size, version in _announced(uri, found):
-        name = as_text(file[len(root) :].removeprefix("/"))
+        name = as_text(_utf8(fs, file[len(root) :]).removeprefix("/"))
         hidden = not name or name.endswith("/") or any(part.startswith(".") for part in name.split("/"))
         if not hidden and (not wanted or name.lower().endswith(wanted)):
-            yield Listed(name, as_text(fs.unstrip_protocol(file)), size, version)
+            yield Listed(name, as_text(_utf8(fs, fs.unstrip_protocol(file))), size, version)
 
 
 def in_order(entries: Iterable[Listed]) -> Iterator[Listed]:
@@ -92,8 +93,18 @@ def as_text(name: str) -> str:
     return name.encode("utf-8", "backslashreplace").decode()
 
 
+def _utf8(fs: Any, name: str) -> str:
+    """A name on this machine's disks as it is in UTF-8, whatever the locale says: ids are the same everywhere."""
+    if sys.getfilesystemencoding() == "utf-8" or not isinstance(fs, LocalFileSystem):
+        return name
+    return os.fsencode(name).decode("utf-8", "surrogateescape")
+
+
 def path_of(fs: Any, uri: str) -> str:
-    return re.sub(r"\\udc([89a-f][0-9a-f])", lambda m: chr(0xDC00 + int(m[1], 16)), fs._strip_protocol(uri))
+    path = re.sub(r"\\udc([89a-f][0-9a-f])", lambda m: chr(0xDC00 + int(m[1], 16)), fs._strip_protocol(uri))
+    if sys.getfilesystemencoding() == "utf-8" or not isinstance(fs, LocalFileSystem):
+        return path
+    return os.fsdecode(path.encode("utf-8", "surrogateescape"))
 
 
 def _filesystem(uri: str, options: Options) -> tuple[Any, str]:
@@ -108,9 +119,9 @@ def _filesystem(uri: str, options: Options) -> tuple[Any, str]:
 def _files(fs: Any, path: str, uri: str) -> tuple[str, Iterator[_Found]]:
     """The root below which names begin, and the files."""
     magic = fsspec.core.has_magic(path)
-    if (magic or BRACES.search(path)) and not fs.exists(path):
+    if (magic or BRACES.search(path)) and not _exists(fs, path):
         root = re.split(r"[*?\[{]", path)[0].rpartition("/")[0]
-        if root and not fs.exists(_as_folder(fs, root)):
+        if root and not _exists(fs, _as_folder(fs, root)):
             raise SourceError(f"{uri} does not exist: there is no {root}")
         paths = _expanded(path)
         if magic:
@@ -125,9 +136,32 @@ def _files(fs: Any, path: str, uri: str) -> tuple[str, Iterator[_Found]]:
         info = fs.info(path)
     except (FileNotFoundError, NotADirectoryError):
         raise SourceError(f"{uri} does not exist") from None
-    if info["type"] == "directory":
+    # Some tools leave an empty object with a folder's name beside what is in it.
+    if info["type"] == "directory" or (
+        not info.get("size") and not isinstance(fs, LocalFileSystem) and _below(fs, path)
+    ):
         return path, _walk(fs, path)
     return path.rpartition("/")[0], iter([_found(info, path)])
+
+
+def _exists(fs: Any, path: str) -> bool:
+    """Raises OSError where a disk or a mounted server does not say."""
+    if not isinstance(fs, LocalFileSystem):
+        return bool(fs.exists(path))
+    try:
+        os.stat(path)
+    except (OSError, ValueError) as e:
+        if is_outage(e, fs):
+            raise
+        return False
+    return True
+
+
+def _below(fs: Any, path: str) -> bool:
+    """Whether a store has objects below that name."""
+    with suppress(FileNotFoundError, NotADirectoryError):
+        return any(info["name"].rstrip("/") != path for info in fs.ls(f"{path}/", detail=True))
+    return False
 
 
 def _expanded(path: str) -> list[str]:
@@ -269,7 +303,9 @@ def _walk_local(root: str, depth: int | None) -> Iterator[_Found]:
             for entry in entries:
                 try:
                     about = entry.stat()
-                except OSError:  # a link to nothing, or gone since: it is missing when it is read
+                except OSError as e:  # a link to nothing, or gone since: it is missing when it is read
+                    if is_outage(e, LocalFileSystem()):  # it may be a folder
+                        raise
                     yield _Found(entry.path, 0, "")
                     continue
                 if not entry.is_dir():

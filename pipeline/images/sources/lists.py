@@ -16,8 +16,10 @@ from palindrome.pipeline.images.records import Piece
 from palindrome.pipeline.images.sources.base import TABLES, Collection, RawImage
 from palindrome.pipeline.images.sources.files import read_files
 from palindrome.pipeline.images.sources.listing import Listed, path_of
+from palindrome.pipeline.images.sources.servers import Servers
 from palindrome.pipeline.images.sources.tables import byte_columns, kept_fields, open_parquet
-from palindrome.pipeline.storage.folder import absolute, open_fs
+from palindrome.pipeline.storage.folder import open_fs
+from palindrome.pipeline.storage.uri import absolute, chained, host, is_chain, is_whole, joined, local_path, scheme
 
 COLUMNS = ("uri", "url", "path", "image", "image_uri", "image_url", "image_path", "file", "filename", "file_name")
 LINES = "uri"  # what the only column of a text file is called
@@ -51,14 +53,24 @@ def columns(fs: Any, file: str, uri: str, asked: str | None, keep: Sequence[str]
 def listed(fs: Any, collection: Collection, file: str) -> Iterator[Listed]:
     """An entry a row, named by the URI as it stands there; one without a scheme is below the list's own folder."""
     column, kept = collection.image_column, [field.name for field in collection.kept]
-    folder, outer = absolute(file).rpartition("/")[0], "".join(collection.uri.partition("::")[1:])
+    folder, outer = absolute(file).rpartition("/")[0], ""
+    if is_chain(collection.uri):
+        outer = f"::{chain[0].partition('::')[2]}" if (chain := chained(collection.uri)) else ""
+
+    def _reference(name: str) -> str:
+        if host(file):
+            return joined(file, name)
+        if is_whole(name):
+            return name
+        below = f"{folder}/{name}"  # in a file URI % is written %25: this is a path
+        return below.replace("%", "%25") if scheme(file) == "file" else f"{below}{outer}"
+
     for batch in _batches(fs, file, [pa.field(column, pa.string()), *collection.kept]):
         for row in batch.to_pylist():
             name = (row[column] or "").strip()
             if name:
                 values = json.dumps({field: row[field] for field in kept}) if kept else ""
-                whole = "://" in name or "::" in name or name.startswith("/")
-                yield Listed(name, name if whole else f"{folder}/{name}{outer}", kept=values)
+                yield Listed(name, _reference(name), kept=values)
 
 
 def pieces(listed: Iterator[Listed]) -> Iterator[Piece]:
@@ -76,16 +88,24 @@ def read(collection: Collection, pieces: Sequence[Piece]) -> Iterator[RawImage]:
         return open_fs(of, collection.storage_options)[0]
 
     def place(piece: Piece) -> tuple[Any, str]:
-        if "::" in piece.uri:
-            return open_fs(piece.uri, collection.storage_options)
-        scheme, separator, rest = piece.uri.partition("://")
-        fs = store(f"{scheme}://{rest.split('/')[0]}" if separator else "/")
-        return fs, path_of(fs, piece.uri)
+        uri = piece.uri
+        if inside := chained(uri):
+            return store(inside[0]), inside[1]
+        if is_chain(uri):
+            return open_fs(uri, collection.storage_options)
+        if scheme(uri) in ("", "file"):
+            return store("/"), path_of(store("/"), local_path(uri) if scheme(uri) else uri)
+        protocol, _, rest = uri.partition("://")
+        # A web server is named in the path, and may be one that no URL can name.
+        fs = store(f"{protocol}://" if host(uri) else f"{protocol}://{rest.partition('/')[0]}")
+        return fs, path_of(fs, protocol.lower() + uri[len(protocol) :])
 
-    local = not any("://" in piece.uri.removeprefix("file://") or "::" in piece.uri for piece in pieces)
-    for piece, raw in zip(pieces, read_files(pieces, place, local), strict=True):
+    servers = Servers()
+    local = all(scheme(piece.uri) in ("", "file") and not is_chain(piece.uri) for piece in pieces)
+    for piece, raw in zip(pieces, read_files(pieces, place, local, servers), strict=True):
         raw.kept.update(json.loads(piece.kept) if piece.kept else {})
         yield raw
+    servers.check()
 
 
 def _text_columns(schema: pa.Schema) -> list[str]:

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import aiohttp
+import fsspec
 import pyarrow as pa
 import pytest
 from fsspec.implementations.local import LocalFileSystem
@@ -286,7 +287,16 @@ def test_what_is_an_outage(moto, tmp_path):
     assert is_outage(aiohttp.ServerDisconnectedError(), remote)
     for other in (missing, PermissionError(), ValueError(), StoreError(errno.EACCES, "access is denied", "s3://b/k")):
         assert not is_outage(other, remote)
-    assert not is_outage(OSError(errno.EIO, "bad disk"), local) and not is_outage(TimeoutError(), local)
+    outages = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EAGAIN, errno.EMFILE, errno.ENFILE)
+    for number in (*outages, errno.ENOMEM, errno.EREMOTEIO):
+        assert is_outage(OSError(number, os.strerror(number)), local)
+    for number in outages:  # of the file that holds an archive, say
+        assert is_outage(OSError(number, os.strerror(number)), fsspec.filesystem("memory"))
+    assert is_outage(TimeoutError(), local) and is_outage(MemoryError(), local) and is_outage(MemoryError(), remote)
+    faults = (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
+    for number in faults:
+        assert not is_outage(OSError(number, os.strerror(number)), local)
+    assert not is_outage(OSError("no such thing as a footer"), local)  # pyarrow's of bad bytes have no number
     with pytest.raises(FileNotFoundError) as raised:
         folder(moto).read("none")
     assert not is_outage(raised.value, remote)

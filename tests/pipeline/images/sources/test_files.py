@@ -1,6 +1,8 @@
 """Image files in folders, by globs, on several filesystems: references, and the bytes behind each exactly once."""
 
+import errno
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -14,6 +16,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.local import LocalFileOpener, LocalFileSystem
 
 from palindrome.pipeline.base.errors import StoreError
 from palindrome.pipeline.images.sources import FILES, LIST, PARQUET, WEBDATASET, files, open_collection, read_raw
@@ -203,6 +206,81 @@ def test_wrong_uri_is_refused_by_name(uri, refused):
     assert uri in refused(uri)
 
 
+OUTAGES = (errno.ESTALE, errno.EIO, errno.ETIMEDOUT, errno.ENOTCONN, errno.EAGAIN, errno.EMFILE, errno.ENFILE)
+OF_THE_FILE = (errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR)
+
+
+@pytest.mark.parametrize("kind", [FILES, WEBDATASET, PARQUET])
+def test_outage_of_a_disk_is_nobodys_reject(kind, tmp_path, pngs, tar_of, shards, accounted, fill, monkeypatch):
+    """As of NFS: the file is sound, and its server away, or this process has no handle left."""
+    if kind == FILES:
+        fill(tmp_path, {"a.png": pngs[0]})
+    elif kind == WEBDATASET:
+        fill(tmp_path, {"a.tar": tar_of([("a.png", pngs[0])])})
+    else:
+        pq.write_table(pa.table({"img": pa.array(pngs[:1], pa.binary())}), tmp_path / "a.parquet")
+    collection = open_collection(str(tmp_path))
+    assert collection.kind == kind
+    planned, opened = shards(collection), LocalFileOpener._open
+    for number in (*OUTAGES, errno.ENOMEM, *OF_THE_FILE):
+
+        def fails(self, number=number):
+            if not self.path.startswith(str(tmp_path)):
+                return opened(self)
+            raise OSError(number, os.strerror(number), self.path)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(LocalFileOpener, "_open", fails)
+            if number in OF_THE_FILE:
+                assert {raw.reason for raw in accounted(collection, planned)} == {"unreadable"}
+                continue
+            with pytest.raises(OSError, match=re.escape(os.strerror(number))) as info:
+                accounted(collection, planned)
+            assert info.value.errno == number
+    assert [raw.data for raw in accounted(collection, planned)] == pngs[:1]
+
+
+def test_memory_that_is_short_is_nobodys_reject(tmp_path, pngs, shards, accounted, fill, monkeypatch):
+    fill(tmp_path, {"a.png": pngs[0]})
+    collection = open_collection(str(tmp_path))
+    planned = shards(collection)
+
+    def fails(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(LocalFileSystem, "cat_file", fails)
+    with pytest.raises(MemoryError):
+        accounted(collection, planned)
+
+
+def test_ids_are_the_same_whatever_the_locale(tmp_path, pngs):
+    folder = os.fsencode(tmp_path)
+    for name, content in {"ü 漢.png".encode(): pngs[0], b"\xe9.png": pngs[1]}.items():
+        with open(folder + b"/" + name, "wb") as f:
+            f.write(content)
+    script = """
+import sys
+from palindrome.pipeline.images.records import Shard
+from palindrome.pipeline.images.sources import list_pieces, open_collection, read_raw
+collection = open_collection(sys.argv[1])
+shard = Shard.of(collection.kind, list(list_pieces(collection, 10)))
+print(*(f"{ascii(raw.image_id)} {len(raw.data or b'')}" for raw in read_raw(collection, shard)), shard.name, sep="|")
+print(sys.getfilesystemencoding())
+"""
+    said = {}
+    for utf8 in "01":
+        env = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": utf8}
+        command = [sys.executable, "-c", script, str(tmp_path)]
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+        found, encoding = done.stdout.splitlines()
+        said[encoding] = found
+    assert len(said) == 2 and said["utf-8"].split("|")[:2] == [
+        rf"'\\udce9.png' {len(pngs[1])}",
+        rf"'\xfc \u6f22.png' {len(pngs[0])}",
+    ]
+    assert len(set(said.values())) == 1
+
+
 def test_files_have_no_columns(tmp_path, pngs, fill, refused):
     fill(tmp_path, {"a.png": pngs[0]})
     assert "'label'" in refused(tmp_path, keep=["label"])
@@ -218,6 +296,19 @@ def bucket(moto, pngs):
     uri, fs = moto.bucket(), moto.fs
     fs.pipe({f"{uri}/in/{i:03d}.png": pngs[i] for i in range(100)})
     return uri
+
+
+@pytest.mark.parametrize("key", ["in", "in/", "in/deep/"])
+def test_empty_object_with_the_folders_name_is_not_the_collection(key, bucket, moto, pngs, rows):
+    bucket_name, client = bucket.removeprefix("s3://"), moto.fs
+    client.call_s3("put_object", Bucket=bucket_name, Key=key, Body=b"")
+    found = rows(f"{bucket}/in", storage_options=moto.options)
+    assert [raw.data for raw in found] == pngs[:100]
+
+
+def test_empty_object_with_nothing_below_is_a_file(bucket, moto, rows):
+    moto.fs.call_s3("put_object", Bucket=bucket.removeprefix("s3://"), Key="alone.png", Body=b"")
+    assert [raw.data for raw in rows(f"{bucket}/alone.png", storage_options=moto.options)] == [b""]
 
 
 def test_many_are_read_at_once_in_order_and_few_ahead(bucket, moto, stores, pngs, shards, monkeypatch):

@@ -1,14 +1,18 @@
 """Lists of URIs as text, CSV, TSV and Parquet, the tables written by polars, DuckDB and pyarrow."""
 
+import errno
 import http.server
 import json
 import os
+import re
+import socket
 import subprocess
 import sys
 import threading
 import time
 import urllib.request
 import uuid
+from collections import Counter
 from contextlib import suppress
 
 import duckdb
@@ -17,12 +21,15 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from palindrome.pipeline.base.errors import SourceError
-from palindrome.pipeline.images.sources import FILES, LIST, PARQUET, open_collection, read_raw
+from palindrome.pipeline.base.errors import SourceError, StoreError
+from palindrome.pipeline.images.decode import Preprocess, Rejected, decode
+from palindrome.pipeline.images.sources import FILES, LIST, PARQUET, files, open_collection, read_raw
 from palindrome.pipeline.runs.plan import extend_plan, read_plan, write_plan
+from palindrome.pipeline.storage import folder
 from palindrome.pipeline.storage.folder import Folder
 from palindrome.pipeline.tasks.verify_deep import _only
 
@@ -283,8 +290,8 @@ def web(tmp_path_factory):
 
 
 def test_images_of_a_web_server(web, images, pngs, fill, rows):
-    folder, url = web
-    fill(folder, {"a.png": pngs[1], "d/b c.png": pngs[2], "list.txt": b"a.png\nd/b c.png\nnone.png\n"})
+    site, url = web
+    fill(site, {"a.png": pngs[1], "d/b c.png": pngs[2], "list.txt": b"a.png\nd/b c.png\nnone.png\n"})
     lines = [f"{url}/a.png", f"{url}/none.png", f"{url}/d/b%20c.png", "in/3.png", "https://[bad/x.png"]
     (images / "list.txt").write_text("\n".join(lines))
     found = {raw.image_id: (raw.data, raw.reason) for raw in rows(images / "list.txt", 3)}
@@ -303,11 +310,21 @@ def test_images_of_a_web_server(web, images, pngs, fill, rows):
 
 
 class Answers(http.server.BaseHTTPRequestHandler):
-    """The status that is asked for."""
+    """The status that is asked for, of 200 a picture; a page; or none. `down`: 503 to all."""
+
+    picture, down, asked = b"", False, Counter()
 
     def do_GET(self):
-        self.send_response(int(self.path[1:4]))
+        name = self.path[1:4]
+        self.asked[name] += 1
+        if name == "non":
+            time.sleep(2)
+            return
+        status = 503 if type(self).down else 200 if name == "htm" else int(name)
+        self.send_response(status)
         self.end_headers()
+        if status == 200:
+            self.wfile.write(b"<!DOCTYPE html><html>moved</html>" if name == "htm" else self.picture)
 
     do_HEAD = do_GET
 
@@ -315,21 +332,141 @@ class Answers(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def test_what_a_web_server_refuses_is_a_reject_and_what_fails_is_an_outage(tmp_path, shards, accounted):
+@pytest.fixture
+def answers(pngs, monkeypatch):
+    """The URL of a server of Answers, which are waited for a little."""
+    monkeypatch.setattr(files, "AGAIN", (0.01, 0.01))
+    monkeypatch.setattr(folder, "WEB_WAITS", {"total": 5, "sock_connect": 0.5, "sock_read": 0.5})
+    Answers.picture, Answers.down, Answers.asked = pngs[0], False, Counter()
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}"
-        for status, reason in [(403, "unreadable"), (404, "missing"), (410, "unreadable"), (451, "unreadable")]:
-            (tmp_path / "list.txt").write_text(f"{url}/{status}.png\n")
-            collection = open_collection(f"{tmp_path}/list.txt")
-            (raw,) = accounted(collection, shards(collection))
-            assert (raw.reason, str(status) in raw.detail) == (reason, status != 404)
-        for status in (429, 500, 503):
-            (tmp_path / "list.txt").write_text(f"{url}/{status}.png\n")
-            collection = open_collection(f"{tmp_path}/list.txt")
-            with pytest.raises(Exception, match=str(status)):
-                accounted(collection, shards(collection))
+        yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
+
+
+@pytest.fixture
+def read_list(tmp_path, shards, accounted):
+    def read_list(*lines, size=100):
+        (tmp_path / "list.txt").write_text("\n".join(lines))
+        collection = open_collection(f"{tmp_path}/list.txt")
+        return {raw.image_id: raw for raw in accounted(collection, shards(collection, size))}
+
+    return read_list
+
+
+def test_what_a_web_server_refuses_is_a_reject_and_what_fails_is_an_outage(answers, read_list):
+    for status, reason in [(403, "unreadable"), (404, "missing"), (410, "unreadable"), (451, "unreadable")]:
+        (raw,) = read_list(f"{answers}/{status}.png").values()
+        assert (raw.reason, raw.detail) == (reason, f"HTTP status {status}")
+    for status in (429, 500, 503):
+        with pytest.raises(StoreError, match=f"HTTP status {status}, and no other web server") as info:
+            read_list(f"{answers}/{status}.png")
+        assert info.value.outage
+        assert Answers.asked[str(status)] == 3
+
+
+def test_each_answer_of_a_server_is_said_of_its_image(answers, read_list, pngs):
+    wanted = {"403": "HTTP status 403", "404": "HTTP status 404", "500": "HTTP status 500", "non": "timed out"}
+    found = read_list(*(f"{answers}/{name}" for name in (*wanted, "200", "htm")))
+    for name, words in wanted.items():
+        raw = found[f"{answers}/{name}"]
+        assert (raw.reason, raw.detail) == ("missing" if name == "404" else "unreadable", words)
+    assert found[f"{answers}/200"].data == pngs[0]
+    with pytest.raises(Rejected, match="HTML") as info:
+        decode(found[f"{answers}/htm"].data, Preprocess(32))
+    assert info.value.reason == "not_an_image"
+
+
+def test_a_server_that_is_gone_costs_its_own_images_and_one_wait(answers, read_list, stores, monkeypatch, pngs):
+    """One refuses connections, one answers to none, one is no server at all."""
+    monkeypatch.setattr(files, "READS", 1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        gone = [f"127.0.0.1:{stores.free_port()}", f"127.0.0.1:{silent.getsockname()[1]}", "no-such-host.invalid"]
+        started = time.monotonic()
+        found = read_list(f"{answers}/200", *(f"http://{server}/{i}.png" for server in gone for i in range(30)))
+    assert time.monotonic() - started < 10
+    assert found.pop(f"{answers}/200").data == pngs[0]
+    assert len(found) == 90 and {raw.reason for raw in found.values()} == {"unreadable"}
+    assert {raw.detail for raw in found.values() if gone[1] in raw.image_id} == {"timed out"}
+    refused = {raw.detail for raw in found.values() if gone[0] in raw.image_id}
+    assert len(refused) == 1 and re.search("connect", refused.pop(), re.IGNORECASE)
+
+
+def test_where_every_server_fails_it_is_an_outage(read_list, stores, images, monkeypatch):
+    urls = [f"http://127.0.0.1:{stores.free_port()}/{i}.png" for i in range(3)]
+    with pytest.raises(StoreError, match="no other web server of these images answers") as info:
+        read_list(*urls, "in/0.png")
+    assert info.value.outage
+
+
+def test_a_server_that_stops_amid_a_shard_is_an_outage(answers, read_list, monkeypatch):
+    """At first; the next try finds that it is gone."""
+    monkeypatch.setattr(files, "READS", 1)
+    Answers.down = False
+    first = Answers.do_GET
+
+    def then_down(self):
+        first(self)
+        Answers.down = True
+
+    monkeypatch.setattr(Answers, "do_GET", then_down)
+    with pytest.raises(StoreError, match="503, 5 times in a row"):
+        read_list(*(f"{answers}/200?{i}" for i in range(20)))
+
+
+def test_whatever_is_wrong_with_an_entry_is_said_of_it(read_list, images, pngs):
+    (images / "no.zip").write_bytes(b"PK\3\4 and no more")
+    odd = [
+        "zip://a.png::" + f"{images}/no.zip",
+        "zip://::",
+        "tar://a::b",
+        "reference://a::b",
+        "simplecache::",
+        "http://",
+    ]
+    odd += ["http://:80/", "http://h:port/a.png", "http:///a.png", "https://[::1", "s3://", "git://x", "a\0b.png", "::"]
+    found = read_list("in/0.png", *odd)
+    assert found.pop("in/0.png").data == pngs[0]
+    assert sorted(found) == sorted(odd) and {raw.reason for raw in found.values()} <= {"unreadable", "missing"}
+
+
+def test_two_colons_are_part_of_a_name(images, fill, rows, pngs, web):
+    fill(images, {"in/std::vector.png": pngs[4]})
+    subprocess.run([sys.executable, "-m", "zipfile", "-c", "x.zip", "in"], cwd=images, check=True)
+    site, url = web
+    fill(site, {"std::vector.png": pngs[5]})
+    names = ["in/std::vector.png", f"{images}/in/std::vector.png", f"file://{images}/in/std::vector.png"]
+    names += [f"zip://in/std::vector.png::{images}/x.zip"]
+    (images / "list.txt").write_text("\n".join([*names, f"{url}/std::vector.png"]))
+    assert read(rows(images / "list.txt")) == {**dict.fromkeys(names, pngs[4]), f"{url}/std::vector.png": pngs[5]}
+
+
+def test_file_uris_are_percent_encoded_and_paths_are_not(images, fill, rows, pngs):
+    fill(images, {"a b.png": pngs[0], "a%20b.png": pngs[1], "50%.png": pngs[2], "ü.png": pngs[3]})
+    encoded = [(images / name).as_uri() for name in ("a b.png", "a%20b.png", "50%.png", "ü.png")]
+    plain = ["a b.png", "a%20b.png", "50%.png", "ü.png"]
+    (images / "list.txt").write_text("\n".join([*encoded, *plain]))
+    found = read(rows(images / "list.txt"))
+    for names in (encoded, plain):
+        assert [found[name] for name in names] == pngs[:4]
+
+
+def test_references_in_a_list_on_the_web(web, fill, rows, pngs):
+    site, url = web
+    lines = ["e.png", "../top.png", "/top.png", f"//{url.removeprefix('http://')}/d/e.png", "f%20g.png", "x::y.png"]
+    fill(site, {"top.png": pngs[0], "d/e.png": pngs[1], "d/f g.png": pngs[2], "d/x::y.png": pngs[3]})
+    fill(site, {"d/list.txt": "\n".join(lines).encode()})
+    found = read(rows(f"{url}/d/list.txt"))
+    assert [found[line] for line in lines] == [pngs[1], pngs[0], pngs[0], pngs[1], pngs[2], pngs[3]]
+
+
+def test_outage_of_a_disk_is_no_entrys_reject(images, read_list, monkeypatch):
+    def fails(self, path, *_, **__):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), path)
+
+    monkeypatch.setattr(LocalFileSystem, "cat_file", fails)
+    with pytest.raises(OSError, match="Stale"):
+        read_list("in/0.png")
 
 
 # Plans
