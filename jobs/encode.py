@@ -45,6 +45,7 @@ class EncodeConfig(CollectionOptions, PictureOptions, ReadingConfig):
 
     MUTABLE: ClassVar[frozenset[str]] = ReadingConfig.MUTABLE | {
         *("relist", "retry_rejects", "max_failed_shards", "max_reject_fraction", "stall"),
+        "format",  # what it says is a fact of its own, the collection's kind
     }
 
     model: str

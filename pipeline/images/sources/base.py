@@ -26,6 +26,8 @@ class Collection:
     kept: tuple[pa.Field, ...] = ()
     extensions: tuple[str, ...] = ()
     storage_options: Options = field(default_factory=current_options, repr=False)
+    recognised: bool = False
+    """Whether `kind` is what the first names looked like, and was not said."""
 
 
 @dataclass(frozen=True)

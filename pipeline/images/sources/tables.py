@@ -21,6 +21,14 @@ def columns(fs: Any, first: str, uri: str, asked: str | None, keep: Sequence[str
     return _image_column(schema, asked, uri), kept_fields(schema, keep, uri)
 
 
+def holds_images(fs: Any, uri: str) -> bool:
+    """Whether a table has a column of bytes."""
+    try:
+        return bool(byte_columns(open_parquet(fs, uri).schema_arrow))
+    except SourceError:
+        return False
+
+
 def kept_fields(schema: pa.Schema, keep: Sequence[str], uri: str) -> tuple[pa.Field, ...]:
     for name in keep:
         if name not in schema.names:

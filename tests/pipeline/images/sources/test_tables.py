@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from palindrome.pipeline.base.errors import SourceError
-from palindrome.pipeline.images.sources import PARQUET, list_pieces, open_collection, read_raw
+from palindrome.pipeline.images import sources
+from palindrome.pipeline.images.sources import PARQUET, list_pieces, listing, open_collection, read_raw
 from palindrome.pipeline.runs.schemas import LATENT_COLUMNS
 
 
@@ -59,12 +60,45 @@ def test_a_readme_beside_parquet_files_is_no_image(tmp_path, sample):
     assert [(p.name, p.start, p.stop) for p in list_pieces(collection, 512)] == [("data/train.parquet", 0, 256)]
 
 
-def test_a_table_beside_pictures_is_one_input_more(tmp_path, pngs, sample):
-    (tmp_path / "metadata.parquet").write_bytes(sample.read_bytes())
+def test_a_table_beside_pictures_is_one_input_more(tmp_path, pngs):
+    """One without images, whatever its size, or a small one."""
     (tmp_path / "one.png").write_bytes(pngs[0])
+    pq.write_table(pa.table({"name": [f"{i}.png" for i in range(5000)]}), tmp_path / "metadata.parquet")
     collection = open_collection(str(tmp_path))
     assert collection.kind == "files"
     assert [p.name for p in list_pieces(collection, 512)] == ["metadata.parquet", "one.png"]
+
+
+@pytest.mark.parametrize("banner", ["assets/banner.png", "a.JPG", "z.webp"])
+def test_a_banner_beside_parquet_is_passed_over(banner, tmp_path, sample, pngs, rows, fill, capsys):
+    fill(tmp_path, {"data/train.parquet": sample.read_bytes(), "README.md": b"# x", banner: pngs[0]})
+    assert len(rows(tmp_path)) == 256
+    assert "files beside the parquet: 2" in capsys.readouterr().err
+    assert open_collection(str(tmp_path), kind="files").kind == "files"
+
+
+def test_pictures_and_parquet_in_like_amounts_are_refused(tmp_path, sample, pngs, fill, refused, rows):
+    fill(tmp_path, {"data/train.parquet": sample.read_bytes(), **{f"{i}.png": pngs[i] for i in range(200)}})
+    assert "200 pictures and 1 tables; say which of them are meant: files, parquet" in refused(tmp_path)
+    assert len(rows(tmp_path, kind="parquet")) == 256
+    assert len(rows(tmp_path, image_column="img")) == 256  # pictures have no columns
+    fill(tmp_path, {"more.bmp": b"x" * 20 * sample.stat().st_size})
+    assert open_collection(str(tmp_path)).kind == "files"
+
+
+@pytest.mark.parametrize("last", ["parquet", "pictures"])
+def test_kind_does_not_depend_on_the_order_of_names(last, tmp_path, sample, pngs, fill, refused, monkeypatch):
+    """Where only some of the names are looked at first, all of them are before a piece is planned."""
+    monkeypatch.setattr(sources, "HEADS", 3)
+    content = {"train.parquet": sample.read_bytes(), **{f"{i}.png": pngs[i] for i in range(3)}}
+    fill(tmp_path, content)
+    names = sorted(listing.list_files(str(tmp_path), {}), key=lambda file: file.name.endswith("parquet"))
+    ordered = names if last == "parquet" else names[::-1]
+    monkeypatch.setattr(sources, "list_files", lambda *_: iter(ordered))
+    if last == "parquet":
+        assert "looked like files by the first names listed, and by all like parquet" in refused(tmp_path)
+    else:
+        assert open_collection(str(tmp_path)).kind == PARQUET
 
 
 def test_parquet_in_memory_filesystem(pngs, rows):

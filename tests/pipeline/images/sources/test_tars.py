@@ -461,11 +461,14 @@ def test_output_of_img2dataset_is_recognised(tmp_path, pngs, fill, tar_of, rows)
     assert [raw.data for raw in rows(tmp_path, keep=["json", "txt"])] == pngs[:12]
 
 
-def test_tars_and_pictures_in_one_folder(tmp_path, pngs, fill, tar_of, rows):
-    """Pictures are meant, unless it is said otherwise."""
+def test_tars_and_pictures_in_one_folder(tmp_path, pngs, fill, tar_of, rows, refused):
+    """Either could be meant, unless one of them is nearly all there is."""
     fill(tmp_path, {"a.tar": tar_of([("0.png", pngs[0])]), "b.PNG": pngs[1]})
-    assert open_collection(str(tmp_path)).kind == FILES
+    assert "1 pictures and 1 tars; say which of them are meant: files, webdataset" in refused(tmp_path)
     assert [(raw.image_id, raw.data) for raw in rows(tmp_path, kind=WEBDATASET)] == [("a.tar#0", pngs[0])]
+    assert [raw.image_id for raw in rows(tmp_path, kind=FILES)] == ["a.tar", "b.PNG"]
+    fill(tmp_path, {"a.tar": tar_of([(f"{i}.png", pngs[i]) for i in range(40)])})
+    assert open_collection(str(tmp_path)).kind == WEBDATASET
 
 
 def test_tars_on_another_store_and_in_upper_case(pngs, tar_of, rows):

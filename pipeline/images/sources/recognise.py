@@ -1,0 +1,65 @@
+"""What kind a collection is of: that of the files which hold the data, by their names' endings and their sizes."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from palindrome.pipeline.base.errors import SourceError
+from palindrome.pipeline.images.sources import lists, tables
+from palindrome.pipeline.images.sources.base import FILES, LIST, LISTS, PARQUET, PICTURES, TABLES, TARS, WEBDATASET
+from palindrome.pipeline.images.sources.listing import Listed
+
+ENDINGS = {FILES: PICTURES, WEBDATASET: TARS, PARQUET: TABLES, LIST: LISTS}  # a file's first is its kind
+WORDS = {FILES: "pictures", WEBDATASET: "tars", PARQUET: "tables"}
+BESIDE = (".md", ".rst", ".html", ".json", ".yaml", ".yml", ".py", "license", "readme")  # data, without being any
+MOST = 0.9  # of the bytes: what holds so many of them is the data, and the rest is beside it
+
+
+class Tally:
+    """How many files of each kind, how many bytes they are, and the first of them by name. Others count as None."""
+
+    def __init__(self) -> None:
+        self.files: Counter[str | None] = Counter()
+        self.bytes: Counter[str | None] = Counter()
+        self.first: dict[str | None, Listed] = {}
+        self.beside = 0
+
+    def adding(self, files: Iterable[Listed]) -> Iterator[Listed]:
+        for file in files:
+            self.add(file)
+            yield file
+
+    def add(self, file: Listed) -> None:
+        name = file.name.lower()
+        kind = next((kind for kind, endings in ENDINGS.items() if name.endswith(endings)), None)
+        self.files[kind] += 1
+        self.bytes[kind] += max(file.size, 1)
+        if kind not in self.first or file.name < self.first[kind].name:
+            self.first[kind] = file
+        if kind is None:
+            self.beside += name.endswith(BESIDE)
+
+
+def recognised(fs: Any, found: Tally, uri: str, image_column: str | None) -> str:
+    """The kind. Where files of several kinds could be the data, the one that holds MOST of the bytes. Raises
+    SourceError where none does: a guess would reject images, or leave them out."""
+    sizes = {kind: found.bytes[kind] for kind in WORDS if found.files[kind]}
+    if len(sizes) > 1 and image_column is not None:
+        sizes.pop(FILES, None)  # they have no columns
+    unclear = len(sizes) > 1 and not _is_most(sizes, FILES)
+    if unclear and PARQUET in sizes and not tables.holds_images(fs, found.first[PARQUET].uri):
+        del sizes[PARQUET]  # they describe the others
+    if not sizes:
+        others = found.files.total() - found.files[LIST] - found.beside
+        return LIST if found.files[LIST] and not others else FILES
+    best = max(sizes, key=lambda kind: sizes[kind])
+    if not _is_most(sizes, best):
+        words = " and ".join(f"{found.files[kind]} {WORDS[kind]}" for kind in sizes)
+        raise SourceError(f"{uri} holds {words}; say which of them are meant: {', '.join(sizes)}", "format")
+    if best == PARQUET and lists.is_list(fs, found.first[PARQUET].uri, image_column):
+        return LIST
+    return best
+
+
+def _is_most(sizes: dict[str, int], kind: str) -> bool:
+    return sizes.get(kind, 0) >= MOST * sum(sizes.values())
