@@ -4,16 +4,13 @@ A collection is files in a folder tree or of a glob, Parquet with a column of im
 URIs.
 """
 
-import sys
 from collections.abc import Container, Iterable, Iterator, Sequence
-from functools import cache
 from itertools import chain, islice
 from typing import Any
 
 from fsspec.implementations.local import LocalFileSystem
 
 from palindrome.pipeline.base.errors import SourceError
-from palindrome.pipeline.base.log import say
 from palindrome.pipeline.images.records import Piece, Shard
 from palindrome.pipeline.images.sources import files, lists, tables, tars
 from palindrome.pipeline.images.sources.base import FILES, LIST, PARQUET, TABLES, TARS, WEBDATASET
@@ -21,7 +18,7 @@ from palindrome.pipeline.images.sources.base import FORMATS as FORMATS
 from palindrome.pipeline.images.sources.base import ONE_EACH as ONE_EACH
 from palindrome.pipeline.images.sources.base import Collection as Collection
 from palindrome.pipeline.images.sources.base import RawImage as RawImage
-from palindrome.pipeline.images.sources.listing import Listed, Seen, in_order, list_files, open_store, path_of
+from palindrome.pipeline.images.sources.listing import Listed, Seen, in_order, list_files, open_store, path_of, say_once
 from palindrome.pipeline.images.sources.recognise import Tally, recognised
 from palindrome.pipeline.images.sources.runs import RunFolders
 from palindrome.pipeline.storage.folder import Options, current_options, open_fs
@@ -80,7 +77,7 @@ def list_pieces(collection: Collection, shard_size: int) -> Iterator[Piece]:
     if collection.kind == PARQUET:
         yield from tables.pieces(fs, collection, _with(listed, TABLES), shard_size)
     elif collection.kind == WEBDATASET:
-        yield from tars.pieces(fs, _with(listed, TARS), shard_size)
+        yield from tars.pieces(fs, collection, _with(listed, TARS), shard_size)
     elif collection.kind == LIST:
         entries = lists.listed(fs, collection, _only(listed, collection.uri))
         yield from lists.pieces(in_order(entries))
@@ -105,7 +102,7 @@ def _in_order(fs: Any, collection: Collection) -> Iterator[Listed]:
     else:
         passed = _passed_over(seen, runs)
     if passed:
-        _say_once(f"passed over in {collection.uri}: {passed}")
+        say_once(f"passed over in {collection.uri}: {passed}")
     yield from chain(first, rest)
 
 
@@ -114,12 +111,6 @@ def _check_kind(fs: Any, tally: Tally, collection: Collection) -> None:
     if kind != collection.kind:
         message = f"{collection.uri} looked like {collection.kind} by the first names listed, and by all like {kind}"
         raise SourceError(f"{message}; say which it is", "format")
-
-
-@cache
-def _say_once(message: str) -> None:
-    """A collection is listed several times in a command."""
-    say(message, "listing", stream=sys.stderr)
 
 
 def _passed_over(seen: Seen, runs: RunFolders, tally: Tally | None = None, kind: str = FILES) -> str:

@@ -12,7 +12,8 @@ FORMATS = (FILES, PARQUET, WEBDATASET, LIST)
 ONE_EACH = (FILES, LIST)  # whose pieces are one image; those of the others are rows
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".jp2", ".avif", ".ppm", ".pgm")
 TABLES = (".parquet", ".pq")
-TARS = (".tar", ".tar.gz", ".tgz")
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zstd", ".lz4")
+TARS = (".tar", *(f".tar{ending}" for ending in COMPRESSED), ".tgz", ".tbz", ".tbz2", ".txz", ".tzst")
 LISTS = (".txt", ".csv", ".tsv")
 
 

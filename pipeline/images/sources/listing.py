@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import islice, pairwise, product
 from operator import itemgetter
 from pathlib import Path
@@ -151,6 +152,12 @@ def _read_run(run: Path) -> Iterator[Listed]:
 def as_text(name: str) -> str:
     """A file's name as Arrow can hold it: bytes that are no UTF-8 are written `\\udcXX`, `path_of` reads them back."""
     return name.encode("utf-8", "backslashreplace").decode()
+
+
+@cache
+def say_once(message: str) -> None:
+    """What a listing has to say: a command lists a collection several times."""
+    say(message, "listing", stream=sys.stderr)
 
 
 def path_of(fs: Any, uri: str) -> str:
