@@ -7,14 +7,17 @@ import pyarrow as pa
 
 from palindrome.pipeline.storage.folder import Options, current_options
 
-FILES, PARQUET, WEBDATASET, LIST = "files", "parquet", "webdataset", "list"
-FORMATS = (FILES, PARQUET, WEBDATASET, LIST)
+FILES, PARQUET, ARROW, WEBDATASET, LIST = "files", "parquet", "arrow", "webdataset", "list"
+FORMATS = (FILES, PARQUET, ARROW, WEBDATASET, LIST)
 ONE_EACH = (FILES, LIST)  # whose pieces are one image; those of the others are rows
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".jp2", ".avif", ".ppm", ".pgm")
-TABLES = (".parquet", ".pq")
+PARQUETS = (".parquet", ".pq")
+ARROWS = (".arrow", ".feather", ".ipc")
+TABLES = (*PARQUETS, *ARROWS)
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zstd", ".lz4")
 TARS = (".tar", *(f".tar{ending}" for ending in COMPRESSED), ".tgz", ".tbz", ".tbz2", ".txz", ".tzst")
-LISTS = (".txt", ".csv", ".tsv")
+CSV, JSON, LINES = (".csv", ".tsv"), (".jsonl", ".ndjson"), (".txt",)
+LISTS = (*CSV, *JSON, *LINES)
 
 
 @dataclass(frozen=True)

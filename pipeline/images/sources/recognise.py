@@ -6,23 +6,37 @@ from typing import Any
 
 from palindrome.pipeline.base.errors import SourceError
 from palindrome.pipeline.images.sources import lists, tables
-from palindrome.pipeline.images.sources.base import FILES, LIST, LISTS, PARQUET, PICTURES, TABLES, TARS, WEBDATASET
+from palindrome.pipeline.images.sources.base import (
+    ARROW,
+    ARROWS,
+    FILES,
+    LIST,
+    LISTS,
+    PARQUET,
+    PARQUETS,
+    PICTURES,
+    TARS,
+    WEBDATASET,
+)
 from palindrome.pipeline.images.sources.listing import Listed
+from palindrome.pipeline.images.sources.metadata import METADATA
 
-ENDINGS = {FILES: PICTURES, WEBDATASET: TARS, PARQUET: TABLES, LIST: LISTS}  # a file's first is its kind
-WORDS = {FILES: "pictures", WEBDATASET: "tars", PARQUET: "tables"}
+ENDINGS = {FILES: PICTURES, WEBDATASET: TARS, PARQUET: PARQUETS, ARROW: ARROWS, LIST: LISTS}
+WORDS = {FILES: "pictures", WEBDATASET: "tars", PARQUET: "Parquet files", ARROW: "Arrow files"}
 BESIDE = (".md", ".rst", ".html", ".json", ".yaml", ".yml", ".py", "license", "readme")  # data, without being any
+SOME = 16  # files of a kind that are looked into
 MOST = 0.9  # of the bytes: what holds so many of them is the data, and the rest is beside it
 
 
 class Tally:
-    """How many files of each kind, how many bytes they are, and the first of them by name. Others count as None."""
+    """How many files of each kind, how many bytes they are, and some of them. Others count as None."""
 
     def __init__(self) -> None:
         self.files: Counter[str | None] = Counter()
         self.bytes: Counter[str | None] = Counter()
-        self.first: dict[str | None, Listed] = {}
+        self.some: dict[str | None, list[Listed]] = {}
         self.beside = 0
+        self.described: list[Listed] = []  # files that may describe others
 
     def adding(self, files: Iterable[Listed]) -> Iterator[Listed]:
         for file in files:
@@ -34,8 +48,10 @@ class Tally:
         kind = next((kind for kind, endings in ENDINGS.items() if name.endswith(endings)), None)
         self.files[kind] += 1
         self.bytes[kind] += max(file.size, 1)
-        if kind not in self.first or file.name < self.first[kind].name:
-            self.first[kind] = file
+        if len(some := self.some.setdefault(kind, [])) < SOME:
+            some.append(file)
+        if name.rpartition("/")[2] in METADATA:
+            self.described.append(file)
         if kind is None:
             self.beside += name.endswith(BESIDE)
 
@@ -46,9 +62,10 @@ def recognised(fs: Any, found: Tally, uri: str, image_column: str | None) -> str
     sizes = {kind: found.bytes[kind] for kind in WORDS if found.files[kind]}
     if len(sizes) > 1 and image_column is not None:
         sizes.pop(FILES, None)  # they have no columns
-    unclear = len(sizes) > 1 and not _is_most(sizes, FILES)
-    if unclear and PARQUET in sizes and not tables.holds_images(fs, found.first[PARQUET].uri):
-        del sizes[PARQUET]  # they describe the others
+    for kind in (PARQUET, ARROW):
+        unclear = len(sizes) > 1 and kind in sizes and not _is_most(sizes, FILES)
+        if unclear and not any(tables.holds_images(fs, file.uri) for file in found.some[kind]):
+            del sizes[kind]  # they describe the others
     if not sizes:
         others = found.files.total() - found.files[LIST] - found.beside
         return LIST if found.files[LIST] and not others else FILES
@@ -56,8 +73,9 @@ def recognised(fs: Any, found: Tally, uri: str, image_column: str | None) -> str
     if not _is_most(sizes, best):
         words = " and ".join(f"{found.files[kind]} {WORDS[kind]}" for kind in sizes)
         raise SourceError(f"{uri} holds {words}; say which of them are meant: {', '.join(sizes)}", "format")
-    if best == PARQUET and lists.is_list(fs, found.first[PARQUET].uri, image_column):
-        return LIST
+    if best in (PARQUET, ARROW):
+        files = sorted(file.uri for file in found.some[best])
+        return LIST if lists.is_list(fs, files, uri, image_column) else best
     return best
 
 

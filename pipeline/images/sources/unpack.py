@@ -49,13 +49,14 @@ class _Reads:
     closed = False
 
     def __init__(self, file: Any) -> None:
-        self.file, self.bytes, self.error = file, 0, None
+        self.file, self.bytes = file, 0
+        self.error: OSError | None = None
 
     def read(self, size: int) -> bytes:
         try:
             content = bytes(self.file.read(size))
         except OSError as e:
-            self.error: OSError | None = e
+            self.error = e
             raise
         self.bytes += len(content)
         return content
