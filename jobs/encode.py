@@ -130,7 +130,7 @@ def run(config: EncodeConfig) -> int:
         put_summary(out, summary, failures)
         return _conclude(config, summary, budget.exceeded(len(failures), summary["rejects"], totals.images))
 
-    source = {"uri": uri, "kind": collection.kind, "image_column": collection.image_column}
+    source = {"uri": collection.uri, "kind": collection.kind, "image_column": collection.image_column}
     job = ShardedJob(
         name="encode",
         model=model,

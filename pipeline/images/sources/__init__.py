@@ -15,7 +15,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from palindrome.pipeline.base.errors import SourceError
 from palindrome.pipeline.images.records import Piece, Shard
-from palindrome.pipeline.images.sources import files, lists, metadata, tables, tars
+from palindrome.pipeline.images.sources import files, lists, metadata, tables, tars, zips
 from palindrome.pipeline.images.sources.base import ARROW, FILES, LIST, PARQUET, TARS, WEBDATASET
 from palindrome.pipeline.images.sources.base import FORMATS as FORMATS
 from palindrome.pipeline.images.sources.base import ONE_EACH as ONE_EACH
@@ -50,6 +50,7 @@ def open_collection(
     Raises SourceError.
     """
     options = current_options() if storage_options is None else storage_options
+    uri = zips.inside(uri, options)
     fs, seen = open_store(uri, options)[0], Seen()
     names = list_files(uri, options, extensions, seen)
     runs = RunFolders(fs, seen)
@@ -159,7 +160,8 @@ def _read(fs: Any, collection: Collection, shard: Shard) -> Iterator[RawImage]:
     if shard.kind == LIST:
         yield from lists.read(collection, shard.pieces)
     elif shard.kind == FILES:
-        found = files.read_files(shard.pieces, lambda p: (fs, path_of(fs, p.uri)), isinstance(fs, LocalFileSystem))
+        store = zips.Files(fs) if "zip" in fs.protocol else fs
+        found = files.read_files(shard.pieces, lambda p: (store, path_of(fs, p.uri)), isinstance(fs, LocalFileSystem))
         for piece, raw in zip(shard.pieces, found, strict=True):
             raw.kept.update(json.loads(piece.kept) if piece.kept else {})
             yield raw

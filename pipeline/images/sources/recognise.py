@@ -25,6 +25,7 @@ ENDINGS = {FILES: PICTURES, WEBDATASET: TARS, PARQUET: PARQUETS, ARROW: ARROWS, 
 WORDS = {FILES: "pictures", WEBDATASET: "tars", PARQUET: "Parquet files", ARROW: "Arrow files"}
 BESIDE = (".md", ".rst", ".html", ".json", ".yaml", ".yml", ".py", "license", "readme")  # data, without being any
 SOME = 16  # files of a kind that are looked into
+ZIP = ".zip"
 MOST = 0.9  # of the bytes: what holds so many of them is the data, and the rest is beside it
 
 
@@ -35,7 +36,7 @@ class Tally:
         self.files: Counter[str | None] = Counter()
         self.bytes: Counter[str | None] = Counter()
         self.some: dict[str | None, list[Listed]] = {}
-        self.beside = 0
+        self.beside = self.zips = 0
         self.described: list[Listed] = []  # files that may describe others
 
     def adding(self, files: Iterable[Listed]) -> Iterator[Listed]:
@@ -52,6 +53,7 @@ class Tally:
             some.append(file)
         if name.rpartition("/")[2] in METADATA:
             self.described.append(file)
+        self.zips += name.endswith(ZIP)
         if kind is None:
             self.beside += name.endswith(BESIDE)
 
@@ -67,6 +69,8 @@ def recognised(fs: Any, found: Tally, uri: str, image_column: str | None) -> str
         if unclear and not any(tables.holds_images(fs, file.uri) for file in found.some[kind]):
             del sizes[kind]  # they describe the others
     if not sizes:
+        if found.zips and found.zips + found.beside == found.files.total():
+            raise SourceError(f"{uri} holds {found.zips} ZIP archives; name one of them, it is read like a folder")
         others = found.files.total() - found.files[LIST] - found.beside
         return LIST if found.files[LIST] and not others else FILES
     best = max(sizes, key=lambda kind: sizes[kind])
