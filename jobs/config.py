@@ -243,9 +243,9 @@ class CollectionOptions(Options):
     GROUP: ClassVar[str] = "input"
 
     images: str
-    """The images: a folder, a glob, Parquet files with a column of images, WebDataset tars (`{00000..00099}.tar`), or a
-    text, CSV or Parquet file that lists URIs; a path or an fsspec URI."""
-    format: Literal["auto", "files", "parquet", "webdataset", "list"] = "auto"
+    """The images: a folder, a glob, Parquet or Arrow files with a column of images, WebDataset tars
+    (`{00000..00099}.tar`), or text, CSV, JSON lines or Parquet files that list URIs; a path or an fsspec URI."""
+    format: Literal["auto", "files", "parquet", "arrow", "webdataset", "list"] = "auto"
     """The format of --images; auto recognises it."""
     extensions: tuple[str, ...] = ()
     """Read only files with one of these extensions, such as jpg png."""

@@ -47,6 +47,7 @@ class EncodeConfig(CollectionOptions, PictureOptions, ReadingConfig):
 
     MUTABLE: ClassVar[frozenset[str]] = ReadingConfig.MUTABLE | {
         *("relist", "retry_rejects", "max_failed_shards", "max_reject_fraction", "stall"),
+        "format",  # what it says is a fact of its own, the collection's kind
     }
 
     model: str
@@ -135,7 +136,7 @@ def run(config: EncodeConfig) -> int:
         put_summary(out, summary, failures)
         return _conclude(config, summary, budget.exceeded(len(failures), summary["rejects"], totals.images))
 
-    source = {"uri": uri, "kind": collection.kind, "image_column": collection.image_column}
+    source = {"uri": collection.uri, "kind": collection.kind, "image_column": collection.image_column}
     job = ShardedJob(
         name="encode",
         model=model,

@@ -107,7 +107,7 @@ def run(config: SweepConfig) -> int:
         put_report(out, described, rows, rejects)
         return _conclude(config, rows, rejects)
 
-    source = {"uri": uri, "kind": collection.kind, "image_column": collection.image_column}
+    source = {"uri": collection.uri, "kind": collection.kind, "image_column": collection.image_column}
     job = ShardedJob(
         name="sweep",
         model=model,

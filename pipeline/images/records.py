@@ -29,7 +29,8 @@ class Piece:
 
     `name` is the path below the collection's root, or the URI as a list has it: image ids are made from it. `size`
     (bytes) and `version` (mtime or ETag) tell whether the object is still the one that was listed. Of a tar, `length`
-    bytes from `offset` hold the samples; 0 is all. `kept` is the columns of a list of URIs, as JSON.
+    bytes from `offset` hold the samples; 0 is all. Of an Arrow file, the batch of rows at `offset` (its number, in a
+    stream its first byte) has `length` rows before the piece. `kept` is the columns of a list of URIs, as JSON.
     """
 
     uri: str

@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+import zipfile
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +17,8 @@ FORMS = {
     "folder": (["pictures"], {}),
     "glob": (["pictures/**/*.*"], {}),
     "Parquet": (["table/*.parquet", "--keep", "label"], {"label": int}),
+    "Arrow": (["arrow", "--keep", "label"], {"label": int}),
+    "ZIP": (["x.zip"], {}),
     "WebDataset": (["tars/{0..3}.tar", "--keep", "cls", "__key__"], {"cls": int, "__key__": "{:05d}".format}),
     "list": (["list.csv", "--keep", "label"], {"label": int}),
 }
@@ -29,11 +32,13 @@ def forms(corpus, tmp_path_factory):
     contents = [(root / "pictures" / name).read_bytes() for name in names]
     images = pa.array([{"bytes": content, "path": name} for content, name in zip(contents, names, strict=True)])
     table = pa.table({"image": images, "label": list(range(COUNT))})
-    for below in ("table", "tars"):
+    for below in ("table", "arrow", "tars"):
         (root / below).mkdir()
     for k in range(COUNT // SHARD):
         part = range(k * SHARD, (k + 1) * SHARD)
         pq.write_table(table.slice(part.start, SHARD), root / f"table/{k}.parquet", row_group_size=100)
+        with pa.ipc.new_stream(str(root / f"arrow/data-{k}.arrow"), table.schema) as writer:
+            writer.write_table(table.slice(part.start, SHARD), max_chunksize=100)
         with tarfile.open(root / f"tars/{k}.tar", "w") as tar:
             for i in part:
                 suffix = names[i].rpartition(".")[2]
@@ -41,6 +46,9 @@ def forms(corpus, tmp_path_factory):
                     member = tarfile.TarInfo(f"{i:05d}.{extension}")
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
+    with zipfile.ZipFile(root / "x.zip", "w") as archive:
+        for name, content in zip(names, contents, strict=True):
+            archive.writestr(f"in/{name}", content)
     lines = [f"pictures/{name},{i}\n" for i, name in reversed(list(enumerate(names)))]
     (root / "list.csv").write_text("path,label\n" + "".join(lines))
     return root

@@ -4,24 +4,31 @@ A collection is files in a folder tree or of a glob, Parquet with a column of im
 URIs.
 """
 
+import json
 from collections.abc import Container, Iterable, Iterator, Sequence
-from itertools import islice
+from dataclasses import replace
+from itertools import chain, islice
 from typing import Any
 
+import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 
 from palindrome.pipeline.base.errors import SourceError
 from palindrome.pipeline.images.records import Piece, Shard
-from palindrome.pipeline.images.sources import files, lists, tables, tars
-from palindrome.pipeline.images.sources.base import FILES, LIST, LISTS, PARQUET, PICTURES, TABLES, TARS, WEBDATASET
+from palindrome.pipeline.images.sources import files, lists, metadata, tables, tars, zips
+from palindrome.pipeline.images.sources.base import ARROW, FILES, LIST, PARQUET, TARS, WEBDATASET
 from palindrome.pipeline.images.sources.base import FORMATS as FORMATS
 from palindrome.pipeline.images.sources.base import ONE_EACH as ONE_EACH
 from palindrome.pipeline.images.sources.base import Collection as Collection
 from palindrome.pipeline.images.sources.base import RawImage as RawImage
-from palindrome.pipeline.images.sources.listing import Listed, in_order, list_files, path_of
+from palindrome.pipeline.images.sources.listing import Listed, Seen, in_order, list_files, open_store, path_of, say_once
+from palindrome.pipeline.images.sources.recognise import ENDINGS, Tally, recognised
+from palindrome.pipeline.images.sources.runs import RunFolders
+from palindrome.pipeline.storage import lfs
 from palindrome.pipeline.storage.folder import Options, current_options, open_fs
 
-HEADS = 1000  # names by which a collection is recognised
+TABULAR = (PARQUET, ARROW)
+HEADS = 10_000  # names by which a collection is recognised
 
 
 def open_collection(
@@ -34,97 +41,158 @@ def open_collection(
     extensions: Sequence[str] = (),
     storage_options: Options | None = None,
 ) -> Collection:
-    """Recognises what `uri` is by the first names listed, unless `kind` says it. Where there are no pictures among
-    them: WebDataset tars, Parquet (a README beside either is passed over), or one text, CSV or Parquet file that lists
-    URIs. Else image files, every one of which is an input; `extensions` narrows them.
+    """Recognises what `uri` is, unless `kind` says it, by the names and sizes of the files listed first: the kind of
+    those that hold the data. Of image files every one is an input; `extensions` narrows them. What is beside tars and
+    Parquet is passed over.
 
     `image_column` names the column of images or URIs, or the extension of a tar's members; else it is found. `keep`
     names further columns, or a tar's other members; none of the `reserved` names, which the run's rows have already.
     Raises SourceError.
     """
     options = current_options() if storage_options is None else storage_options
-    names = list_files(uri, options, extensions)
-    heads = sorted(islice(names, HEADS))
+    uri = zips.inside(uri, options)
+    fs, seen = open_store(uri, options)[0], Seen()
+    names = list_files(uri, options, extensions, seen)
+    runs = RunFolders(fs, seen)
+    heads = sorted(runs.without(list(islice(names, HEADS))))
     if not heads:
-        raise SourceError(f"{uri} holds no files" + (f" that end in {', '.join(extensions)}" if extensions else ""))
+        ending = f" that end in {', '.join(extensions)}" if extensions else ""
+        raise SourceError(f"{uri} holds no files{ending}" + _in_brackets(_passed_over(seen, runs)))
     for name in keep:
         if name in reserved:
             raise SourceError(f"column {name!r} has the name of a column that every latent row has", "keep")
-    fs, _ = open_fs(uri, options)
-    found = kind or _recognised(fs, heads, image_column)
-    if found == FILES and (keep or image_column):
-        column, setting = (keep[0], "keep") if keep else (image_column, "image_column")
-        raise SourceError(f"column {column!r} is asked for, and {uri} holds files, without columns", setting)
+    found = kind or recognised(fs, _tally(heads), uri, image_column)
     column, kept = image_column, ()
-    if found == PARQUET:
-        column, kept = tables.columns(fs, _some(heads, names, TABLES, uri)[0], uri, image_column, keep)
+    every = chain(heads, runs.without(names))
+    if found == FILES:
+        kept = _described(fs, every, uri, image_column, keep)
+    elif found in TABULAR:
+        column, kept = tables.columns(fs, _some(every, found, uri), uri, image_column, keep)
     elif found == WEBDATASET:
-        column, kept = tars.columns(fs, _some(heads, names, TARS, uri), uri, image_column, keep)
+        column, kept = tars.columns(fs, _some(every, found, uri), uri, image_column, keep)
     elif found == LIST:
-        column, kept = lists.columns(fs, _only(heads, uri), uri, image_column, keep)
-    return Collection(uri, found, column, kept, tuple(extensions), options)
+        files = [file.uri for file in lists.chosen(sorted(every), uri)]
+        column, kept = lists.columns(fs, files, uri, image_column, keep)
+    return Collection(uri, found, column, kept, tuple(extensions), options, kind is None)
 
 
 def list_pieces(collection: Collection, shard_size: int) -> Iterator[Piece]:
     """The collection as pieces of at most `shard_size` images, in the order of their names."""
     fs, _ = open_fs(collection.uri, collection.storage_options)
-    if collection.kind == LIST:
-        file = _only(list_files(collection.uri, collection.storage_options), collection.uri)
-        listed = lists.listed(fs, collection, file)
-    else:
-        listed = list_files(collection.uri, collection.storage_options, collection.extensions)
-    if collection.kind == PARQUET:
-        yield from tables.pieces(fs, collection, _with(in_order(listed), TABLES), shard_size)
+    tally = Tally()
+    listed = _in_order(fs, collection, tally)
+    if collection.kind in TABULAR:
+        yield from tables.pieces(fs, collection, _with(listed, ENDINGS[collection.kind]), shard_size)
     elif collection.kind == WEBDATASET:
-        yield from tars.pieces(fs, _with(in_order(listed), TARS), shard_size)
+        yield from tars.pieces(fs, collection, _with(listed, TARS), shard_size)
     elif collection.kind == LIST:
-        yield from lists.pieces(in_order(listed))
+        files = lists.chosen(list(listed), collection.uri)
+        entries = chain.from_iterable(lists.listed(fs, collection, file.uri) for file in files)
+        yield from lists.pieces(in_order(entries))
     else:
-        yield from (Piece(file.uri, file.name, file.size, file.version) for file in in_order(listed))
+        first = list(islice(listed, 1))  # by now all are listed
+        inputs: Iterator[Listed] = chain(first, listed)
+        if files := metadata.of_pictures(fs, tally.described if tally.files[FILES] else []):
+            say_once(f"passed over in {collection.uri}: files of metadata: {len(files)}")
+            inputs = metadata.described(fs, collection, files, inputs)
+        yield from (Piece(f.uri, f.name, f.size, f.version, kept=f.kept if collection.kept else "") for f in inputs)
+
+
+def _in_order(fs: Any, collection: Collection, tally: Tally) -> Iterator[Listed]:
+    """The collection's files by name. Before the first of them comes, all are listed: what is passed over is said then,
+    and a collection that was recognised by its first names is looked at as a whole."""
+    seen = Seen()
+    listed = list_files(collection.uri, collection.storage_options, collection.extensions, seen)
+    files = in_order(tally.adding(listed))
+    first = list(islice(files, 1))
+    runs = RunFolders(fs, seen)
+    rest = runs.without(chain(first, files))
+    first = list(islice(rest, 1))
+    if not runs.names:  # else it counts what is in them, too
+        if collection.recognised:
+            _check_kind(fs, tally, collection)
+        passed = _passed_over(seen, runs, tally, collection.kind)
+    else:
+        passed = _passed_over(seen, runs)
+    if passed:
+        say_once(f"passed over in {collection.uri}: {passed}")
+    yield from chain(first, rest)
+
+
+def _check_kind(fs: Any, tally: Tally, collection: Collection) -> None:
+    kind = recognised(fs, tally, collection.uri, collection.image_column)
+    if kind != collection.kind:
+        message = f"{collection.uri} looked like {collection.kind} by the first names listed, and by all like {kind}"
+        raise SourceError(f"{message}; say which it is", "format")
+
+
+def _passed_over(seen: Seen, runs: RunFolders, tally: Tally | None = None, kind: str = FILES) -> str:
+    """What of a listing is no input, in words."""
+    counts = {"names that begin with . or _": seen.hidden, "folders of runs": len(runs.names)}
+    if tally is not None and kind != FILES:
+        of_kind = tally.files[kind] if kind != LIST else sum(tally.files[k] for k in (LIST, *TABULAR))
+        counts[f"files beside the {kind}"] = tally.files.total() - of_kind
+    return ", ".join(f"{words}: {count}" for words, count in counts.items() if count)
+
+
+def _in_brackets(words: str) -> str:
+    return f" (passed over: {words})" if words else ""
+
+
+def _tally(files: Iterable[Listed]) -> Tally:
+    tally = Tally()
+    for file in files:
+        tally.add(file)
+    return tally
 
 
 def read_raw(collection: Collection, shard: Shard) -> Iterator[RawImage]:
     """The shard's inputs, one for each that the plan lists, in its order. Raises OSError where a store is out of order;
     what is wrong with an input is said of that input."""
     fs, _ = open_fs(collection.uri, collection.storage_options)
+    for raw in _read(fs, collection, shard):
+        if raw.data is not None and lfs.is_pointer(raw.data):
+            raw = replace(raw, data=None, reason="not_an_image", detail=lfs.WORDS)
+        yield raw
+
+
+def _read(fs: Any, collection: Collection, shard: Shard) -> Iterator[RawImage]:
     if shard.kind == LIST:
         yield from lists.read(collection, shard.pieces)
     elif shard.kind == FILES:
-        yield from files.read_files(shard.pieces, lambda p: (fs, path_of(fs, p.uri)), isinstance(fs, LocalFileSystem))
+        store = zips.Files(fs) if "zip" in fs.protocol else fs
+        found = files.read_files(shard.pieces, lambda p: (store, path_of(fs, p.uri)), isinstance(fs, LocalFileSystem))
+        for piece, raw in zip(shard.pieces, found, strict=True):
+            raw.kept.update(json.loads(piece.kept) if piece.kept else {})
+            yield raw
     else:
-        read = tables.read if shard.kind == PARQUET else tars.read
+        read = tables.read if shard.kind in TABULAR else tars.read
         for piece in shard.pieces:
             yield from read(fs, piece, collection)
 
 
-def _recognised(fs: Any, heads: Sequence[Listed], image_column: str | None) -> str:
-    def there(endings: tuple[str, ...]) -> list[Listed]:
-        return [file for file in heads if file.name.lower().endswith(endings)]
-
-    if there(PICTURES):
-        return FILES
-    if there(TARS):
-        return WEBDATASET
-    if tables_there := there(TABLES):
-        of_uris = len(heads) == 1 and lists.is_list(fs, tables_there[0].uri, image_column)
-        return LIST if of_uris else PARQUET
-    return LIST if len(heads) == 1 and there(LISTS) else FILES
-
-
-def _only(listed: Iterable[Listed], uri: str) -> str:
-    first, *others = islice(listed, 2)
-    if others:
-        raise SourceError(f"{uri} is several files, and a list of URIs is one")
-    return first.uri
+def _described(
+    fs: Any, files: Iterable[Listed], uri: str, image_column: str | None, keep: Sequence[str]
+) -> tuple[pa.Field, ...]:
+    """The fields to keep of what stands beside pictures."""
+    found = metadata.of_pictures(fs, _tally(files).described) if keep and not image_column else []
+    if found:
+        return metadata.columns(fs, found, uri, keep)
+    if keep or image_column:
+        column, setting = (keep[0], "keep") if keep else (image_column, "image_column")
+        words = f"{uri} holds files, without columns: there is no {' or '.join(metadata.METADATA)}"
+        raise SourceError(f"column {column!r} is asked for, and {words} with a column file_name", setting)
+    return ()
 
 
-def _some(heads: Iterable[Listed], others: Iterator[Listed], endings: tuple[str, ...], uri: str) -> list[str]:
-    """Those of the heads that end so, or the first of the others."""
-    found = list(_with(heads, endings)) or list(islice(_with(others, endings), 1))
-    if not found:
-        raise SourceError(f"{uri} has no file that ends in {' or '.join(endings)}", "format")
-    return [file.uri for file in found]
+def _some(files: Iterable[Listed], kind: str, uri: str) -> Iterator[str]:
+    """The files of a kind. Raises SourceError where there is none."""
+    found = _with(files, ENDINGS[kind])
+    first = next(found, None)
+    if first is None:
+        raise SourceError(f"{uri} has no file that ends in {' or '.join(ENDINGS[kind])}", "format")
+    return (file.uri for file in chain([first], found))
 
 
-def _with(listed: Any, endings: tuple[str, ...]) -> Iterator[Listed]:
+def _with(listed: Iterable[Listed], endings: tuple[str, ...]) -> Iterator[Listed]:
     return (file for file in listed if file.name.lower().endswith(endings))

@@ -7,13 +7,17 @@ import pyarrow as pa
 
 from palindrome.pipeline.storage.folder import Options, current_options
 
-FILES, PARQUET, WEBDATASET, LIST = "files", "parquet", "webdataset", "list"
-FORMATS = (FILES, PARQUET, WEBDATASET, LIST)
+FILES, PARQUET, ARROW, WEBDATASET, LIST = "files", "parquet", "arrow", "webdataset", "list"
+FORMATS = (FILES, PARQUET, ARROW, WEBDATASET, LIST)
 ONE_EACH = (FILES, LIST)  # whose pieces are one image; those of the others are rows
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".jp2", ".avif", ".ppm", ".pgm")
-TABLES = (".parquet", ".pq")
-TARS = (".tar", ".tar.gz", ".tgz")
-LISTS = (".txt", ".csv", ".tsv")
+PARQUETS = (".parquet", ".pq")
+ARROWS = (".arrow", ".feather", ".ipc")
+TABLES = (*PARQUETS, *ARROWS)
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zstd", ".lz4")
+TARS = (".tar", *(f".tar{ending}" for ending in COMPRESSED), ".tgz", ".tbz", ".tbz2", ".txz", ".tzst")
+CSV, JSON, LINES = (".csv", ".tsv"), (".jsonl", ".ndjson"), (".txt",)
+LISTS = (*CSV, *JSON, *LINES)
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,8 @@ class Collection:
     kept: tuple[pa.Field, ...] = ()
     extensions: tuple[str, ...] = ()
     storage_options: Options = field(default_factory=current_options, repr=False)
+    recognised: bool = False
+    """Whether `kind` is what the first names looked like, and was not said."""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cache
 from itertools import islice, pairwise, product
 from operator import itemgetter
 from pathlib import Path
@@ -22,12 +24,15 @@ from fsspec.utils import glob_translate
 
 from palindrome.pipeline.base.errors import SourceError
 from palindrome.pipeline.base.log import say
+from palindrome.pipeline.images.sources.base import PICTURES
 from palindrome.pipeline.storage.folder import Options, is_outage, open_fs
 
 LISTERS = 16  # requests at once
 RANGES = 64  # that a bucket's keys are cut into, at most
 SPLITTING = 10  # pages of folders read to cut them
 IN_MEMORY = 200_000  # entries; more are sorted on disk
+SCRATCH = frozenset(["_temporary", "_tmp", "__MACOSX"])  # folders of half-written files, and of what is no file
+RUN_FILE = "run.json"  # in the folder of a run
 EVERY = 10.0  # seconds between lines that say how far a listing is
 BRACES = re.compile(r"\{(\d+\.\.\d+|[^{}]*,[^{}]*)\}")
 
@@ -43,26 +48,88 @@ class Listed(NamedTuple):
     kept: str = ""
 
 
+@dataclass
+class Seen:
+    """What a listing met that is no input: how many names are passed over, of files and of folders that are not
+    entered; and each `run.json`, the folder of which may be a run's."""
+
+    hidden: int = 0
+    runs: list[Listed] = field(default_factory=list)
+
+
 class _Found(NamedTuple):
     path: str
     size: int
     version: str
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """What a URI asks for of the files below its root."""
+
+    matches: Callable[[str], object] = lambda file: True
+    underscores: bool = False  # a part of it begins with one
+    by_name: bool = False  # it is one file
+    folders: tuple[str, ...] = ()  # that it names
+
+    def may_be_run(self, file: str) -> bool:
+        """Whether a `run.json` is below what was named: who names a run's folder wants its files."""
+        return not self.by_name and file.rpartition("/")[0] not in self.folders
+
+
 Step = Callable[[], "tuple[Iterable[_Found], list[Step]]"]  # of a listing: files, and what is to be listed next
 
 
-def list_files(uri: str, options: Options, extensions: Sequence[str] = ()) -> Iterator[Listed]:
-    """The files of a folder, of a glob, of `{00..99}` and `{a,b}`, or one file; hidden ones are left out. In no order.
-    Only those with one of the `extensions`, where there are some. Raises SourceError where nothing is there."""
-    fs, path = _filesystem(uri, options)
-    root, found = _files(fs, path, uri)
-    wanted = tuple("." + extension.lower().lstrip(".") for extension in extensions)
+def list_files(
+    uri: str, options: Options, extensions: Sequence[str] = (), seen: Seen | None = None
+) -> Iterator[Listed]:
+    """The files of a folder, of a glob, of `{00..99}` and `{a,b}`, or one file, but for those that `is_passed_over`; in
+    no order. Only those with one of the `extensions`, where there are some. What is passed over is counted in `seen`,
+    and the run folders below the root are noted there. Raises SourceError where nothing is there."""
+    fs, path = open_store(uri, options)
+    root, found, asked = _files(fs, path, uri)
+    wanted = endings(extensions)
+    seen = seen if seen is not None else Seen()
     for file, size, version in _announced(uri, found):
-        name = as_text(_utf8(fs, file[len(root) :]).removeprefix("/"))
-        hidden = not name or name.endswith("/") or any(part.startswith(".") for part in name.split("/"))
-        if not hidden and (not wanted or name.lower().endswith(wanted)):
-            yield Listed(name, as_text(_utf8(fs, fs.unstrip_protocol(file))), size, version)
+        if file.endswith(f"/{RUN_FILE}") and asked.may_be_run(file):
+            seen.runs.append(Listed(_below(fs, root, file), _uri(fs, file), size, version))
+        if not asked.matches(file):
+            continue
+        name = _below(fs, root, file)
+        if not name or name.endswith("/"):  # some stores keep an object without a name for a folder
+            continue
+        if not asked.by_name and is_passed_over(name, asked.underscores, wanted or PICTURES):
+            seen.hidden += 1
+        elif not wanted or name.lower().endswith(wanted):
+            yield Listed(name, _uri(fs, file), size, version)
+
+
+def endings(extensions: Sequence[str]) -> tuple[str, ...]:
+    """`jpg` and `.JPG` as names end, in lower case."""
+    return tuple("." + extension.lower().lstrip(".") for extension in extensions)
+
+
+def is_passed_over(name: str, underscores: bool = False, pictures: tuple[str, ...] = PICTURES) -> bool:
+    """Whether a path below the root is no input: a part of it begins with `.`; or with `_`, as what Spark, Hadoop,
+    Delta and img2dataset leave beside data, unless it is a picture's (`_DSC0001.jpg`) outside of `SCRATCH`, or a
+    partition's (`_year=2024`). Where `underscores` were asked for, `_` is a letter."""
+    if "/." in name or name.startswith("."):
+        return True
+    if underscores or not ("/_" in name or name.startswith("_")):
+        return False
+    parts = name.split("/")
+    if not SCRATCH.isdisjoint(parts):
+        return True
+    return any(part.startswith("_") and "=" not in part for part in parts) and not name.lower().endswith(pictures)
+
+
+def _below(fs: Any, root: str, file: str) -> str:
+    """A file's name below the root."""
+    return as_text(_utf8(fs, file[len(root) :]).removeprefix("/"))
+
+
+def _uri(fs: Any, file: str) -> str:
+    return as_text(_utf8(fs, fs.unstrip_protocol(file)))
 
 
 def in_order(entries: Iterable[Listed]) -> Iterator[Listed]:
@@ -100,6 +167,12 @@ def _utf8(fs: Any, name: str) -> str:
     return os.fsencode(name).decode("utf-8", "surrogateescape")
 
 
+@cache
+def say_once(message: str) -> None:
+    """What a listing has to say: a command lists a collection several times."""
+    say(message, "listing", stream=sys.stderr)
+
+
 def path_of(fs: Any, uri: str) -> str:
     path = re.sub(r"\\udc([89a-f][0-9a-f])", lambda m: chr(0xDC00 + int(m[1], 16)), fs._strip_protocol(uri))
     if sys.getfilesystemencoding() == "utf-8" or not isinstance(fs, LocalFileSystem):
@@ -107,7 +180,7 @@ def path_of(fs: Any, uri: str) -> str:
     return os.fsdecode(path.encode("utf-8", "surrogateescape"))
 
 
-def _filesystem(uri: str, options: Options) -> tuple[Any, str]:
+def open_store(uri: str, options: Options) -> tuple[Any, str]:
     """The store and the path on it. Pieces are opened on the collection's own: `::` in a file's name is no chain."""
     try:
         fs, path = open_fs(uri, options)
@@ -116,32 +189,32 @@ def _filesystem(uri: str, options: Options) -> tuple[Any, str]:
     return fs, path.rstrip("/")
 
 
-def _files(fs: Any, path: str, uri: str) -> tuple[str, Iterator[_Found]]:
-    """The root below which names begin, and the files."""
+def _files(fs: Any, path: str, uri: str) -> tuple[str, Iterator[_Found], _Asked]:
+    """The root below which names begin, the files there, and which of them are meant."""
     magic = fsspec.core.has_magic(path)
     if (magic or BRACES.search(path)) and not _exists(fs, path):
         root = re.split(r"[*?\[{]", path)[0].rpartition("/")[0]
         if root and not _exists(fs, _as_folder(fs, root)):
             raise SourceError(f"{uri} does not exist: there is no {root}")
         paths = _expanded(path)
+        underscores = any("/_" in expanded[len(root) :] for expanded in paths)
         if magic:
             try:
                 matches = re.compile("|".join(map(glob_translate, paths))).match
             except ValueError as e:
                 raise SourceError(f"{uri} is no glob: {e}") from e
             depth = None if "**" in path else path[len(root) :].strip("/").count("/")
-            return root, (found for found in _walk(fs, root, depth) if matches(found.path))
-        return root, _named(fs, paths, uri)
+            return root, _walk(fs, root, depth), _Asked(matches, underscores, folders=(root,))
+        return root, _named(fs, paths, uri), _Asked(underscores=underscores, folders=(root, *paths))
     try:
         info = fs.info(path)
     except (FileNotFoundError, NotADirectoryError):
         raise SourceError(f"{uri} does not exist") from None
     # Some tools leave an empty object with a folder's name beside what is in it.
-    if info["type"] == "directory" or (
-        not info.get("size") and not isinstance(fs, LocalFileSystem) and _below(fs, path)
-    ):
-        return path, _walk(fs, path)
-    return path.rpartition("/")[0], iter([_found(info, path)])
+    empty = not info.get("size") and not isinstance(fs, LocalFileSystem)
+    if info["type"] == "directory" or (empty and _is_prefix(fs, path)):
+        return path, _walk(fs, path), _Asked(folders=(path,))
+    return path.rpartition("/")[0], iter([_found(info, path)]), _Asked(by_name=True)
 
 
 def _exists(fs: Any, path: str) -> bool:
@@ -157,7 +230,7 @@ def _exists(fs: Any, path: str) -> bool:
     return True
 
 
-def _below(fs: Any, path: str) -> bool:
+def _is_prefix(fs: Any, path: str) -> bool:
     """Whether a store has objects below that name."""
     with suppress(FileNotFoundError, NotADirectoryError):
         return any(info["name"].rstrip("/") != path for info in fs.ls(f"{path}/", detail=True))
@@ -239,13 +312,13 @@ def _explore(first: Step) -> Iterator[_Found]:
 def _list_folder(fs: Any, folder: str, depth: int | None) -> tuple[Iterable[_Found], list[Step]]:
     infos = fs.ls(folder, detail=True)
     files = [_found(info, info["name"]) for info in infos if info["type"] != "directory"]
+    names = {info["name"].rstrip("/") for info in infos if info["type"] == "directory"} - {folder.rstrip("/")}
+    closed = {name for name in names if _is_closed(name)}
+    files += [_Found(name, 0, "") for name in closed]
     if depth == 0:
         return files, []
-    names = {
-        info["name"] for info in infos if info["type"] == "directory" and info["name"].rstrip("/") != folder.rstrip("/")
-    }
     deeper = None if depth is None else depth - 1
-    return files, [_step(_list_folder, fs, name, deeper) for name in names if not _is_hidden(name.rstrip("/"))]
+    return files, [_step(_list_folder, fs, _as_folder(fs, name), deeper) for name in names - closed]
 
 
 def _split_bucket(fs: Any, bucket: str, prefix: str) -> tuple[Iterable[_Found], list[Step]]:
@@ -288,8 +361,10 @@ def _step(function: Callable[..., Any], *arguments: Any) -> Step:
     return lambda: function(*arguments)
 
 
-def _is_hidden(path: str) -> bool:
-    return path.rpartition("/")[2].startswith(".")
+def _is_closed(folder: str) -> bool:
+    """Whether nothing in it is an input: it is listed in place of what it holds."""
+    name = folder.rpartition("/")[2]
+    return name.startswith(".") or name in SCRATCH
 
 
 def _walk_local(root: str, depth: int | None) -> Iterator[_Found]:
@@ -310,7 +385,9 @@ def _walk_local(root: str, depth: int | None) -> Iterator[_Found]:
                     continue
                 if not entry.is_dir():
                     yield _Found(entry.path, about.st_size, str(about.st_mtime))
-                elif left != 0 and not _is_hidden(entry.path) and (about.st_dev, about.st_ino) not in here:
+                elif _is_closed(entry.path):
+                    yield _Found(entry.path, 0, "")
+                elif left != 0 and (about.st_dev, about.st_ino) not in here:
                     pending.append((entry.path, None if left is None else left - 1, here))
 
 

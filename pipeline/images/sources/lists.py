@@ -1,53 +1,92 @@
-"""A file that lists URIs of images: text, one a line; CSV or TSV with a header; or Parquet with a column of URIs."""
+"""Files that list URIs of images: text, one a line; CSV or TSV with a header; JSON lines; or tables with a column of
+URIs."""
 
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, reduce
 from itertools import islice
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.csv
+import pyarrow.json
 
 from palindrome.pipeline.base.errors import SourceError
 from palindrome.pipeline.images.records import Piece
-from palindrome.pipeline.images.sources.base import TABLES, Collection, RawImage
+from palindrome.pipeline.images.sources.base import CSV, JSON, LINES, TABLES, Collection, RawImage
+from palindrome.pipeline.images.sources.columns import can_be_read_as, is_text, same_or_wider
 from palindrome.pipeline.images.sources.files import read_files
 from palindrome.pipeline.images.sources.listing import Listed, path_of
 from palindrome.pipeline.images.sources.servers import Servers
-from palindrome.pipeline.images.sources.tables import byte_columns, kept_fields, open_parquet
+from palindrome.pipeline.images.sources.tables import byte_columns, first_schema, kept_fields, open_table
+from palindrome.pipeline.storage import lfs
 from palindrome.pipeline.storage.folder import open_fs
 from palindrome.pipeline.storage.uri import absolute, chained, host, is_chain, is_whole, joined, local_path, scheme
 
 COLUMNS = ("uri", "url", "path", "image", "image_uri", "image_url", "image_path", "file", "filename", "file_name")
-LINES = "uri"  # what the only column of a text file is called
-CSV = (".csv", ".tsv")
-BLOCK = 8 << 20  # bytes of CSV read at once: no row is longer
+LINE = "uri"  # what the only column of a text file is called
+BLOCK = 8 << 20  # bytes of CSV or JSON read at once: no row is longer
 
 
-def is_list(fs: Any, uri: str, image_column: str | None) -> bool:
-    """Whether a Parquet file lists URIs in place of holding images."""
-    schema = open_parquet(fs, uri).schema_arrow
+def is_list(fs: Any, files: Sequence[str], uri: str, image_column: str | None) -> bool:
+    """Whether tables list URIs in place of holding images."""
+    schema = first_schema(fs, files, uri, [image_column] if image_column else [])
     found = set(_text_columns(schema))
-    return image_column in found if image_column else not byte_columns(schema) and bool(found & set(COLUMNS))
+    return image_column in found if image_column else not byte_columns(schema) and _uri_column(found) is not None
 
 
-def columns(fs: Any, file: str, uri: str, asked: str | None, keep: Sequence[str]) -> tuple[str, tuple[pa.Field, ...]]:
+def chosen(files: Sequence[Listed], uri: str) -> list[Listed]:
+    """Those of a folder that are its lists, all of one kind; text is none where there is another: it describes that."""
+    if len(files) == 1:
+        return list(files)
+    groups = [[file for file in files if file.name.lower().endswith(kind)] for kind in (TABLES, CSV, JSON, LINES)]
+    found = [group for group in groups[:-1] if group] or [group for group in groups[-1:] if group]
+    if len(found) != 1:
+        what = (
+            "lists of several kinds"
+            if found
+            else "no list: its files end in none of " + ", ".join((*TABLES, *CSV, *JSON, *LINES))
+        )
+        raise SourceError(f"{uri} holds {what}" + ("; name those that are meant by a glob" if found else ""))
+    return found[0]
+
+
+def _uri_column(texts: Iterable[str]) -> str | None:
+    """Case does not matter: LAION's is `URL`."""
+    by_name = {name.lower(): name for name in texts}
+    return next((by_name[name] for name in COLUMNS if name in by_name), None)
+
+
+def columns(
+    fs: Any, files: Sequence[str], uri: str, asked: str | None, keep: Sequence[str]
+) -> tuple[str, tuple[pa.Field, ...]]:
     """The column of URIs and the fields to keep."""
-    schema = _schema(fs, file, asked, keep)
+    schema = _common_schema(fs, files, uri, asked, keep)
     texts = _text_columns(schema)
-    column = asked or next((name for name in COLUMNS if name in texts), None)
+    column = asked if asked is not None else _uri_column(texts)
     if column not in texts:
         what = f"column {asked!r} of texts" if asked else f"column of URIs (one of {', '.join(COLUMNS)})"
         raise SourceError(f"{uri} has no {what}; it has {', '.join(schema.names)}", "image_column")
-    kept = kept_fields(schema, keep, uri)
+    return column, simple_fields(schema, keep, uri)
+
+
+def simple_fields(schema: pa.Schema, keep: Sequence[str], uri: str) -> tuple[pa.Field, ...]:
+    """The fields to keep, which go through JSON."""
+    kept = tuple(field.with_type(_simple_type(field.type)) for field in kept_fields(schema, keep, uri))
     for field in kept:
-        simple = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_string)
-        if not any(is_simple(field.type) for is_simple in (*simple, pa.types.is_large_string)):
+        simple = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, is_text)
+        if not any(is_simple(field.type) for is_simple in simple):
             raise SourceError(f"column {field.name!r} of {uri} is of type {field.type}, no number or text", "keep")
-    return column, kept
+    return kept
+
+
+def _simple_type(kind: pa.DataType) -> pa.DataType:
+    """A column without a value is one of texts."""
+    if pa.types.is_dictionary(kind):
+        return kind.value_type
+    return pa.string() if pa.types.is_null(kind) else kind
 
 
 def listed(fs: Any, collection: Collection, file: str) -> Iterator[Listed]:
@@ -65,7 +104,7 @@ def listed(fs: Any, collection: Collection, file: str) -> Iterator[Listed]:
         below = f"{folder}/{name}"  # in a file URI % is written %25: this is a path
         return below.replace("%", "%25") if scheme(file) == "file" else f"{below}{outer}"
 
-    for batch in _batches(fs, file, [pa.field(column, pa.string()), *collection.kept]):
+    for batch in batches(fs, file, [pa.field(column, pa.string()), *collection.kept]):
         for row in batch.to_pylist():
             name = (row[column] or "").strip()
             if name:
@@ -109,51 +148,105 @@ def read(collection: Collection, pieces: Sequence[Piece]) -> Iterator[RawImage]:
 
 
 def _text_columns(schema: pa.Schema) -> list[str]:
-    texts = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
-    return [field.name for field in schema if any(is_text(field.type) for is_text in texts)]
+    return [field.name for field in schema if is_text(field.type)]
 
 
-def _schema(fs: Any, file: str, asked: str | None, keep: Sequence[str]) -> pa.Schema:
-    """The columns; of CSV, whatever could be URIs is text, and so is what is kept and neither number nor boolean."""
-    if file.lower().endswith(TABLES):
-        return open_parquet(fs, file).schema_arrow
-    if not file.lower().endswith(CSV):
-        return pa.schema([(LINES, pa.string())])
-    texts = dict.fromkeys([*COLUMNS, *([asked] if asked else [])], pa.string())
+def _common_schema(fs: Any, files: Sequence[str], uri: str, asked: str | None, keep: Sequence[str]) -> pa.Schema:
+    """The columns of the lists: of the first, with types to keep that are those of all."""
+    if files[0].lower().endswith(TABLES):
+        return first_schema(fs, files, uri, [*([asked] if asked else []), *keep])
+    schemas = (schema_of(fs, file, asked, keep) for file in (files if keep else files[:1]))
+    return reduce(_with_types_of, schemas)
+
+
+def _with_types_of(schema: pa.Schema, other: pa.Schema) -> pa.Schema:
+    """Texts are read as the type that is common to all."""
+
+    def is_number(kind: pa.DataType) -> bool:
+        return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind))
+
+    def common(field: pa.Field) -> pa.Field:
+        at = other.get_field_index(field.name)
+        if at == -1:
+            return field
+        kind = same_or_wider(field.type, other.field(at).type)
+        if not can_be_read_as(other.field(at).type, kind):
+            kind = pa.float64() if is_number(kind) and is_number(other.field(at).type) else pa.string()
+        return field.with_type(kind)
+
+    return pa.schema([common(field) for field in schema])
+
+
+def schema_of(fs: Any, file: str, asked: str | None, keep: Sequence[str]) -> pa.Schema:
+    """The columns; of CSV and JSON, whatever could be URIs is text, and so is what is kept and neither number nor
+    boolean."""
+    name = file.lower()
+    if name.endswith(TABLES):
+        with open_table(fs, file) as table:
+            return table.schema
+    if not name.endswith((*CSV, *JSON)):
+        return pa.schema([(LINE, pa.string())])
     with _told(file), fs.open(path_of(fs, file), "rb") as opened:
-        names = pyarrow.csv.open_csv(opened, **_csv(file)).schema.names
+        _check_pointer(opened, file)
+        names = _open(opened, name).schema.names
         opened.seek(0)
-        named = [name for name in names if name in keep]
-        how = _csv(file, column_types=texts, include_columns=named)
-        found = pyarrow.csv.read_csv(opened, **how).schema if named else []  # [] is all columns
-    others = (pa.types.is_temporal, pa.types.is_null)
-    types = {
-        field.name: pa.string() if any(is_other(field.type) for is_other in others) else field.type for field in found
-    }
-    return pa.schema([(name, types.get(name, pa.string() if name in texts else pa.null())) for name in names])
+        texts = {n: pa.string() for n in names if n.lower() in COLUMNS or n == asked}
+        named = [n for n in names if n in keep]
+        if name.endswith(CSV):
+            how = _csv(file, column_types=texts, include_columns=named)
+            found = pyarrow.csv.read_csv(opened, **how).schema if named else []  # [] is all columns
+        else:
+            found = [f for f in pyarrow.json.read_json(opened, **_json()).schema if f.name in named] if named else []
+            names += [f.name for f in found if f.name not in names]
+    types = {field.name: pa.string() if pa.types.is_temporal(field.type) else field.type for field in found}
+    return pa.schema([(n, texts.get(n) or types.get(n, pa.null())) for n in names])
 
 
-def _batches(fs: Any, file: str, fields: Sequence[pa.Field]) -> Iterator[pa.RecordBatch]:
-    """Those columns, a few rows at a time. Raises SourceError where they are no longer of these types."""
+def _check_pointer(opened: Any, file: str) -> None:
+    if lfs.is_pointer(opened.read(lfs.LARGEST)):
+        raise SourceError(f"{file} is no list: {lfs.WORDS}")
+    opened.seek(0)
+
+
+def batches(fs: Any, file: str, fields: Sequence[pa.Field]) -> Iterator[pa.RecordBatch]:
+    """Those columns, a few rows at a time; none of a table without rows. Raises SourceError where they are no longer of
+    these types."""
     names = list(dict.fromkeys(field.name for field in fields))
     if file.lower().endswith(TABLES):
-        opened = open_parquet(fs, file)
-        texts = _text_columns(opened.schema_arrow)
-        for field in fields:
-            types = [f.type for f in opened.schema_arrow if f.name == field.name]
-            if types != [field.type] and not (field.name in texts and field.type == pa.string()):
-                raise SourceError(f"{file} has no column {field.name!r} of type {field.type}, which it had")
-        yield from opened.iter_batches(4096, columns=names)
+        with open_table(fs, file) as table:
+            for field in fields if table.has_rows() else ():
+                types = [f.type for f in table.schema if f.name == field.name]
+                if len(types) != 1 or not can_be_read_as(types[0], field.type):
+                    raise SourceError(f"{file} has no column {field.name!r} of type {field.type}, which it had")
+        with open_table(fs, file) as table:
+            if table.has_rows():
+                yield from table.batches(4096, names)
         return
     with _told(file), fs.open(path_of(fs, file), "rb") as opened:
-        if file.lower().endswith(CSV):
-            how = _csv(file, column_types={field.name: field.type for field in fields}, include_columns=names)
-            yield from pyarrow.csv.open_csv(opened, **how)
+        _check_pointer(opened, file)
+        if file.lower().endswith((*CSV, *JSON)):
+            yield from _open(opened, file.lower(), {field.name: field.type for field in fields})
             return
         lines = (line.strip() for line in io.TextIOWrapper(opened, "utf-8-sig"))
         uris = (line for line in lines if line and not line.startswith("#"))
         while some := list(islice(uris, 4096)):
-            yield pa.record_batch({LINES: some})
+            yield pa.record_batch({LINE: some})
+
+
+def _open(opened: Any, name: str, types: dict[str, pa.DataType] | None = None) -> Any:
+    """A reader of some columns, or of all that the first rows have."""
+    if name.endswith(CSV):
+        how = _csv(name, **({} if types is None else {"column_types": types, "include_columns": list(types)}))
+        return pyarrow.csv.open_csv(opened, **how)
+    return pyarrow.json.open_json(opened, **_json(types))
+
+
+def _json(types: dict[str, pa.DataType] | None = None) -> dict[str, Any]:
+    how = {} if types is None else {"explicit_schema": pa.schema(types), "unexpected_field_behavior": "ignore"}
+    return {
+        "read_options": pyarrow.json.ReadOptions(block_size=BLOCK),
+        "parse_options": pyarrow.json.ParseOptions(**how),
+    }
 
 
 def _csv(file: str, **conversion: Any) -> dict[str, Any]:

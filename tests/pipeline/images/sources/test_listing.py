@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from palindrome.pipeline.base.errors import SourceError
 from palindrome.pipeline.images.sources import WEBDATASET, list_pieces, listing, open_collection
-from palindrome.pipeline.images.sources.listing import Listed, in_order, list_files
+from palindrome.pipeline.images.sources.listing import Listed, Seen, in_order, list_files
 from palindrome.pipeline.runs.plan import extend_plan, read_plan, write_plan
 from palindrome.pipeline.storage.folder import Folder
 
@@ -275,6 +275,104 @@ def test_long_listings_say_how_far_they_are(tmp_path, capsys, monkeypatch):
     assert f"listing {tmp_path}: 1024 files" in capsys.readouterr().err
 
 
+# What is passed over
+
+
+LEFT = [
+    ".git/config",
+    ".DS_Store",
+    "._0.png",
+    "_SUCCESS",
+    "_metadata",
+    "_common_metadata",
+    "_committed_1",
+    "_started_1",
+]
+LEFT += ["_delta_log/0.json", "_delta_log/0.checkpoint.parquet", "a/_temporary/0/part-0.png", "_tmp/1.feather"]
+LEFT += ["__MACOSX/0.jpg", ".part-0.parquet.crc", "_notes.txt", "a/_x/b.parquet", "_spark_metadata/0", "_tmp/2.jpg"]
+DATA = [
+    "_DSC0001.jpg",
+    "_IMG.TIFF",
+    "a/_x.png",
+    "_best/1.webp",
+    "_year=2024/part.parquet",
+    "a_b/c_.txt",
+    "0.png",
+    "a/1",
+]
+DATA += ["label=__HIVE_DEFAULT_PARTITION__/part-0.parquet", "x_temporary/1.png"]
+
+
+def test_leftovers_of_other_tools_are_passed_over_on_any_store(tmp_path, fill, moto):
+    """Names that begin with `.` or `_`, but for pictures and partitions."""
+    fill(tmp_path / "in", dict.fromkeys([*LEFT, *DATA], b"x"))
+    memory, bucket = f"memory://{uuid.uuid4().hex}", moto.bucket()
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        for name in [*LEFT, *DATA]:
+            fsspec.filesystem("memory").pipe_file(f"{memory.removeprefix('memory:/')}/{name}", b"x")
+            archive.writestr(name, b"x")
+            moto.fs.pipe_file(f"{bucket}/{name}", b"x")
+    for uri in (tmp_path / "in", memory, f"zip://::{tmp_path}/x.zip", bucket):
+        seen = Seen()
+        found = sorted(file.name for file in list_files(str(uri), moto.options, (), seen))
+        assert found == sorted(DATA), uri
+        assert 0 < seen.hidden <= len(LEFT)  # a folder that is not entered is one
+    assert listed(tmp_path / "in" / "_best") == ["1.webp"]
+
+
+def test_what_is_asked_for_by_name_is_never_passed_over(tmp_path, fill):
+    names = ["_a/0.tar", "_b/0.tar", "c/_0.tar", "_tmp/3.tar", ".x.png", "_x.dat"]
+    fill(tmp_path, dict.fromkeys(names, b"x"))
+    assert listed(tmp_path / ".x.png") == [".x.png"] and listed(tmp_path / "_a/0.tar") == ["0.tar"]
+    assert listed(tmp_path / "_tmp") == ["3.tar"]
+    assert listed(f"{tmp_path}/_[ab]/*.tar") == listed(f"{tmp_path}/{{_a,_b}}/0.tar") == ["_a/0.tar", "_b/0.tar"]
+    assert listed(f"{tmp_path}/c/_*") == ["_0.tar"]
+    assert listed(f"{tmp_path}/*/*.tar") == []
+    assert listed(tmp_path, extensions=["dat"]) == ["_x.dat"]
+
+
+def test_what_is_passed_over_is_counted_in_one_line(tmp_path, fill, pngs, names, refused, capsys):
+    fill(
+        tmp_path / "in",
+        {"_SUCCESS": b"", ".git/a": b"x", "_temporary/0.png": b"x", "_1.png": pngs[1], "2.png": pngs[2]},
+    )
+    assert names(tmp_path / "in") == names(tmp_path / "in") == ["2.png", "_1.png"]
+    said = capsys.readouterr().err
+    assert said == f"passed over in {tmp_path}/in: names that begin with . or _: 3\n"  # once
+    fill(tmp_path / "none", {"_SUCCESS": b"", "_data/0.parquet": b"x"})
+    assert "holds no files (passed over: names that begin with . or _: 2)" in refused(tmp_path / "none")
+
+
+def run_in(folder, fill, sample):
+    """What a run leaves in a folder, in part."""
+    fill(folder, {"run.json": b'{"job": "encode", "config": {}}', "plan/complete.json": b"{}", "summary.json": b"{}"})
+    fill(folder, {"latents/a.parquet": sample.read_bytes(), "png/0.png": b"x", "plan/000000.parquet": b"x"})
+
+
+@pytest.mark.parametrize("uri", ["{}", "{}/**", "{}/**/*.png", "{}/*/*/*.png", "{}/*"])
+def test_runs_below_a_collection_are_no_inputs(uri, tmp_path, fill, sample, pngs, names, moto, capsys):
+    root = tmp_path / "in"
+    fill(root, {"0.png": pngs[0], "a/b/1.png": pngs[1], "other/run.json": b"[]", "other/2.png": pngs[2]})
+    before = names(uri.format(root))
+    run_in(root / "runs" / "one", fill, sample)
+    run_in(root / "a" / "b" / "run", fill, sample)
+    run_in(root / "flat", fill, sample)
+    assert names(uri.format(root)) == before
+    bucket, fs = moto.bucket(), moto.fs
+    for path in root.rglob("*"):
+        if path.is_file():
+            fs.pipe_file(f"{bucket}/in/{path.relative_to(root)}", path.read_bytes())
+    assert names(uri.format(f"{bucket}/in"), storage_options=moto.options) == before
+
+
+def test_a_run_that_is_named_itself_is_read(tmp_path, fill, sample, names):
+    run_in(tmp_path / "run", fill, sample)
+    run_in(tmp_path / "other", fill, sample)
+    assert "png/0.png" in names(tmp_path / "run", kind="files")
+    assert names(tmp_path / "run" / "png") == ["0.png"]
+    assert "run/png/0.png" in names(f"{tmp_path}/{{run,other}}", kind="files")
+
+
 # What users have
 
 
@@ -296,6 +394,7 @@ def test_many_files_before_the_first_tar(tmp_path, fill, tar_of, pngs):
     """More than are looked at to recognise a collection; which it is was said."""
     fill(tmp_path, {f"{i}.json": b"{}" for i in range(1100)} | {"z/z.tar": tar_of([("0.png", pngs[0])])})
     collection = open_collection(str(tmp_path), kind=WEBDATASET)
+    assert open_collection(str(tmp_path)).kind == WEBDATASET
     assert [piece.name for piece in list_pieces(collection, 10)] == ["z/z.tar"]
 
 

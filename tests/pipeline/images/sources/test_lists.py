@@ -114,9 +114,60 @@ def test_list_alone_in_a_folder_or_by_a_glob(images, pngs, fill, rows):
         assert read(rows(uri)) == {"../in/3.png": pngs[3]}
 
 
-def test_two_lists_are_refused(images, fill, refused):
-    fill(images, {"lists/a.txt": b"../in/3.png\n", "lists/b.txt": b"../in/4.png\n"})
-    assert "several files" in refused(images / "lists", kind=LIST)
+@pytest.mark.parametrize("ending", ["txt", "csv", "jsonl", "parquet", "feather"])
+def test_a_folder_of_lists(ending, images, pngs, fill, rows):
+    """Each relative to its own folder; what two of them name is one image. Texts beside tables are no lists."""
+    for path, names in {
+        "a": ["in/0.png", "in/2.png"],
+        "sub/b": ["../in/1.png", "/none.png"],
+        "z": ["in/0.png"],
+    }.items():
+        file = images / "lists" / f"{path}.{ending}"
+        below = [f"../{name}" if name[0] != "/" else name for name in names]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if ending == "txt":
+            file.write_text("\n".join(below))
+        else:
+            frame = pl.DataFrame({"uri": below, "n": [path] * len(below)})
+            getattr(frame, WRITERS[ending])(file)
+    fill(
+        images / "lists",
+        {"README.md": b"# x", "_SUCCESS": b"", **({} if ending == "txt" else {"notes.txt": b"no uri"})},
+    )
+    found = {raw.image_id: (raw.data, raw.reason, raw.kept) for raw in rows(images / "lists", 2)}
+    assert found == {
+        "../in/0.png": (pngs[0], "", {}),
+        "../in/2.png": (pngs[2], "", {}),
+        "../../in/1.png": (pngs[1], "", {}),
+        "/none.png": (None, "missing", {}),
+    }
+    if ending != "txt":
+        kept = {raw.image_id: raw.kept["n"] for raw in rows(images / "lists", keep=["n"])}
+        assert kept == {"../in/0.png": "a", "../in/2.png": "a", "../../in/1.png": "sub/b", "/none.png": "sub/b"}
+
+
+def test_lists_of_several_kinds_are_refused(images, fill, refused, rows):
+    fill(images, {"lists/a.csv": b"uri\n../in/3.png\n", "lists/b.jsonl": b'{"uri": "../in/4.png"}\n'})
+    assert "several kinds" in refused(images / "lists")
+    assert len(rows(f"{images}/lists/*.csv")) == 1
+
+
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
+def test_lists_where_one_has_nulls_alone_or_numbers_otherwise(ending, first, images, rows):
+    def put(name, n):
+        frame = pl.DataFrame({"uri": [f"in/{name}{i}.png" for i in range(2)], "n": n})
+        getattr(frame, WRITERS[ending])(images / f"{'ab'[name]}.{ending}")
+
+    for one, other in [([None, None], [1, 2]), ([1, 2], [1.5, 2.5]) if ending != "parquet" else ([1, 2], [3, None])]:
+        put(first, one)
+        put(1 - first, other)
+        uri = f"{images}/*.{ending}"
+        found = {raw.image_id: raw.kept["n"] for raw in rows(uri, keep=["n"])}
+        expected = {f"in/{first}{i}.png": one[i] for i in range(2)} | {
+            f"in/{1 - first}{i}.png": other[i] for i in range(2)
+        }
+        assert found == expected
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfei\0n\0/\0", b"in/0.png\n\xe9.png\n"])
@@ -145,6 +196,63 @@ def test_list_and_its_images_in_a_zip(images, pngs, rows):
     for raw in (found := rows(f"zip://list.csv::{images}/x.zip")):
         assert raw.source.endswith(f"::{images}/x.zip")
     assert [(raw.data, raw.reason) for raw in found] == [(pngs[2], ""), (None, "missing")]
+
+
+# JSON lines, columns
+
+
+WRITERS = {"csv": "write_csv", "jsonl": "write_ndjson", "parquet": "write_parquet", "feather": "write_ipc"}
+
+
+@pytest.mark.parametrize("name", ["list.jsonl", "list.NDJSON"])
+def test_json_lines(name, images, pngs, rows, refused):
+    lines = [
+        {"file_name": "in/0.png", "text": "a\n\u00fc", "n": 1, "x": 0.5, "ok": True, "meta": {"a": [1]}},
+        {"file_name": "in/1.png", "n": None, "when": "2024-01-01"},
+        {"text": "no picture"},
+        {"file_name": "in/2.png", "n": 2, "late": "z"},
+    ]
+    (images / name).write_text("\n\n".join(map(json.dumps, lines)))
+    assert (open_collection(f"{images}/{name}").kind, open_collection(f"{images}/{name}").image_column) == (
+        LIST,
+        "file_name",
+    )
+    keep = ["text", "n", "x", "ok", "when", "late"]
+    found = rows(images / name, keep=keep)
+    assert [raw.data for raw in found] == pngs[:3]
+    assert [raw.kept for raw in found] == [{k: lines[i].get(k) for k in keep} for i in (0, 1, 3)]
+    assert "'meta'" in refused(images / name, keep=["meta"])
+    assert "'nothing'" in refused(images / name, image_column="nothing")
+    assert "file_name, text" in refused(images / name, keep=["colour"])
+
+
+def test_names_in_json_that_look_like_times_stay_texts(tmp_path, pngs, fill, rows):
+    fill(tmp_path, {"2020-01-01": pngs[0], "list.jsonl": b'{"file": "2020-01-01"}\n'})
+    assert read(rows(tmp_path / "list.jsonl")) == {"2020-01-01": pngs[0]}
+
+
+@pytest.mark.parametrize("content", [b"", b"[1, 2]", b'{"uri": "in/0.png"}\n{"uri": ', b'{"uri": 7}\n', b"\xff\xfe"])
+def test_damaged_json_is_refused_by_name(content, images, refused):
+    (images / "list.jsonl").write_bytes(content)
+    assert f"{images}/list.jsonl" in refused(images / "list.jsonl")
+
+
+@pytest.mark.parametrize("ending", WRITERS)
+@pytest.mark.parametrize("column", ["URL", "Url", "IMAGE_PATH", "File_Name"])
+def test_columns_in_capitals(column, ending, images, pngs, rows, refused):
+    """As LAION has them: URL, TEXT."""
+    frame = pl.DataFrame(
+        {column: [f"in/{i}.png" for i in range(2)], "TEXT": ["a", None], "WIDTH": [1, 2], "x": [0.5, 1.5]}
+    )
+    getattr(frame, WRITERS[ending])(images / f"laion.{ending}")
+    for named in (None, column):
+        found = rows(images / f"laion.{ending}", keep=["TEXT", "x"], image_column=named)
+        assert [raw.data for raw in found] == pngs[:2]
+        assert [raw.kept["x"] for raw in found] == [0.5, 1.5]
+    getattr(frame.rename({column: "where"}), WRITERS[ending])(images / f"laion.{ending}")
+    with pytest.raises(SourceError) as info:
+        open_collection(f"{images}/laion.{ending}")
+    assert info.value.field == "image_column" and "where, TEXT" in str(info.value)
 
 
 # Tables

@@ -1,6 +1,9 @@
 """Parquet -> references, and the bytes behind each of them exactly once."""
 
+import decimal
 import io
+import pickle
+import sys
 import uuid
 
 import duckdb
@@ -10,9 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyarrow import feather
 
 from palindrome.pipeline.base.errors import SourceError
-from palindrome.pipeline.images.sources import PARQUET, list_pieces, open_collection, read_raw
+from palindrome.pipeline.images import sources
+from palindrome.pipeline.images.sources import ARROW, PARQUET, list_pieces, listing, open_collection, read_raw
 from palindrome.pipeline.runs.schemas import LATENT_COLUMNS
 
 
@@ -59,12 +64,45 @@ def test_a_readme_beside_parquet_files_is_no_image(tmp_path, sample):
     assert [(p.name, p.start, p.stop) for p in list_pieces(collection, 512)] == [("data/train.parquet", 0, 256)]
 
 
-def test_a_table_beside_pictures_is_one_input_more(tmp_path, pngs, sample):
-    (tmp_path / "metadata.parquet").write_bytes(sample.read_bytes())
+def test_a_table_beside_pictures_is_one_input_more(tmp_path, pngs):
+    """One without images, whatever its size, or a small one."""
     (tmp_path / "one.png").write_bytes(pngs[0])
+    pq.write_table(pa.table({"name": [f"{i}.png" for i in range(5000)]}), tmp_path / "metadata.parquet")
     collection = open_collection(str(tmp_path))
     assert collection.kind == "files"
     assert [p.name for p in list_pieces(collection, 512)] == ["metadata.parquet", "one.png"]
+
+
+@pytest.mark.parametrize("banner", ["assets/banner.png", "a.JPG", "z.webp"])
+def test_a_banner_beside_parquet_is_passed_over(banner, tmp_path, sample, pngs, rows, fill, capsys):
+    fill(tmp_path, {"data/train.parquet": sample.read_bytes(), "README.md": b"# x", banner: pngs[0]})
+    assert len(rows(tmp_path)) == 256
+    assert "files beside the parquet: 2" in capsys.readouterr().err
+    assert open_collection(str(tmp_path), kind="files").kind == "files"
+
+
+def test_pictures_and_parquet_in_like_amounts_are_refused(tmp_path, sample, pngs, fill, refused, rows):
+    fill(tmp_path, {"data/train.parquet": sample.read_bytes(), **{f"{i}.png": pngs[i] for i in range(200)}})
+    assert "200 pictures and 1 Parquet files; say which of them are meant: files, parquet" in refused(tmp_path)
+    assert len(rows(tmp_path, kind="parquet")) == 256
+    assert len(rows(tmp_path, image_column="img")) == 256  # pictures have no columns
+    fill(tmp_path, {"more.bmp": b"x" * 20 * sample.stat().st_size})
+    assert open_collection(str(tmp_path)).kind == "files"
+
+
+@pytest.mark.parametrize("last", ["parquet", "pictures"])
+def test_kind_does_not_depend_on_the_order_of_names(last, tmp_path, sample, pngs, fill, refused, monkeypatch):
+    """Where only some of the names are looked at first, all of them are before a piece is planned."""
+    monkeypatch.setattr(sources, "HEADS", 3)
+    content = {"train.parquet": sample.read_bytes(), **{f"{i}.png": pngs[i] for i in range(3)}}
+    fill(tmp_path, content)
+    names = sorted(listing.list_files(str(tmp_path), {}), key=lambda file: file.name.endswith("parquet"))
+    ordered = names if last == "parquet" else names[::-1]
+    monkeypatch.setattr(sources, "list_files", lambda *_: iter(ordered))
+    if last == "parquet":
+        assert "looked like files by the first names listed, and by all like parquet" in refused(tmp_path)
+    else:
+        assert open_collection(str(tmp_path)).kind == PARQUET
 
 
 def test_parquet_in_memory_filesystem(pngs, rows):
@@ -291,3 +329,186 @@ def test_damaged_pages_account_for_each_row(edits, sample, tmp_path_factory, sha
     found = accounted(collection, plan)
     assert [raw.image_id for raw in found] == [f"a.parquet#{i}" for i in range(24)]
     assert found == accounted(collection, plan)
+
+
+# Nulls, files without rows, types
+
+
+def write(path, table):
+    """By the ending: Parquet, Feather, or a stream as save_to_disk writes it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        pq.write_table(table, path)
+    elif path.suffix == ".feather":
+        feather.write_feather(table, str(path), compression="zstd")
+    else:
+        with pa.ipc.new_stream(str(path), table.schema) as writer:
+            writer.write_table(table, max_chunksize=4)
+
+
+@pytest.mark.parametrize("ending", ["parquet", "feather", "arrow"])
+@pytest.mark.parametrize("where", ["0", "2"])
+def test_a_column_that_is_null_throughout_a_file(where, ending, tmp_path, pngs, rows):
+    """Writers give it the type null; in the first file as in a later one."""
+    for i, label in enumerate(["a", "b", "c"]):
+        labels = pa.nulls(2) if str(i) == where else pa.array([label, None])
+        write(tmp_path / f"{i}.{ending}", table(pngs[2 * i :], 2).set_column(1, "label", labels))
+    found = rows(tmp_path, keep=["label"])
+    assert [raw.data for raw in found] == pngs[:6]
+    expected = [value for i, label in enumerate("abc") for value in ([None] * 2 if str(i) == where else [label, None])]
+    assert [raw.kept["label"] for raw in found] == expected
+    (field,) = open_collection(str(tmp_path), keep=["label"]).kept
+    assert field.type == pa.string()
+
+
+@pytest.mark.parametrize("name", ["0", "2"])
+@pytest.mark.parametrize("images", [pa.nulls(2), pa.array([{"bytes": None, "path": "x"}] * 2)])
+def test_images_that_are_null_throughout_a_file_are_rejects(images, name, tmp_path, pngs, rows):
+    pq.write_table(table(pngs, 3), tmp_path / "1.parquet")
+    pq.write_table(pa.table({"img": images, "label": [1, 2]}), tmp_path / f"{name}.parquet")
+    found = {raw.image_id: (raw.data, raw.reason) for raw in rows(tmp_path, keep=["label"])}
+    assert found == {f"1.parquet#{i}": (pngs[i], "") for i in range(3)} | {
+        f"{name}.parquet#{i}": (None, "null") for i in range(2)
+    }
+
+
+@pytest.mark.parametrize("ending", ["parquet", "feather", "arrow"])
+@pytest.mark.parametrize("name", ["0", "2"])
+@pytest.mark.parametrize("columns", [{"img": pa.nulls(0), "label": pa.nulls(0)}, {"other": pa.nulls(0)}, {}])
+def test_a_file_without_rows_holds_nothing(columns, name, ending, tmp_path, pngs, rows):
+    write(tmp_path / f"1.{ending}", table(pngs, 3))
+    write(tmp_path / f"{name}.{ending}", pa.table(columns))
+    assert [raw.data for raw in rows(tmp_path, keep=["label"])] == pngs[:3]
+
+
+def test_numbers_and_texts_that_are_stored_otherwise_in_a_later_file(tmp_path, pngs, rows, refused):
+    def put(name, label):
+        pq.write_table(table(pngs, 2).set_column(1, "label", label), tmp_path / f"{name}.parquet")
+
+    for first, second, kind in [
+        (pa.array([1, 2], pa.int32()), pa.array([2**40, 4]), pa.int64()),
+        (pa.array([1, 2]), pa.array([3, 4], pa.int8()), pa.int64()),
+        (pa.array(["a", "b"]), pa.array(["a", None]).dictionary_encode(), pa.string()),
+        (pa.array(["a", "b"]), pa.array(["c", "d"], pa.large_string()), pa.string()),
+        (pa.array([1.5, 2.5], pa.float32()), pa.array([1.25, 1e300]), pa.float64()),
+    ]:
+        put("0", first)
+        put("1", second)
+        assert open_collection(str(tmp_path), keep=["label"]).kept[0].type == kind
+        assert [raw.kept["label"] for raw in rows(tmp_path, keep=["label"])] == [
+            *first.to_pylist(),
+            *second.to_pylist(),
+        ]
+    put("1", pa.array(["x", "y"]))
+    assert "'label'" in refused(tmp_path, keep=["label"])
+
+
+DAY = 86_400
+KEPT = {
+    "when": pa.array([1_700_000_000_123_456_789, None, 1], pa.timestamp("ns", "UTC")),
+    "far": pa.array([-(10**18), None, 10**18], pa.timestamp("us")),
+    "local": pa.array([1, None, 2], pa.timestamp("ms", "America/New_York")),
+    "duration": pa.array([1, 2_000_000_001, None], pa.duration("ns")),
+    "time": pa.array([1, None, DAY * 10**9 - 1], pa.time64("ns")),
+    "seconds": pa.array([1, None, 5], pa.time32("ms")),
+    "day": pa.array([1, None, -800_000], pa.date32()),
+    "category": pa.array(["x", "y", None]).dictionary_encode(),
+    "price": pa.array([decimal.Decimal("1.10"), None, decimal.Decimal("9.99")], pa.decimal128(9, 2)),
+    "large": pa.array([decimal.Decimal(10) ** 60, None, decimal.Decimal(1)], pa.decimal256(70, 0)),
+    "tags": pa.array([[("k", 1)], [], None], pa.map_(pa.string(), pa.int64())),
+    "times": pa.array([[("k", 1)], [], None], pa.map_(pa.string(), pa.timestamp("ns"))),
+    "vector": pa.array([[0.5, 1.5]] * 3, pa.list_(pa.float32(), 2)),
+    "nested": pa.array(
+        [[{"t": 1, "s": "a"}], None, []], pa.list_(pa.struct([("t", pa.timestamp("ns")), ("s", "string")]))
+    ),
+    "half": pa.array([1.5, None, 2.5], pa.float16()),
+    "fixed": pa.array([b"ab", None, b"cd"], pa.binary(2)),
+    "unsigned": pa.array([2**64 - 1, None, 0], pa.uint64()),
+    "view": pa.array(["a", None, "b"], pa.string_view()),
+    "tensor": pa.ExtensionArray.from_storage(
+        pa.fixed_shape_tensor(pa.float32(), (2,)), pa.array([[1, 2], [3, 4], None], pa.list_(pa.float32(), 2))
+    ),
+    "uuid": pa.ExtensionArray.from_storage(pa.uuid(), pa.array([b"a" * 16, None, b"b" * 16], pa.binary(16))),
+}
+
+
+@pytest.mark.parametrize("pandas", [True, False])
+@pytest.mark.parametrize("ending", ["parquet", "feather", "arrow"])
+@pytest.mark.parametrize("name", KEPT)
+def test_a_kept_column_of_any_type_has_its_values(name, ending, pandas, tmp_path, pngs, rows, monkeypatch):
+    """As it is written to the latents' rows; times to the nanosecond without pandas, too."""
+    if not pandas:
+        monkeypatch.setitem(sys.modules, "pandas", None)
+    column = KEPT[name]
+    write(tmp_path / f"a.{ending}", table(pngs, 3).append_column(name, column))
+    (field,) = open_collection(str(tmp_path), keep=[name]).kept
+    found = pickle.loads(pickle.dumps([raw.kept[name] for raw in rows(tmp_path, keep=[name])]))
+    written = pa.array(found, field.type)
+    assert written.cast(column.type).equals(column) if field.type != column.type else written.equals(column)
+    if ending != "parquet":
+        assert field.type == column.type
+
+
+# Arrow files
+
+
+@pytest.mark.parametrize("ending", ["arrow", "feather", "ipc", "ARROW"])
+@pytest.mark.parametrize("size", [1, 3, 5, 100])
+def test_arrow_files_are_read_row_by_row(size, ending, tmp_path, pngs, rows, shards):
+    """The formats of streams and of files, in batches of 4 rows; each piece is read alone."""
+    content = table(pngs, 11)
+    write(tmp_path / "ds" / f"data-00000-of-00002.{ending}", content)
+    with pa.ipc.new_file(str(tmp_path / "ds" / f"data-00001-of-00002.{ending}"), content.schema) as writer:
+        writer.write_table(content.slice(0, 6), max_chunksize=4)
+    (tmp_path / "ds" / "state.json").write_text("{}")
+    collection = open_collection(str(tmp_path / "ds"), keep=["label"])
+    assert (collection.kind, collection.image_column) == (ARROW, "img")
+    found = rows(tmp_path / "ds", size, keep=["label"])
+    assert [raw.data for raw in found] == pngs[:11] + pngs[:6]
+    assert [raw.kept["label"] for raw in found] == [*(i % 10 for i in range(11)), *range(6)]
+    assert found[11].image_id == f"data-00001-of-00002.{ending}#0"
+    assert all(0 < piece.stop - piece.start <= size for piece in list_pieces(collection, size))
+
+
+@pytest.mark.parametrize("size", [1, 3, 100])
+def test_arrow_files_with_dictionaries(size, tmp_path, pngs, rows):
+    """A batch can't be read without the dictionaries before it."""
+    labels = pa.array([f"label {i % 4}" for i in range(11)]).dictionary_encode()
+    write(tmp_path / "a.arrow", table(pngs, 11).set_column(1, "label", labels))
+    found = rows(tmp_path, size, keep=["label"])
+    assert [(raw.data, raw.kept["label"]) for raw in found] == [(pngs[i], f"label {i % 4}") for i in range(11)]
+
+
+def test_damaged_arrow_files(tmp_path, pngs, refused, accounted, shards):
+    path = tmp_path / "a.arrow"
+    write(path, table(pngs, 11))
+    content = path.read_bytes()
+    collection = open_collection(str(tmp_path))
+    planned = shards(collection, 5)
+    for cut in (0, 10, 600, len(content) // 2, len(content) - 20):
+        path.write_bytes(content[:cut])
+        assert "a.arrow" in refused(tmp_path)
+        found = accounted(collection, planned)
+        assert [raw.data for raw in found if raw.data] == pngs[: sum(bool(raw.data) for raw in found)]
+        assert {raw.reason for raw in found if not raw.data} <= {"unreadable", "missing"}
+    path.write_bytes(b"FEA1" + content)
+    assert "version 1" in refused(tmp_path)
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4d7a2146" * 8 + b"\nsize 143014\n"
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "a.csv", "a.jsonl", "a.txt"])
+def test_git_lfs_pointers_are_named(name, tmp_path, fill, refused):
+    fill(tmp_path, {name: POINTER})
+    assert f"{name} is no" in (message := refused(tmp_path)) and "Git LFS pointer" in message
+
+
+def test_git_lfs_pointers_in_place_of_pictures_are_rejects(tmp_path, fill, rows, pngs):
+    fill(tmp_path / "in", {"0.png": POINTER, "1.png": pngs[1]})
+    pq.write_table(pa.table({"img": [POINTER, pngs[1]]}), tmp_path / "a.parquet")
+    fill(tmp_path, {"a.txt": b"in/0.png\nin/1.png\n"})
+    for uri in ("in", "a.parquet", "a.txt"):
+        first, second = rows(tmp_path / uri)
+        assert (first.reason, second.data) == ("not_an_image", pngs[1])
+        assert "`git lfs pull`" in first.detail

@@ -1,8 +1,10 @@
 """WebDataset tars, written by tarfile and by GNU tar: whole, odd, damaged, and changed after they were planned."""
 
+import bz2
 import gzip
 import io
 import json
+import lzma
 import subprocess
 import tarfile
 import uuid
@@ -16,12 +18,14 @@ from hypothesis import strategies as st
 
 from palindrome.pipeline.images.decode import Preprocess
 from palindrome.pipeline.images.read import first_images
-from palindrome.pipeline.images.sources import FILES, WEBDATASET, list_pieces, open_collection, read_raw
+from palindrome.pipeline.images.records import Shard
+from palindrome.pipeline.images.sources import FILES, WEBDATASET, list_pieces, open_collection, read_raw, unpack
 from palindrome.pipeline.runs.plan import extend_plan, read_plan, write_plan
 from palindrome.pipeline.storage.folder import Folder
 from palindrome.pipeline.tasks.verify_deep import _only
 
 BLOCK = 512
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4d7a2146" * 8 + b"\nsize 143014\n"
 
 
 def samples(pngs, n=6):
@@ -354,12 +358,66 @@ def test_replaced_tar_never_hangs_nor_raises(planned, tar_of, accounted):
 # Compressed
 
 
-@pytest.mark.parametrize("name", ["a.tar.gz", "a.tgz", "a.TGZ", "a.Tar.Gz", "a.tar"])
-def test_compressed_tar_whatever_its_name(name, tmp_path, pngs, fill, tar_of, rows):
+def arrow(name):
+    def compress(data):
+        sink = pa.BufferOutputStream()
+        with pa.CompressedOutputStream(sink, name) as stream:
+            stream.write(data)
+        return sink.getvalue().to_pybytes()
+
+    return compress
+
+
+COMPRESS = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress, "zst": arrow("zstd"), "lz4": arrow("lz4")}
+ENDINGS = {"gz": ["tgz"], "bz2": ["tbz", "tbz2"], "xz": ["txz"], "zst": ["tzst", "tar.zstd"], "lz4": []}
+
+
+@pytest.mark.parametrize("kind", COMPRESS)
+def test_compressed_tar_whatever_its_name(kind, tmp_path, pngs, fill, tar_of, rows):
     members, expected = samples(pngs)
-    fill(tmp_path, {name: gzip.compress(tar_of(members))})
-    assert values(rows(tmp_path, 2, keep=KEEP)) == expected
-    subprocess.run(["tar", "-tzf", tmp_path / name], check=True, capture_output=True)
+    data = COMPRESS[kind](tar_of(members))
+    for i, ending in enumerate(["tar", f"tar.{kind}", f"Tar.{kind.upper()}", "tar.gz", *ENDINGS[kind]]):
+        fill(tmp_path, {f"{i}/a.{ending}": data})
+        assert values(rows(tmp_path / str(i), 2, keep=KEEP)) == expected
+    parts = COMPRESS[kind](tar_of(members)[:5000]) + COMPRESS[kind](tar_of(members)[5000:])
+    fill(tmp_path, {"parts/a.tar": parts + b"\0" * 512})
+    assert values(rows(tmp_path / "parts", keep=KEEP)) == expected
+
+
+@pytest.mark.parametrize("kind", COMPRESS)
+def test_a_tar_that_unpacks_to_far_too_much_is_one_reject(kind, tmp_path, pngs, fill, tar_of, rows, monkeypatch):
+    monkeypatch.setattr(unpack, "FREE", 1 << 20)
+    bomb = COMPRESS[kind](tar_of([("0.png", pngs[0]), ("1.png", bytes(60 << 20))]))
+    fill(tmp_path, {"a.tar": tar_of([("0.png", pngs[1])]), "b.tar": bomb})
+    assert [(raw.data, raw.reason, raw.detail) for raw in rows(tmp_path)] == [
+        (pngs[1], "", ""),
+        (None, "unreadable", "it unpacks to more than 100 times its size"),
+    ]
+
+
+@pytest.mark.parametrize("kind", ["bz2", "xz", "zst", "lz4"])
+def test_compressed_otherwise_and_broken_off(kind, tmp_path, pngs, fill, tar_of, rows):
+    members = [(f"{i}.png", pngs[i]) for i in range(200)]
+    data = COMPRESS[kind](tar_of(members))
+    for cut in (len(data) - 3, len(data) * 2 // 3):
+        fill(tmp_path, {"a.tar": tar_of(members[:1]), "b.tar": data[:cut]})
+        *found, last = rows(tmp_path)
+        assert [raw.data for raw in found] == [pngs[0], *pngs[: len(found) - 1]]
+        assert last.reason == "truncated" or len(found) == 200
+        assert len(found) > (60 if kind != "bz2" else 0)  # which unpacks 900 kB or nothing
+
+
+def test_git_lfs_pointers_in_place_of_tars(tmp_path, pngs, fill, tar_of, rows, refused):
+    fill(tmp_path, {"b.tar": POINTER, "c.tar.gz": POINTER})
+    assert "b.tar: it is a Git LFS pointer" in refused(tmp_path)
+    fill(tmp_path, {"d.tar": tar_of([("0.png", pngs[0])])})
+    found = rows(tmp_path)
+    assert [(raw.image_id, raw.reason) for raw in found] == [
+        ("b.tar#0", "unreadable"),
+        ("c.tar.gz#0", "unreadable"),
+        ("d.tar#0", ""),
+    ]
+    assert "Git LFS pointer" in found[0].detail
 
 
 def test_compressed_in_parts_and_not_compressed_at_all(tmp_path, pngs, fill, tar_of, rows):
@@ -406,14 +464,97 @@ def test_several_images_a_sample_must_be_named(tmp_path, pngs, fill, tar_of, row
     assert "left.jpg, right.jpg" in refused(tmp_path)
     assert [raw.data for raw in rows(tmp_path, image_column="left.jpg")] == pngs[0:6:2]
     assert [raw.data for raw in rows(tmp_path, image_column="Right.jpg")] == pngs[1:6:2]
-    assert ".jpg" in refused(tmp_path, image_column="jpg")
+    for asked in ("jpg", ".JPG", "*.jpg", "*"):  # each is a sample of its own where its key ends at the last dot
+        assert [raw.data for raw in rows(tmp_path, image_column=asked)] == pngs[:6]
+    assert "end keys at the last dot: '*.jpg'" in refused(tmp_path)
+    assert ".png" in refused(tmp_path, image_column="png")
 
 
 def test_one_image_a_sample_of_several_kinds(tmp_path, pngs, fill, tar_of, rows):
     members = [("0.jpg", pngs[0]), ("1.PNG", pngs[1]), ("2.thumb.webp", pngs[2])]
     later = [(f"{i}.jpg", pngs[i]) for i in range(3, 120)] + [("x.depth.png", b"depth"), ("x.png", pngs[120])]
     fill(tmp_path, {"a.tar": tar_of(members + later)})
-    assert [raw.data for raw in rows(tmp_path)] == pngs[:121]
+    assert [raw.data for raw in rows(tmp_path)] == [*pngs[:121], b"depth"]
+
+
+def test_names_with_dots_are_samples_of_their_own(tmp_path, pngs, fill, tar_of, rows):
+    """22.05.png is no image `05.png` of a sample 22: the numbers differ, what follows the last dot does not."""
+    names = [f"v1.2/2{i // 3}.{i % 3 * 5:02d}" for i in range(9)]
+    members = [m for i, name in enumerate(names) for m in ((f"{name}.png", pngs[i]), (f"{name}.cls", b"%d" % i))]
+    fill(tmp_path, {"a.tar": tar_of(members)})
+    expected = [(pngs[i], {"cls": i, "__key__": name}) for i, name in enumerate(names)]
+    assert values(rows(tmp_path, 2, keep=["cls", "__key__"])) == expected
+    assert open_collection(str(tmp_path)).image_column == "*"
+    fill(tmp_path, {"b/b.tar": tar_of([(name.replace("v1.", "v1-"), content) for name, content in members[::6]])})
+    assert [raw.data for raw in rows(tmp_path / "b")] == pngs[:9:3]  # one each: nothing tells
+    for column in ("png", "*.png"):
+        assert [raw.data for raw in rows(tmp_path / "b", image_column=column)] == pngs[:9:3]
+
+
+def test_keeps_of_names_with_dots(tmp_path, pngs, fill, tar_of, rows, refused):
+    members = [m for i in range(3) for m in ((f"{i}.{i}.png", pngs[i]), (f"{i}.{i}.cls", b"%d" % i))]
+    fill(tmp_path, {"a.tar": tar_of(members)})
+    assert values(rows(tmp_path, keep=["cls"])) == [(pngs[i], {"cls": i}) for i in range(3)]
+    fill(tmp_path, {"a.tar": tar_of([("0.left.png", pngs[0]), ("0.info.json", b"{}")])})
+    assert "no member .json" in refused(tmp_path, keep=["json"]).replace("has a", "no")  # whose it is, is not known
+
+
+FURTHER = [("v1.05.png", 5), ("v1.05.cls", 1), ("v1.10.png", 6), ("v1.10.cls", 2), ("w.a.png", 7), ("w.cls", 3)]
+FURTHER += [("w.png", 8), ("x.png", 9), ("x.PNG", 10), ("x.cls", 4), ("y.jpg", 11), ("y.png", 12), ("z.png", 13)]
+
+
+@pytest.mark.parametrize("order", ["ordered", "unordered", "packed"])
+@pytest.mark.parametrize("size", [1, 2, 5, 1000])
+def test_further_images_of_a_sample_are_rows_behind(order, size, tmp_path, pngs, fill, tar_of, rows, capsys):
+    """Where the first samples have one each; those of the samples keep their ids."""
+    first = [m for i in range(100) for m in ((f"{i:03d}.png", pngs[i]), (f"{i:03d}.cls", b"0"))]
+    more = [(name, pngs[n] if n > 4 else b"%d" % n) for name, n in FURTHER]
+    members = first + more
+    if order == "unordered":
+        members = members[:2] + sorted(members[2:], key=lambda member: member[0].endswith("cls"))
+    data = tar_of(members)
+    fill(tmp_path, {"a.tar": gzip.compress(data) if order == "packed" else data, "b.tar": tar_of([("0.png", pngs[0])])})
+    found = rows(tmp_path, size, keep=["cls", "__key__"])
+    assert [raw.image_id for raw in found] == [*(f"a.tar#{i}" for i in range(109)), "b.tar#0"]
+    later = {"x.png": "x", "x.PNG": "x"}
+    assert [(raw.data, raw.kept["__key__"], raw.kept["cls"]) for raw in found[100:109]] == [
+        (pngs[5], "v1.05", 1),
+        (pngs[8], "w", 3),
+        (pngs[10], later["x.PNG"], 4),
+        (pngs[11], "y", None),
+        (pngs[13], "z", None),
+        (pngs[6], "v1.10", 2),
+        (pngs[7], "w.a", 3),
+        (pngs[9], later["x.png"], 4),
+        (pngs[12], "y", None),
+    ]
+    assert "4 images are further ones of their samples" in capsys.readouterr().err or size > 1
+
+
+def test_plans_of_before_there_were_further_images(tmp_path, pngs, fill, tar_of, accounted, shards):
+    """A sample was one image: those pieces are still listed, and give the same."""
+    first = [(f"{i:03d}.png", pngs[i]) for i in range(100)]
+    fill(tmp_path, {"a.tar": tar_of([*first, ("v.1.png", pngs[5]), ("v.2.png", pngs[6]), ("z.png", pngs[7])])})
+    collection = open_collection(str(tmp_path))
+    found = list(list_pieces(collection, 60))
+    assert [(p.start, p.stop, p.length > 0) for p in found] == [(0, 51, True), (51, 102, True), (102, 103, False)]
+    before = [Shard.of(WEBDATASET, found[:2])]
+    assert [raw.data for raw in accounted(collection, before)] == [*pngs[:100], pngs[5], pngs[7]]
+
+
+@pytest.mark.parametrize("size", [1, 3, 100])
+def test_archive_that_breaks_off_in_a_further_image(size, tmp_path, pngs, fill, tar_of, rows):
+    members = [*((f"{i:03d}.png", pngs[i]) for i in range(100)), ("a.1.png", pngs[1]), ("a.2.png", pngs[2])]
+    data = tar_of(members)
+    fill(tmp_path, {"a.tar": data[: data.rindex(pngs[2]) + 100]})
+    found = rows(tmp_path, size)
+    assert [raw.data for raw in found[:100]] == pngs[:100]
+    assert [(raw.image_id, raw.reason) for raw in found[100:]] == [
+        ("a.tar#100", "truncated"),
+        ("a.tar#101", "truncated"),
+    ]
+    fill(tmp_path, {"a.tar": data[: data.rindex(pngs[2]) - BLOCK]})
+    assert [raw.reason for raw in rows(tmp_path, size)[100:]] == ["", "truncated"]
 
 
 def test_image_of_an_extension_that_is_no_pictures(tmp_path, pngs, fill, tar_of, rows, refused):
@@ -461,11 +602,14 @@ def test_output_of_img2dataset_is_recognised(tmp_path, pngs, fill, tar_of, rows)
     assert [raw.data for raw in rows(tmp_path, keep=["json", "txt"])] == pngs[:12]
 
 
-def test_tars_and_pictures_in_one_folder(tmp_path, pngs, fill, tar_of, rows):
-    """Pictures are meant, unless it is said otherwise."""
+def test_tars_and_pictures_in_one_folder(tmp_path, pngs, fill, tar_of, rows, refused):
+    """Either could be meant, unless one of them is nearly all there is."""
     fill(tmp_path, {"a.tar": tar_of([("0.png", pngs[0])]), "b.PNG": pngs[1]})
-    assert open_collection(str(tmp_path)).kind == FILES
+    assert "1 pictures and 1 tars; say which of them are meant: files, webdataset" in refused(tmp_path)
     assert [(raw.image_id, raw.data) for raw in rows(tmp_path, kind=WEBDATASET)] == [("a.tar#0", pngs[0])]
+    assert [raw.image_id for raw in rows(tmp_path, kind=FILES)] == ["a.tar", "b.PNG"]
+    fill(tmp_path, {"a.tar": tar_of([(f"{i}.png", pngs[i]) for i in range(40)])})
+    assert open_collection(str(tmp_path)).kind == WEBDATASET
 
 
 def test_tars_on_another_store_and_in_upper_case(pngs, tar_of, rows):
