@@ -219,7 +219,7 @@ def _loaded_jpeg(opened: ImageFile, data: bytes, how: Preprocess) -> PIL.Image:
         jpeg.check_scans(data, found)
     if pixels is not None:  # as `load` does it, with the pixels in place of the file's data
         opened.load_prepare()
-        opened.frombytes(pixels)  # type: ignore[no-untyped-call]
+        opened.frombytes(pixels)
         opened.tile = []
     return opened
 
