@@ -207,6 +207,8 @@ def _loaded_jpeg(opened: ImageFile, data: bytes, how: Preprocess) -> PIL.Image:
     """Raises Rejected, and Incomplete."""
     keep = how.truncated == "keep"
     found = jpeg.segments(data, MAX_SCANS)
+    if sum(segment.code == jpeg.SCAN for segment in found) > MAX_SCANS:  # each goes over all pixels, for 10 bytes
+        raise Rejected("corrupt", f"more than {MAX_SCANS} scans")
     pixels = jpeg.pixels(data, found, opened.mode, opened.size, keep)
     if pixels is None:
         with _of_pillow(data, how):
@@ -215,11 +217,11 @@ def _loaded_jpeg(opened: ImageFile, data: bytes, how: Preprocess) -> PIL.Image:
             raise jpeg.Incomplete("a part of the picture is missing")
     if not keep:
         jpeg.check_scans(data, found)
-    if pixels is None:
-        return opened
-    image = PIL.frombuffer(opened.mode, opened.size, pixels, "raw", opened.mode, 0, 1)
-    image.info = opened.info  # with EXIF
-    return image
+    if pixels is not None:  # as `load` does it, with the pixels in place of the file's data
+        opened.load_prepare()
+        opened.frombytes(pixels)
+        opened.tile = []
+    return opened
 
 
 def _same(image: PIL.Image, other: bytes, data: bytes, how: Preprocess) -> bool:
@@ -266,11 +268,7 @@ def _check_cost(image: PIL.Image, tags: tiff.Tags, data: bytes, max_pixels: int)
 
     Not found out here is an AVIF whose coded frame is larger than it says: libavif ends at 16384x16384, 0.6 GB."""
     limit = max(max_pixels, 1 << 20)
-    if image.format in ("JPEG", "MPO"):
-        found = jpeg.segments(data, MAX_SCANS)
-        if sum(segment.code == jpeg.SCAN for segment in found) > MAX_SCANS:  # each goes over all pixels, for 10 bytes
-            raise Rejected("corrupt", f"more than {MAX_SCANS} scans")
-    elif image.format == "JPEG2000":
+    if image.format == "JPEG2000":
         for tiles in jpeg2000.tiles_of(data):
             if tiles * 2048 > limit:  # OpenJPEG takes 7 kB a tile, the pixels 4 bytes each
                 raise Rejected("too_large", f"{tiles} tiles")
@@ -372,8 +370,9 @@ def _fitted(image: PIL.Image, how: Preprocess) -> PIL.Image:
     if how.fit == "crop":
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2
-        # Cropped first: a resize of a part would look past its edge.
-        return _resized(image.crop((left, top, left + side, top + side)), (how.size, how.size), how.resample)
+        if image.size != (side, side):  # cropped first: a resize of a part would look past its edge
+            image = image.crop((left, top, left + side, top + side))
+        return _resized(image, (how.size, how.size), how.resample)
     longer = max(image.size)
     width, height = (max(1, (2 * side * how.size + longer) // (2 * longer)) for side in image.size)
     whole = PIL.new("RGB", (how.size, how.size), how.background).convert(image.mode)
