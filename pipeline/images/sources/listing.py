@@ -23,7 +23,7 @@ from fsspec.utils import glob_translate
 
 from palindrome.pipeline.base.errors import SourceError
 from palindrome.pipeline.base.log import say
-from palindrome.pipeline.images.sources.base import PICTURES
+from palindrome.pipeline.images.sources.base import METADATA, PICTURES
 from palindrome.pipeline.storage.folder import Options, open_fs
 
 LISTERS = 16  # requests at once
@@ -50,10 +50,13 @@ class Listed(NamedTuple):
 @dataclass
 class Seen:
     """What a listing met that is no input: how many names are passed over, of files and of folders that are not
-    entered; and each `run.json`, the folder of which may be a run's."""
+    entered; whether one of them is a Delta table's log; each `run.json`, the folder of which may be a run's; what may
+    describe pictures, whatever `extensions` were asked for."""
 
     hidden: int = 0
+    delta: bool = False
     runs: list[Listed] = field(default_factory=list)
+    metadata: list[Listed] = field(default_factory=list)
 
 
 class _Found(NamedTuple):
@@ -99,7 +102,11 @@ def list_files(
             continue
         if not asked.by_name and is_passed_over(name, asked.underscores, wanted or PICTURES):
             seen.hidden += 1
-        elif not wanted or name.lower().endswith(wanted):
+            seen.delta = seen.delta or "_delta_log/" in name
+            continue
+        if name.lower().endswith(METADATA) and name.lower().rpartition("/")[2] in METADATA:
+            seen.metadata.append(Listed(name, as_text(fs.unstrip_protocol(file)), size, version))
+        if not wanted or name.lower().endswith(wanted):
             yield Listed(name, as_text(fs.unstrip_protocol(file)), size, version)
 
 
@@ -194,9 +201,19 @@ def _files(fs: Any, path: str, uri: str) -> tuple[str, Iterator[_Found], _Asked]
         info = fs.info(path)
     except (FileNotFoundError, NotADirectoryError):
         raise SourceError(f"{uri} does not exist") from None
-    if info["type"] == "directory":
+    if info["type"] == "directory" or _is_marker(fs, path, info):
         return path, _walk(fs, path), _Asked(folders=(path,))
     return path.rpartition("/")[0], iter([_found(info, path)]), _Asked(by_name=True)
+
+
+def _is_marker(fs: Any, path: str, info: dict[str, Any]) -> bool:
+    """Whether an object is an empty one, with the name of the folder of others."""
+    if info.get("size") or isinstance(fs, LocalFileSystem):
+        return False
+    try:
+        return any(below["name"].startswith(f"{path}/") for below in fs.ls(path, detail=True))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
 
 
 def _expanded(path: str) -> list[str]:

@@ -80,7 +80,7 @@ def gnu_tar(folder, archive, *arguments):
 
 
 @pytest.mark.parametrize("form", ["gnu", "pax", "ustar", "v7"])
-def test_gnu_tar_with_folders_links_hidden_and_long_names(form, tmp_path, pngs, fill, rows):
+def test_gnu_tar_with_folders_links_hidden_and_long_names(form, tmp_path, pngs, fill, rows, capsys):
     long = "n" * 90 if form in ("v7", "ustar") else "/".join(["deep" * 20] * 3) + "/" + "ü" * 100
     contents = {"a.png": pngs[0], "a.cls": b"3", "b/c.d.png": pngs[1], "b/c.cls": b"4", f"{long}.png": pngs[2]}
     fill(tmp_path / "in", contents | {"._a.png": b"mac", ".hidden/e.png": b"no", "b/.DS_Store": b"no"})
@@ -88,6 +88,7 @@ def test_gnu_tar_with_folders_links_hidden_and_long_names(form, tmp_path, pngs, 
     (tmp_path / "in" / "zz.png").hardlink_to(tmp_path / "in" / "b" / "c.d.png")
     gnu_tar(tmp_path / "in", tmp_path / "x.tar", f"--format={form}", "--sort=name", ".")
     keys = {raw.source.rpartition("#")[2]: raw for raw in rows(tmp_path / "x.tar", keep=["cls"])}
+    assert f"passed over in {tmp_path}/x.tar: links and sparse files in tars: 2" in capsys.readouterr().err
     assert {key: (raw.data, raw.kept["cls"]) for key, raw in keys.items()} == {
         "./a": (pngs[0], 3),
         "./b/c": (pngs[1], 4),
