@@ -18,7 +18,7 @@ COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zstd", ".lz4")
 TARS = (".tar", *(f".tar{ending}" for ending in COMPRESSED), ".tgz", ".tbz", ".tbz2", ".txz", ".tzst")
 CSV, JSON, LINES = (".csv", ".tsv"), (".jsonl", ".ndjson"), (".txt",)
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # what describes the pictures beside it
-LISTS = (*CSV, *JSON, *LINES)
+LISTS = tuple(f"{ending}{packed}" for ending in (*CSV, *JSON, *LINES) for packed in ("", *COMPRESSED))
 
 
 @dataclass(frozen=True)

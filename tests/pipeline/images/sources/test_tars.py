@@ -16,10 +16,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from palindrome.pipeline.base.errors import RunError
 from palindrome.pipeline.images.decode import Preprocess
 from palindrome.pipeline.images.read import first_images
 from palindrome.pipeline.images.records import Shard
-from palindrome.pipeline.images.sources import FILES, WEBDATASET, list_pieces, open_collection, read_raw, unpack
+from palindrome.pipeline.images.sources import FILES, WEBDATASET, list_pieces, open_collection, read_raw, tars, unpack
 from palindrome.pipeline.runs.plan import extend_plan, read_plan, write_plan
 from palindrome.pipeline.storage.folder import Folder
 from palindrome.pipeline.tasks.verify_deep import _only
@@ -394,6 +395,15 @@ def test_a_tar_that_unpacks_to_far_too_much_is_one_reject(kind, tmp_path, pngs, 
         (pngs[1], "", ""),
         (None, "unreadable", "it unpacks to more than 100 times its size"),
     ]
+
+
+def test_a_full_disk_is_no_fault_of_the_tar(tmp_path, pngs, fill, tar_of, shards, accounted, monkeypatch):
+    fill(tmp_path, {"a.tar.gz": gzip.compress(tar_of([("0.png", pngs[0])]))})
+    collection = open_collection(str(tmp_path))
+    planned = shards(collection)
+    monkeypatch.setattr(tars.tempfile, "TemporaryFile", lambda **_: open("/dev/full", "r+b", 0))
+    with pytest.raises(RunError, match="No space left"):
+        accounted(collection, planned)
 
 
 @pytest.mark.parametrize("kind", ["bz2", "xz", "zst", "lz4"])
