@@ -401,7 +401,7 @@ def test_a_full_disk_is_no_fault_of_the_tar(tmp_path, pngs, fill, tar_of, shards
     fill(tmp_path, {"a.tar.gz": gzip.compress(tar_of([("0.png", pngs[0])]))})
     collection = open_collection(str(tmp_path))
     planned = shards(collection)
-    monkeypatch.setattr(tars.tempfile, "TemporaryFile", lambda **_: open("/dev/full", "r+b", 0))
+    monkeypatch.setattr(tars.tempfile, "TemporaryFile", lambda **_: open("/dev/full", "r+b", 0))  # noqa: SIM115
     with pytest.raises(RunError, match="No space left"):
         accounted(collection, planned)
 
