@@ -5,6 +5,7 @@ URIs.
 """
 
 import json
+from collections import deque
 from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain, islice
@@ -16,7 +17,7 @@ from fsspec.implementations.local import LocalFileSystem
 from palindrome.pipeline.base.errors import SourceError
 from palindrome.pipeline.images.records import Piece, Shard
 from palindrome.pipeline.images.sources import files, lists, metadata, tables, tars, zips
-from palindrome.pipeline.images.sources.base import ARROW, FILES, LIST, PARQUET, TARS, WEBDATASET
+from palindrome.pipeline.images.sources.base import ARROW, FILES, LIST, METADATA, PARQUET, TARS, WEBDATASET
 from palindrome.pipeline.images.sources.base import FORMATS as FORMATS
 from palindrome.pipeline.images.sources.base import ONE_EACH as ONE_EACH
 from palindrome.pipeline.images.sources.base import Collection as Collection
@@ -65,7 +66,7 @@ def open_collection(
     column, kept = image_column, ()
     every = chain(heads, runs.without(names))
     if found == FILES:
-        kept = _described(fs, every, uri, image_column, keep)
+        kept = _described(fs, every, seen, uri, image_column, keep)
     elif found in TABULAR:
         column, kept = tables.columns(fs, _some(every, found, uri), uri, image_column, keep)
     elif found == WEBDATASET:
@@ -79,8 +80,8 @@ def open_collection(
 def list_pieces(collection: Collection, shard_size: int) -> Iterator[Piece]:
     """The collection as pieces of at most `shard_size` images, in the order of their names."""
     fs, _ = open_fs(collection.uri, collection.storage_options)
-    tally = Tally()
-    listed = _in_order(fs, collection, tally)
+    seen, tally = Seen(), Tally()
+    listed = _in_order(fs, collection, seen, tally)
     if collection.kind in TABULAR:
         yield from tables.pieces(fs, collection, _with(listed, ENDINGS[collection.kind]), shard_size)
     elif collection.kind == WEBDATASET:
@@ -92,16 +93,15 @@ def list_pieces(collection: Collection, shard_size: int) -> Iterator[Piece]:
     else:
         first = list(islice(listed, 1))  # by now all are listed
         inputs: Iterator[Listed] = chain(first, listed)
-        if files := metadata.of_pictures(fs, tally.described if tally.files[FILES] else []):
+        if files := metadata.of_pictures(fs, seen.metadata if tally.files[FILES] else []):
             say_once(f"passed over in {collection.uri}: files of metadata: {len(files)}")
             inputs = metadata.described(fs, collection, files, inputs)
         yield from (Piece(f.uri, f.name, f.size, f.version, kept=f.kept if collection.kept else "") for f in inputs)
 
 
-def _in_order(fs: Any, collection: Collection, tally: Tally) -> Iterator[Listed]:
+def _in_order(fs: Any, collection: Collection, seen: Seen, tally: Tally) -> Iterator[Listed]:
     """The collection's files by name. Before the first of them comes, all are listed: what is passed over is said then,
     and a collection that was recognised by its first names is looked at as a whole."""
-    seen = Seen()
     listed = list_files(collection.uri, collection.storage_options, collection.extensions, seen)
     files = in_order(tally.adding(listed))
     first = list(islice(files, 1))
@@ -114,6 +114,8 @@ def _in_order(fs: Any, collection: Collection, tally: Tally) -> Iterator[Listed]
         passed = _passed_over(seen, runs, tally, collection.kind)
     else:
         passed = _passed_over(seen, runs)
+    if seen.delta:
+        say_once(f"warning: {collection.uri} is a Delta table: files that its log has removed are read as well")
     if passed:
         say_once(f"passed over in {collection.uri}: {passed}")
     yield from chain(first, rest)
@@ -172,15 +174,18 @@ def _read(fs: Any, collection: Collection, shard: Shard) -> Iterator[RawImage]:
 
 
 def _described(
-    fs: Any, files: Iterable[Listed], uri: str, image_column: str | None, keep: Sequence[str]
+    fs: Any, files: Iterable[Listed], seen: Seen, uri: str, image_column: str | None, keep: Sequence[str]
 ) -> tuple[pa.Field, ...]:
     """The fields to keep of what stands beside pictures."""
-    found = metadata.of_pictures(fs, _tally(files).described) if keep and not image_column else []
+    found: list[Listed] = []
+    if keep and not image_column:
+        deque(files, 0)  # all are listed then
+        found = metadata.of_pictures(fs, seen.metadata)
     if found:
         return metadata.columns(fs, found, uri, keep)
     if keep or image_column:
         column, setting = (keep[0], "keep") if keep else (image_column, "image_column")
-        words = f"{uri} holds files, without columns: there is no {' or '.join(metadata.METADATA)}"
+        words = f"{uri} holds files, without columns: there is no {' or '.join(METADATA)}"
         raise SourceError(f"column {column!r} is asked for, and {words} with a column file_name", setting)
     return ()
 

@@ -17,7 +17,8 @@ TABLES = (*PARQUETS, *ARROWS)
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zstd", ".lz4")
 TARS = (".tar", *(f".tar{ending}" for ending in COMPRESSED), ".tgz", ".tbz", ".tbz2", ".txz", ".tzst")
 CSV, JSON, LINES = (".csv", ".tsv"), (".jsonl", ".ndjson"), (".txt",)
-LISTS = (*CSV, *JSON, *LINES)
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # what describes the pictures beside it
+LISTS = tuple(f"{ending}{packed}" for ending in (*CSV, *JSON, *LINES) for packed in ("", *COMPRESSED))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import islice, pairwise, product
@@ -24,7 +23,7 @@ from fsspec.utils import glob_translate
 
 from palindrome.pipeline.base.errors import SourceError
 from palindrome.pipeline.base.log import say
-from palindrome.pipeline.images.sources.base import PICTURES
+from palindrome.pipeline.images.sources.base import METADATA, PICTURES
 from palindrome.pipeline.storage.folder import Options, is_outage, open_fs
 
 LISTERS = 16  # requests at once
@@ -51,10 +50,13 @@ class Listed(NamedTuple):
 @dataclass
 class Seen:
     """What a listing met that is no input: how many names are passed over, of files and of folders that are not
-    entered; and each `run.json`, the folder of which may be a run's."""
+    entered; whether one of them is a Delta table's log; each `run.json`, the folder of which may be a run's; what may
+    describe pictures, whatever `extensions` were asked for."""
 
     hidden: int = 0
+    delta: bool = False
     runs: list[Listed] = field(default_factory=list)
+    metadata: list[Listed] = field(default_factory=list)
 
 
 class _Found(NamedTuple):
@@ -100,7 +102,11 @@ def list_files(
             continue
         if not asked.by_name and is_passed_over(name, asked.underscores, wanted or PICTURES):
             seen.hidden += 1
-        elif not wanted or name.lower().endswith(wanted):
+            seen.delta = seen.delta or "_delta_log/" in name
+            continue
+        if name.lower().endswith(METADATA) and name.lower().rpartition("/")[2] in METADATA:
+            seen.metadata.append(Listed(name, _uri(fs, file), size, version))
+        if not wanted or name.lower().endswith(wanted):
             yield Listed(name, _uri(fs, file), size, version)
 
 
@@ -210,9 +216,7 @@ def _files(fs: Any, path: str, uri: str) -> tuple[str, Iterator[_Found], _Asked]
         info = fs.info(path)
     except (FileNotFoundError, NotADirectoryError):
         raise SourceError(f"{uri} does not exist") from None
-    # Some tools leave an empty object with a folder's name beside what is in it.
-    empty = not info.get("size") and not isinstance(fs, LocalFileSystem)
-    if info["type"] == "directory" or (empty and _is_prefix(fs, path)):
+    if info["type"] == "directory" or _is_marker(fs, path, info):
         return path, _walk(fs, path), _Asked(folders=(path,))
     return path.rpartition("/")[0], iter([_found(info, path)]), _Asked(by_name=True)
 
@@ -230,11 +234,14 @@ def _exists(fs: Any, path: str) -> bool:
     return True
 
 
-def _is_prefix(fs: Any, path: str) -> bool:
-    """Whether a store has objects below that name."""
-    with suppress(FileNotFoundError, NotADirectoryError):
-        return any(info["name"].rstrip("/") != path for info in fs.ls(f"{path}/", detail=True))
-    return False
+def _is_marker(fs: Any, path: str, info: dict[str, Any]) -> bool:
+    """Whether an object is an empty one, with the name of the folder of others."""
+    if info.get("size") or isinstance(fs, LocalFileSystem):
+        return False
+    try:
+        return any(below["name"].startswith(f"{path}/") for below in fs.ls(path, detail=True))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
 
 
 def _expanded(path: str) -> list[str]:

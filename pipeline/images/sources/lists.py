@@ -3,6 +3,7 @@ URIs."""
 
 import io
 import json
+import lzma
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, reduce
@@ -15,12 +16,13 @@ import pyarrow.json
 
 from palindrome.pipeline.base.errors import SourceError
 from palindrome.pipeline.images.records import Piece
-from palindrome.pipeline.images.sources.base import CSV, JSON, LINES, TABLES, Collection, RawImage
+from palindrome.pipeline.images.sources.base import COMPRESSED, CSV, JSON, LINES, TABLES, Collection, RawImage
 from palindrome.pipeline.images.sources.columns import can_be_read_as, is_text, same_or_wider
 from palindrome.pipeline.images.sources.files import read_files
 from palindrome.pipeline.images.sources.listing import Listed, path_of
 from palindrome.pipeline.images.sources.servers import Servers
 from palindrome.pipeline.images.sources.tables import byte_columns, first_schema, kept_fields, open_table
+from palindrome.pipeline.images.sources.unpack import compression
 from palindrome.pipeline.storage import lfs
 from palindrome.pipeline.storage.folder import open_fs
 from palindrome.pipeline.storage.uri import absolute, chained, host, is_chain, is_whole, joined, local_path, scheme
@@ -41,7 +43,7 @@ def chosen(files: Sequence[Listed], uri: str) -> list[Listed]:
     """Those of a folder that are its lists, all of one kind; text is none where there is another: it describes that."""
     if len(files) == 1:
         return list(files)
-    groups = [[file for file in files if file.name.lower().endswith(kind)] for kind in (TABLES, CSV, JSON, LINES)]
+    groups = [[file for file in files if _bare(file.name).endswith(kind)] for kind in (TABLES, CSV, JSON, LINES)]
     found = [group for group in groups[:-1] if group] or [group for group in groups[-1:] if group]
     if len(found) != 1:
         what = (
@@ -180,32 +182,57 @@ def _with_types_of(schema: pa.Schema, other: pa.Schema) -> pa.Schema:
 def schema_of(fs: Any, file: str, asked: str | None, keep: Sequence[str]) -> pa.Schema:
     """The columns; of CSV and JSON, whatever could be URIs is text, and so is what is kept and neither number nor
     boolean."""
-    name = file.lower()
+    name = _bare(file)
     if name.endswith(TABLES):
         with open_table(fs, file) as table:
             return table.schema
     if not name.endswith((*CSV, *JSON)):
         return pa.schema([(LINE, pa.string())])
-    with _told(file), fs.open(path_of(fs, file), "rb") as opened:
-        _check_pointer(opened, file)
+    with _opened(fs, file) as opened:
         names = _open(opened, name).schema.names
-        opened.seek(0)
-        texts = {n: pa.string() for n in names if n.lower() in COLUMNS or n == asked}
-        named = [n for n in names if n in keep]
-        if name.endswith(CSV):
-            how = _csv(file, column_types=texts, include_columns=named)
-            found = pyarrow.csv.read_csv(opened, **how).schema if named else []  # [] is all columns
-        else:
-            found = [f for f in pyarrow.json.read_json(opened, **_json()).schema if f.name in named] if named else []
-            names += [f.name for f in found if f.name not in names]
+    texts = {n: pa.string() for n in names if n.lower() in COLUMNS or n == asked}
+    named = [n for n in names if n in keep]
+    found: Iterable[pa.Field] = []
+    if keep:
+        with _opened(fs, file) as opened:
+            if name.endswith(CSV):
+                how = _csv(name, column_types=texts, include_columns=named)
+                found = pyarrow.csv.read_csv(opened, **how).schema if named else []  # [] is all columns
+            else:  # a row further down may have others than the first ones
+                found = [f for f in pyarrow.json.read_json(opened, **_json()).schema if f.name in keep]
+                names += [f.name for f in found if f.name not in names]
     types = {field.name: pa.string() if pa.types.is_temporal(field.type) else field.type for field in found}
     return pa.schema([(n, texts.get(n) or types.get(n, pa.null())) for n in names])
 
 
-def _check_pointer(opened: Any, file: str) -> None:
-    if lfs.is_pointer(opened.read(lfs.LARGEST)):
-        raise SourceError(f"{file} is no list: {lfs.WORDS}")
-    opened.seek(0)
+def _bare(name: str) -> str:
+    """A file's name in lower case, without what says that it is compressed."""
+    name = name.lower()
+    return next((name.removesuffix(ending) for ending in COMPRESSED if name.endswith(ending)), name)
+
+
+@contextmanager
+def _opened(fs: Any, file: str) -> Iterator[Any]:
+    """The list, unpacked as it is read where it is compressed. Raises SourceError where it is none."""
+    with _told(file), fs.open(path_of(fs, file), "rb") as opened:
+        head = opened.read(lfs.LARGEST)
+        if lfs.is_pointer(head):
+            raise SourceError(f"{file} is no list: {lfs.WORDS}")
+        opened.seek(0)
+        packed = compression(head)
+        if packed is None:
+            yield opened
+        elif packed == "xz":
+            with lzma.open(opened) as unpacked:
+                yield unpacked
+        else:
+            with pa.CompressedInputStream(pa.PythonFile(opened, mode="r"), packed) as unpacked:
+                try:
+                    yield unpacked
+                except OSError as e:
+                    if type(e) is OSError and e.errno is None:  # Arrow's, of what is packed
+                        raise EOFError(str(e)) from e
+                    raise
 
 
 def batches(fs: Any, file: str, fields: Sequence[pa.Field]) -> Iterator[pa.RecordBatch]:
@@ -222,10 +249,9 @@ def batches(fs: Any, file: str, fields: Sequence[pa.Field]) -> Iterator[pa.Recor
             if table.has_rows():
                 yield from table.batches(4096, names)
         return
-    with _told(file), fs.open(path_of(fs, file), "rb") as opened:
-        _check_pointer(opened, file)
-        if file.lower().endswith((*CSV, *JSON)):
-            yield from _open(opened, file.lower(), {field.name: field.type for field in fields})
+    with _opened(fs, file) as opened:
+        if _bare(file).endswith((*CSV, *JSON)):
+            yield from _open(opened, _bare(file), {field.name: field.type for field in fields})
             return
         lines = (line.strip() for line in io.TextIOWrapper(opened, "utf-8-sig"))
         uris = (line for line in lines if line and not line.startswith("#"))
@@ -250,7 +276,7 @@ def _json(types: dict[str, pa.DataType] | None = None) -> dict[str, Any]:
 
 
 def _csv(file: str, **conversion: Any) -> dict[str, Any]:
-    delimiter = "\t" if file.lower().endswith(".tsv") else ","
+    delimiter = "\t" if _bare(file).endswith(".tsv") else ","
     return {
         "read_options": pyarrow.csv.ReadOptions(block_size=BLOCK),
         "parse_options": pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
@@ -262,5 +288,5 @@ def _csv(file: str, **conversion: Any) -> dict[str, Any]:
 def _told(file: str) -> Iterator[None]:
     try:
         yield
-    except (UnicodeDecodeError, pa.ArrowException) as e:
+    except (UnicodeDecodeError, pa.ArrowException, lzma.LZMAError, EOFError) as e:
         raise SourceError(f"{file} can't be read as a list of URIs: {' '.join(str(e).split())[:200]}") from e

@@ -13,7 +13,6 @@ from palindrome.pipeline.images.sources import lists
 from palindrome.pipeline.images.sources.base import Collection
 from palindrome.pipeline.images.sources.listing import Listed, in_order, say_once
 
-METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 FILE_NAME = "file_name"
 
 

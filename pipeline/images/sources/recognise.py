@@ -19,7 +19,6 @@ from palindrome.pipeline.images.sources.base import (
     WEBDATASET,
 )
 from palindrome.pipeline.images.sources.listing import Listed
-from palindrome.pipeline.images.sources.metadata import METADATA
 
 ENDINGS = {FILES: PICTURES, WEBDATASET: TARS, PARQUET: PARQUETS, ARROW: ARROWS, LIST: LISTS}
 WORDS = {FILES: "pictures", WEBDATASET: "tars", PARQUET: "Parquet files", ARROW: "Arrow files"}
@@ -37,7 +36,6 @@ class Tally:
         self.bytes: Counter[str | None] = Counter()
         self.some: dict[str | None, list[Listed]] = {}
         self.beside = self.zips = 0
-        self.described: list[Listed] = []  # files that may describe others
 
     def adding(self, files: Iterable[Listed]) -> Iterator[Listed]:
         for file in files:
@@ -51,8 +49,6 @@ class Tally:
         self.bytes[kind] += max(file.size, 1)
         if len(some := self.some.setdefault(kind, [])) < SOME:
             some.append(file)
-        if name.rpartition("/")[2] in METADATA:
-            self.described.append(file)
         self.zips += name.endswith(ZIP)
         if kind is None:
             self.beside += name.endswith(BESIDE)

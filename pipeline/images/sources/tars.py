@@ -173,25 +173,30 @@ def _look(fs: Any, uri: str, named: set[str]) -> tuple[list[str], dict[str, pa.D
 def pieces(fs: Any, collection: Collection, listed: Iterable[Listed], shard_size: int) -> Iterator[Piece]:
     """Ranges of at most `shard_size` samples, then of the further images. The headers are read, 16 tars at once."""
     names = Names(collection.image_column)
-    more = 0
-    for file, ranges, further in in_threads(lambda file: (file, *_ranges(fs, file.uri, shard_size, names)), listed):
-        more += further
+    more = others = 0
+    for file, ranges, further, links in in_threads(
+        lambda file: (file, *_ranges(fs, file.uri, shard_size, names)), listed
+    ):
+        more, others = more + further, others + links
         for start, stop, offset, length in ranges:
             yield Piece(file.uri, file.name, file.size, file.version, start, stop, offset, length)
+    if others:
+        say_once(f"passed over in {collection.uri}: links and sparse files in tars: {others}")
     if more:
         say_once(f"{collection.uri}: {more} images are further ones of their samples, rows behind those of the samples")
 
 
-def _ranges(fs: Any, uri: str, shard_size: int, names: Names) -> tuple[list[tuple[int, int, int, int]], int]:
+def _ranges(fs: Any, uri: str, shard_size: int, names: Names) -> tuple[list[tuple[int, int, int, int]], int, int]:
     """(first sample, the one behind the last, first byte, bytes) of each piece; no bytes where all of the tar has to be
-    read to know its samples. And how many images are further ones."""
+    read to know its samples. How many images are further ones. How many members are passed over."""
     starts: list[int] = []
     images: dict[str, str | None] = {}  # the first of each key
     further: set[str] = set()
+    links: list[str] = []
     last, end, cut, broken, packed, size = None, 0, False, False, False, 0
     try:
         with _opened(fs, uri, HEADERS) as (file, size, packed):
-            for member in _members(file, size):
+            for member in _members(file, size, links=links):
                 key = names.key(member)
                 if key != last:
                     starts.append(member.header)
@@ -207,13 +212,13 @@ def _ranges(fs: Any, uri: str, shard_size: int, names: Names) -> tuple[list[tupl
     count = len(images) + broken
     behind = [(start, stop, 0, 0) for start, stop in _cut(count, count + len(further), shard_size)]
     if packed or len(images) < len(starts):
-        return [(0, count, 0, 0), *behind] if count else [], len(further)
+        return [(0, count, 0, 0), *behind] if count else [], len(further), len(links)
     if broken:
         starts.append(-(-end // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE)
         end = max(size, starts[-1]) + 1
     places = [*starts, end]
     windows = [(i, k, places[i], places[k] - places[i]) for i, k in _cut(0, len(starts), shard_size)]
-    return windows + behind, len(further)
+    return windows + behind, len(further), len(links)
 
 
 def _cut(start: int, stop: int, shard_size: int) -> Iterator[tuple[int, int]]:
@@ -348,9 +353,12 @@ def _content(file: Any, member: _Member) -> bytes | None:
     return content if len(content) == member.size else None
 
 
-def _members(file: Any, size: int, start: int = 0, stop: int | None = None) -> Iterator[_Member]:
-    """The files of a tar whose headers are from `start` to before `stop`; hidden ones are left out. Raises _Broken
-    where it can't be read on, which tarfile takes for the end of the archive, or behind the file that is cut."""
+def _members(
+    file: Any, size: int, start: int = 0, stop: int | None = None, links: list[str] | None = None
+) -> Iterator[_Member]:
+    """The files of a tar whose headers are from `start` to before `stop`; hidden ones are left out, and `links`, which
+    have no bytes there. Raises _Broken where it can't be read on, which tarfile takes for the end of the archive, or
+    behind the file that is cut."""
     file.seek(start)
     try:
         with tarfile.open(fileobj=file, mode="r:", encoding="utf-8") as archive:
@@ -363,7 +371,10 @@ def _members(file: Any, size: int, start: int = 0, stop: int | None = None) -> I
                 path = as_text(info.name)
                 has_bytes = info.isreg() and not info.issparse()  # which stand otherwise than they are
                 whole = not has_bytes or info.offset_data + info.size <= size
-                if has_bytes and not any(part.startswith(".") for part in path.split("/") if part not in (".", "..")):
+                hidden = any(part.startswith(".") for part in path.split("/") if part not in (".", ".."))
+                if not (has_bytes or hidden or info.isdir()) and links is not None:
+                    links.append(path)
+                if has_bytes and not hidden:
                     yield _Member(path, info.offset, info.offset_data, info.size, whole)
                 if not whole:
                     raise _Broken(f"the archive breaks off in {path}")

@@ -9,6 +9,8 @@ from typing import Any
 
 import pyarrow as pa
 
+from palindrome.pipeline.base.errors import writing
+
 HEAD = 10  # bytes by which a compression is known
 STARTS = {
     "gzip": rb"\x1f\x8b\x08",
@@ -34,11 +36,12 @@ def compression(head: bytes) -> str | None:
 
 def unpack(packed: Any, unpacked: Any, name: str) -> None:
     """Writes `packed`, a file at its beginning, to another. Where it breaks off or is damaged, so does the other.
-    Raises TooLargeError, and OSError where one of the files does."""
+    Raises TooLargeError, and OSError or RunError where one of the files can't be read or written."""
     size = 0
     read = _Reads(packed)
     for content in (_arrow if name in ("zstd", "lz4") else _standard)(read, name):
-        size += unpacked.write(content)
+        with writing("the temporary folder"):
+            size += unpacked.write(content)
         if size > max(FREE, RATIO * read.bytes):
             raise TooLargeError(f"it unpacks to more than {RATIO} times its size")
 

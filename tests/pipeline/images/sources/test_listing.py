@@ -343,6 +343,22 @@ def test_what_is_passed_over_is_counted_in_one_line(tmp_path, fill, pngs, names,
     assert "holds no files (passed over: names that begin with . or _: 2)" in refused(tmp_path / "none")
 
 
+def test_a_delta_table_is_warned_of(tmp_path, fill, sample, rows, capsys):
+    fill(tmp_path, {"part-0.parquet": sample.read_bytes(), "_delta_log/00000000000000000000.json": b"{}"})
+    assert len(rows(tmp_path)) == 256
+    assert f"warning: {tmp_path} is a Delta table" in capsys.readouterr().err
+
+
+def test_an_empty_key_with_the_name_of_a_folder_is_not_the_collection(moto, pngs, names):
+    """As consoles and Hadoop leave them."""
+    bucket, fs = moto.bucket(), moto.fs
+    fs.call_s3("put_object", Bucket=bucket.removeprefix("s3://"), Key="photos", Body=b"")
+    assert names(f"{bucket}/photos", storage_options=moto.options) == ["photos"]
+    fs.pipe_file(f"{bucket}/photos/1.png", pngs[1])
+    fs.pipe_file(f"{bucket}/photos2/2.png", pngs[2])
+    assert names(f"{bucket}/photos", storage_options=moto.options) == ["1.png"]
+
+
 def run_in(folder, fill, sample):
     """What a run leaves in a folder, in part."""
     fill(folder, {"run.json": b'{"job": "encode", "config": {}}', "plan/complete.json": b"{}", "summary.json": b"{}"})

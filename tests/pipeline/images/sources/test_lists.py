@@ -1,8 +1,11 @@
 """Lists of URIs as text, CSV, TSV and Parquet, the tables written by polars, DuckDB and pyarrow."""
 
+import bz2
 import errno
+import gzip
 import http.server
 import json
+import lzma
 import os
 import re
 import socket
@@ -224,6 +227,35 @@ def test_json_lines(name, images, pngs, rows, refused):
     assert "'meta'" in refused(images / name, keep=["meta"])
     assert "'nothing'" in refused(images / name, image_column="nothing")
     assert "file_name, text" in refused(images / name, keep=["colour"])
+
+
+PACK = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}
+
+
+@pytest.mark.parametrize("packed", [*PACK, "zst"])
+@pytest.mark.parametrize("ending", ["txt", "csv", "tsv", "jsonl"])
+def test_compressed_lists(ending, packed, images, pngs, rows, fill, refused):
+    content = {
+        "txt": "in/0.png\nin/2.png",
+        "csv": "url,n\nin/0.png,1\nin/2.png,2",
+        "tsv": "url\tn\nin/0.png\t1\nin/2.png\t2",
+        "jsonl": '{"url": "in/0.png", "n": 1}\n{"url": "in/2.png", "n": 2}',
+    }[ending]
+    if packed == "zst":
+        sink = pa.BufferOutputStream()
+        with pa.CompressedOutputStream(sink, "zstd") as stream:
+            stream.write(content.encode())
+        data = sink.getvalue().to_pybytes()
+    else:
+        data = PACK[packed](content.encode())
+    keep = [] if ending == "txt" else ["n"]
+    for name in (f"a.{ending}.{packed}", f"A.{ending.upper()}.{packed.upper()}", f"b.{ending}"):
+        fill(images, {name: data})
+        found = rows(images / name, keep=keep)
+        assert [raw.data for raw in found] == [pngs[0], pngs[2]]
+        assert not keep or [raw.kept["n"] for raw in found] == [1, 2]
+    fill(images, {name: data[: len(data) // 2]})
+    assert name in refused(images / name)
 
 
 def test_names_in_json_that_look_like_times_stay_texts(tmp_path, pngs, fill, rows):

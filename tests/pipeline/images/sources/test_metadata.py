@@ -46,10 +46,12 @@ def test_columns_of_metadata_come_along(at_once, ending, tmp_path, pngs, fill, r
     }
 
 
-def test_metadata_is_no_input_unless_it_names_no_pictures(tmp_path, pngs, fill, names, capsys):
+def test_metadata_is_no_input_unless_it_names_no_pictures(tmp_path, pngs, fill, names, rows, capsys):
     fill(tmp_path, {"0.png": pngs[0], "metadata.jsonl": json.dumps({"file_name": "0.png", "text": "a"}).encode()})
     assert names(tmp_path) == ["0.png"]
     assert "files of metadata: 1" in capsys.readouterr().err
+    (raw,) = rows(tmp_path, keep=["text"], extensions=["png"])
+    assert raw.kept == {"text": "a"}
     fill(tmp_path, {"a/metadata.csv": b"camera,lens\nx,y\n", "a/metadata.jsonl": b"\xff"})
     assert names(tmp_path) == ["0.png", "a/metadata.csv", "a/metadata.jsonl"]
 

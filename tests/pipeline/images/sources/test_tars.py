@@ -16,10 +16,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from palindrome.pipeline.base.errors import RunError
 from palindrome.pipeline.images.decode import Preprocess
 from palindrome.pipeline.images.read import first_images
 from palindrome.pipeline.images.records import Shard
-from palindrome.pipeline.images.sources import FILES, WEBDATASET, list_pieces, open_collection, read_raw, unpack
+from palindrome.pipeline.images.sources import FILES, WEBDATASET, list_pieces, open_collection, read_raw, tars, unpack
 from palindrome.pipeline.runs.plan import extend_plan, read_plan, write_plan
 from palindrome.pipeline.storage.folder import Folder
 from palindrome.pipeline.tasks.verify_deep import _only
@@ -80,7 +81,7 @@ def gnu_tar(folder, archive, *arguments):
 
 
 @pytest.mark.parametrize("form", ["gnu", "pax", "ustar", "v7"])
-def test_gnu_tar_with_folders_links_hidden_and_long_names(form, tmp_path, pngs, fill, rows):
+def test_gnu_tar_with_folders_links_hidden_and_long_names(form, tmp_path, pngs, fill, rows, capsys):
     long = "n" * 90 if form in ("v7", "ustar") else "/".join(["deep" * 20] * 3) + "/" + "ü" * 100
     contents = {"a.png": pngs[0], "a.cls": b"3", "b/c.d.png": pngs[1], "b/c.cls": b"4", f"{long}.png": pngs[2]}
     fill(tmp_path / "in", contents | {"._a.png": b"mac", ".hidden/e.png": b"no", "b/.DS_Store": b"no"})
@@ -88,6 +89,7 @@ def test_gnu_tar_with_folders_links_hidden_and_long_names(form, tmp_path, pngs, 
     (tmp_path / "in" / "zz.png").hardlink_to(tmp_path / "in" / "b" / "c.d.png")
     gnu_tar(tmp_path / "in", tmp_path / "x.tar", f"--format={form}", "--sort=name", ".")
     keys = {raw.source.rpartition("#")[2]: raw for raw in rows(tmp_path / "x.tar", keep=["cls"])}
+    assert f"passed over in {tmp_path}/x.tar: links and sparse files in tars: 2" in capsys.readouterr().err
     assert {key: (raw.data, raw.kept["cls"]) for key, raw in keys.items()} == {
         "./a": (pngs[0], 3),
         "./b/c": (pngs[1], 4),
@@ -393,6 +395,15 @@ def test_a_tar_that_unpacks_to_far_too_much_is_one_reject(kind, tmp_path, pngs, 
         (pngs[1], "", ""),
         (None, "unreadable", "it unpacks to more than 100 times its size"),
     ]
+
+
+def test_a_full_disk_is_no_fault_of_the_tar(tmp_path, pngs, fill, tar_of, shards, accounted, monkeypatch):
+    fill(tmp_path, {"a.tar.gz": gzip.compress(tar_of([("0.png", pngs[0])]))})
+    collection = open_collection(str(tmp_path))
+    planned = shards(collection)
+    monkeypatch.setattr(tars.tempfile, "TemporaryFile", lambda **_: open("/dev/full", "r+b", 0))  # noqa: SIM115
+    with pytest.raises(RunError, match="No space left"):
+        accounted(collection, planned)
 
 
 @pytest.mark.parametrize("kind", ["bz2", "xz", "zst", "lz4"])
