@@ -3,6 +3,7 @@ model; and commands as a person gives them, run in this process on the tests' Ra
 
 import gc
 import io
+import os
 import runpy
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -15,14 +16,20 @@ from hypothesis import settings
 settings.register_profile("palindrome", deadline=None, derandomize=True)  # no failure by a busy machine or by chance
 settings.load_profile("palindrome")
 
+# `make test` has a process for each core, and on networks as small as the tests' a second thread only waits.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Ray starts workers as they are needed, not one a CPU ahead, of which each takes more than a second of a core.
+os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
+
 
 # The files that take longest, first: else one process works through them while the others are done.
 SLOW = [
-    *("jobs/test_faults.py", "jobs/test_submit.py", "jobs/test_s3.py", "jobs/test_kinds.py", "jobs/test_train.py"),
-    *("pipeline/runtime/test_scheduler.py", "infra/test_two_nodes.py", "jobs/test_encode.py", "jobs/test_generate.py"),
-    *("jobs/test_estimate.py", "jobs/test_precision.py", "jobs/test_on_ray.py", "jobs/test_verify.py"),
-    *("jobs/test_earlier_runs.py", "jobs/test_export.py", "jobs/test_autoscaling.py", "jobs/test_hosts.py"),
-    *("jobs/test_log.py", "jobs/test_collections.py", "infra/test_installed.py", "test_notebook.py"),
+    *("jobs/test_faults.py", "jobs/test_train.py", "jobs/test_kinds.py", "jobs/test_submit.py"),
+    *("pipeline/runtime/test_scheduler.py", "jobs/test_encode.py", "jobs/test_hosts.py", "jobs/test_on_ray.py"),
+    *("jobs/test_generate.py", "jobs/test_earlier_runs.py", "jobs/test_autoscaling.py", "jobs/test_export.py"),
+    *("jobs/test_s3.py", "infra/test_two_nodes.py", "infra/test_installed.py", "jobs/test_verify.py"),
+    *("jobs/test_estimate.py", "jobs/test_precision.py", "jobs/test_log.py", "jobs/test_collections.py"),
+    *("pipeline/images/sources/test_tars.py", "pipeline/images/test_decode.py", "test_notebook.py"),
 ]
 
 
@@ -82,8 +89,9 @@ def store(request):
 
 @pytest.fixture(scope="session")
 def ray_here():
-    """One Ray on this machine for all tests, without GPUs; a job called in this process runs on it. It leaves the port
-    that Ray's agent wants to those that commands start beside it, which would lose seconds in trying for it."""
+    """The address of one Ray on this machine for all tests, without GPUs; a job called in this process runs on it. It
+    leaves the port that Ray's agent wants to those that commands start beside it, which would lose seconds in trying
+    for it."""
     import ray
     from ray.cluster_utils import Cluster
 
@@ -92,7 +100,7 @@ def ray_here():
     head = {"num_cpus": 3, "num_gpus": 0, "object_store_memory": 2**30, "include_dashboard": False}
     cluster = Cluster(initialize_head=True, head_node_args={**head, "dashboard_agent_listen_port": 0})
     ray.init(address=cluster.address, log_to_driver=False)
-    yield
+    yield cluster.address
     ray.shutdown()
     cluster.shutdown()
 

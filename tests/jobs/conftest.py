@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +32,29 @@ def start():
         if process.poll() is None:
             process.kill()
         process.communicate()
+
+
+@pytest.fixture(scope="session")
+def workers():
+    """workers("ShardActor", ...) -> pids of the workers of the tests' Ray that are at work on what is named so: a
+    class, or the name of a task."""
+
+    def workers(*names):
+        titles, found = tuple(f"ray::{name}".encode() for name in names), []
+        for entry in Path("/proc").iterdir():
+            with suppress(OSError):  # it has ended meanwhile
+                title = (entry / "cmdline").read_bytes() if entry.name.isdigit() else b""
+                if title.startswith(titles) and _descends(int(entry.name), os.getpid()):
+                    found.append(int(entry.name))
+        return found
+
+    return workers
+
+
+def _descends(pid, ancestor):
+    while pid > 1 and pid != ancestor:
+        pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return pid == ancestor
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,7 @@ def test_moments_are_those_of_a_known_distribution(eta, steps, palindrome, gauss
 @pytest.fixture(scope="module")
 def one(palindrome, model, tmp_path_factory):
     out = tmp_path_factory.mktemp("generate") / "one"
-    said = palindrome(*command(model, out, "--latents", "float32", "--workers", 1, "--shard-size", 16))
+    said = palindrome(*command(model, out, "--latents", "float32", "--shard-size", 16))
     assert said.code == 0, said.err
     return read(out)
 
@@ -102,7 +102,7 @@ def test_samples_are_what_the_model_makes_of_their_noise(one, tiny):
     [
         ("--workers", 2, "--shard-size", 7),
         ("--workers", 3, "--shard-size", 16, "--batch-size", 5),
-        ("--workers", 2, "--shard-size", 100, "--batch-size", 1),
+        ("--shard-size", 100, "--batch-size", 1),
     ],
     ids=["two workers", "three workers", "one by one"],
 )
@@ -114,45 +114,21 @@ def test_workers_shards_and_batches_change_nothing_but_rounding(one, flags, pali
     assert np.abs(images.astype(int) - one[1]).max() <= 1  # kernels differ between batch sizes: a value may round up
 
 
-def test_a_killed_worker_changes_nothing(one, start, model, tmp_path):
+def test_a_killed_worker_changes_nothing(one, start, ray_here, workers, model, tmp_path):
     out = tmp_path / "run"
-    flags = ("--latents", "float32", "--shard-size", 4, "--batch-size", 2, "--steps", 40)
+    flags = ("--latents", "float32", "--shard-size", 4, "--batch-size", 2, "--steps", 20, "--address", ray_here)
     process = start(*command(model, out, *flags))
     found = []
     while not found:
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.01)
-        found = actors(process.pid) if list(out.glob("images/*.parquet")) else []
+        found = workers("ShardActor", "shard ") if list(out.glob("images/*.parquet")) else []
     for pid in found:
         os.kill(pid, signal.SIGKILL)
     out_text, err = process.communicate()
     assert process.returncode == 0, out_text + err
     ids, _, noise = read(out)
     assert ids == one[0] and np.array_equal(noise, one[2])
-
-
-def actors(ancestor):
-    """Pids of the processes below that one which work on shards."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        try:
-            title = (entry / "cmdline").read_bytes() if entry.name.isdigit() else b""
-        except OSError:  # it has ended meanwhile
-            continue
-        if title.startswith((b"ray::ShardActor", b"ray::shard ")) and descends(int(entry.name), ancestor):
-            found.append(int(entry.name))
-    return found
-
-
-def descends(pid, ancestor):
-    while pid > 1:
-        if pid == ancestor:
-            return True
-        try:
-            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-        except OSError:
-            return False
-    return False
 
 
 @pytest.mark.parametrize("flags", [("--eta", 1, "--clip"), ("--sigma-hat",)], ids=str)

@@ -27,7 +27,7 @@ def cluster():
 def test_a_link_cut_in_the_middle_costs_no_row(cluster, sample, model, tmp_path):
     out = tmp_path / "run"
     command = ["encode", "--images", sample, "--model", model, "--out", out, "--shard-size", 8, "--batch-size", 4]
-    command += ["--steps", 30, "--workers", 2, "--decode", "actor", "--stall", 60]
+    command += ["--steps", 30, "--corrections", 0, "--workers", 2, "--decode", "actor", "--stall", 60]
     command += ["--address", f"{cluster.ip}:{cluster.port}"]
     command = [sys.executable, "-m", "palindrome", *map(str, command)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}

@@ -1,6 +1,7 @@
 """Clusters of several kinds of nodes, of their own, with GPUs that are but numbers: which of them a run takes."""
 
 import re
+import signal
 import time
 from collections import Counter
 
@@ -9,11 +10,12 @@ from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
+import palindrome.infra.cluster  # noqa: F401, sets Ray up before it is started
+
 
 @pytest.fixture(scope="module")
-def cluster(ray_here):
-    """A head without CPUs, a node of GPU and `a100`, one of a GPU of another kind, and one of CPUs. `ray_here` only so
-    that Ray is set up as the other tests have it."""
+def cluster():
+    """A head without CPUs, a node of GPU and `a100`, one of a GPU of another kind, and one of CPUs."""
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     cluster.kinds = {
         cluster.add_node(num_cpus=3, num_gpus=1, resources={"a100": 1}).node_id: "a100",
@@ -26,33 +28,48 @@ def cluster(ray_here):
 
 @pytest.fixture
 def encode(cluster, start, sample, model, tmp_path):
-    """encode(flags...) -> exit code, output, errors, and how many actors were on nodes of which kind."""
+    """encode(flags...) -> the process of a run that would take long."""
 
     def encode(*flags):
-        before = cluster.global_state.actor_table(None).keys()
         places = ["--images", sample, "--model", model, "--out", tmp_path / "run", "--address", cluster.address]
-        process = start("encode", *places, "--shard-size", 4, "--steps", 10, *flags)
-        out, err = process.communicate(timeout=300)
-        actors = [a for name, a in cluster.global_state.actor_table(None).items() if name not in before]
-        return process.returncode, out, err, Counter(cluster.kinds.get(a["Address"]["NodeID"]) for a in actors)
+        work = ["--shard-size", 1, "--steps", 400, "--corrections", 0, "--decode", "actor"]
+        return start("encode", *places, *work, *flags)
 
     return encode
 
 
-def test_two_share_a_gpu(encode):
-    code, out, err, actors = encode("--gpus-per-worker", 0.5)
-    assert code == 0 and "64/64 shards, 256 images" in out, err
-    assert actors == {"a100": 2, "other": 2}
+@pytest.fixture
+def actors(cluster, encode, tmp_path):
+    """actors(count, flags...) -> how many actors were on nodes of which kind, of a run that is interrupted once so many
+    are up and a shard is done. None stands for those that were not up."""
+
+    def actors(count, *flags, out="run"):
+        before = cluster.global_state.actor_table(None).keys()
+        process = encode(*flags, "--out", tmp_path / out)
+        places = []
+        while sum(place is not None for place in places) < count or not list(tmp_path.glob(f"{out}/latents/*.parquet")):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.1)
+            found = [a for name, a in cluster.global_state.actor_table(None).items() if name not in before]
+            places = [cluster.kinds.get(a["Address"]["NodeID"]) for a in found]
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 130, out + err
+        return Counter(places)
+
+    return actors
 
 
-def test_without_it_each_gpu_has_one(encode):
-    code, _, err, actors = encode("--decode", "tasks")
-    assert code == 0 and actors == {"a100": 1, "other": 1}, err
+def test_two_share_a_gpu(actors):
+    assert actors(4, "--gpus-per-worker", 0.5) == {"a100": 2, "other": 2}
 
 
-def test_actors_are_on_nodes_of_the_resources_they_take(encode):
-    code, _, err, actors = encode("--resources", '{"a100": 0.5}', "--gpus-per-worker", 0.25)
-    assert code == 0 and actors == {"a100": 2}, err
+def test_without_it_each_gpu_has_one(actors):
+    assert actors(2, "--decode", "tasks") == {"a100": 1, "other": 1}
+
+
+def test_actors_are_on_nodes_of_the_resources_they_take(actors):
+    assert actors(2, "--resources", '{"a100": 0.5}', "--gpus-per-worker", 0.25) == {"a100": 2}
 
 
 @pytest.mark.parametrize(
@@ -78,9 +95,11 @@ def test_how_many_a_gpu_is_given_at_once_is_tried(cluster, start, model, tmp_pat
         ),
     ],
 )
-def test_what_no_node_has_is_refused(encode, flags, words):
-    code, _, err, actors = encode(*flags)
-    assert code == 2 and not actors
+def test_what_no_node_has_is_refused(cluster, encode, flags, words):
+    before = cluster.global_state.actor_table(None).keys()
+    process = encode(*flags)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 2 and cluster.global_state.actor_table(None).keys() == before
     assert err.startswith("palindrome encode: error: --") and words in err and err.count("\n") == 1
 
 
@@ -107,26 +126,23 @@ def test_a_gpu_that_nothing_can_start_is_refused(palindrome, sample, model, tmp_
     assert said.code == 2 and "--gpus-per-worker: no node of the cluster has a GPU, and there is no auto" in said.err
 
 
-def test_a_node_that_is_leaving_gets_none(cluster, encode, tmp_path):
+def test_a_node_that_is_leaving_gets_none(cluster, actors):
     leaving = next(node for node, kind in cluster.kinds.items() if kind == "other")
     soon = int((time.time() + 600) * 1000)
     taken, why = GcsClient(cluster.address).drain_node(
         leaving, DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION"), "", soon
     )
     assert taken, why
-    code, _, err, actors = encode("--gpus-per-worker", 0.5)
-    assert code == 0 and actors == {"a100": 2}, err
-    code, _, err, actors = encode(
-        "--gpus-per-worker", 0.5, "--workers", 1, 4, "--steps", 11, "--out", tmp_path / "more"
-    )
-    assert code == 0 and actors["a100"] >= 2 and not actors["other"], err
+    assert actors(2, "--gpus-per-worker", 0.5) == {"a100": 2}
+    found = actors(2, "--gpus-per-worker", 0.5, "--workers", 1, 4, out="more")
+    assert found["a100"] >= 2 and not found["other"]
 
 
-def test_a_cluster_scaled_to_zero_is_waited_for_and_tasks_keep_a_cpu(ray_here, start, sample, model, tmp_path):
+def test_a_cluster_scaled_to_zero_is_waited_for_and_tasks_keep_a_cpu(start, sample, model, tmp_path):
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     try:
         places = ["--images", sample, "--model", model, "--out", tmp_path / "run", "--address", cluster.address]
-        flags = ["--decode", "tasks", "--workers", 1, 8, "--shard-size", 8, "--steps", 2]
+        flags = ["--decode", "tasks", "--workers", 1, 8, "--shard-size", 8, "--steps", 2, "--corrections", 0]
         process = start("encode", *places, *flags)
         assert process.stdout.readline() == "256 images in 32 shards, 32 to encode\n"
         while not cluster.global_state.actor_table(None):

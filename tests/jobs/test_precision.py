@@ -94,13 +94,15 @@ def test_a_few_images_are_encoded_in_float32(palindrome, pictures, model, tmp_pa
 
 @pytest.fixture
 def trials(monkeypatch):
-    """A trial pays for few images, too."""
-    monkeypatch.setattr("palindrome.jobs.encode.MIN_IMAGES_FOR_TRIAL", 8)
+    """A trial pays for few images, too, and takes a moment."""
+    monkeypatch.setattr("palindrome.jobs.encode.MIN_IMAGES_FOR_TRIAL", 1)
+    monkeypatch.setattr("palindrome.pipeline.runtime.speed.GLANCE", 0.1)
 
 
 def test_a_trial_finds_one_and_the_run_keeps_it(trials, palindrome, sample, tmp_path, read_run):
     run = tmp_path / "run"
     flags = ["encode", "--images", sample, "--limit", 8, "--shard-size", 4, "--model", BUNDLED, "--out", run, *PLAIN]
+    flags += ["--batch-size", 4]  # of the trial too
     said = palindrome(*flags)
     assert said.code == 0, said.err
     found = manifest(run)
@@ -116,7 +118,7 @@ def test_a_trial_finds_one_and_the_run_keeps_it(trials, palindrome, sample, tmp_
 
 
 def test_where_every_image_is_to_come_back_to_the_bit_nothing_is_tried(trials, palindrome, sample, tmp_path):
-    flags = ["--images", sample, "--limit", 8, "--model", BUNDLED, "--out", tmp_path / "run", "--tolerance", "exact"]
+    flags = ["--images", sample, "--limit", 1, "--model", BUNDLED, "--out", tmp_path / "run", "--tolerance", "exact"]
     said = palindrome("encode", *flags, "--steps", 4)
     assert "network evaluations a second" not in said.out
     assert manifest(tmp_path / "run")["precision"] == "float32"

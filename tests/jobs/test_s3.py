@@ -180,7 +180,7 @@ def test_a_store_that_is_gone_ends_the_run_with_its_words(
             proxy.rate = 1
 
         flag = options(moto.through(proxy), config_kwargs=eager(moto, total_max_attempts=2))
-        thread, started = threading.Thread(target=break_down), time.monotonic()
+        thread = threading.Thread(target=break_down)
         thread.start()
         said = palindrome(
             "encode",
@@ -197,7 +197,7 @@ def test_a_store_that_is_gone_ends_the_run_with_its_words(
         assert said.code == 1, said
         words = "the store asks for fewer requests (SlowDown)" if fault == "503" else "breaks the connection off"
         assert words in said.err and bucket.uri in said.err, said.err
-        assert time.monotonic() - started < 60
+        assert 0 < proxy.counts[fault] < 100, "it gives up"
     assert not bucket.files("run/rejects")  # an outage is no image's fault
 
 
@@ -289,16 +289,3 @@ def test_secrets_on_the_command_line_leave_it_and_come_to_no_log(start, moto, st
     assert b"/dev/fd/" in last and stores.SECRET.encode() not in last
     assert stores.SECRET not in out + err
     assert len(bucket.files("run/latents")) == 4
-
-
-def test_train_on_a_store_and_go_on_there(palindrome, moto, table, options):
-    bucket = Folder(moto.bucket(), moto.options)
-    bucket.put("table/a.parquet", table.read_bytes())
-    command = ["train", "--images", f"{bucket.uri}/table", "--preset", "tiny", "--out", f"{bucket.uri}/model"]
-    command += ["--batch-size", 4, "--save-every", 1, *options(moto)]
-    for steps in (1, 2):
-        said = palindrome(*command, "--train-steps", steps)
-        assert said.code == 0, said.err
-        assert json.loads(bucket.read("model/training.json"))["steps"] == steps
-    loaded = unet2d.load(f"{bucket.uri}/model", moto.options)
-    assert loaded.weights

@@ -1,9 +1,14 @@
+"""Training through Ray Train, whose start takes most of a run's time: one from S3 to a folder, one whose driver is
+killed, one that goes on with it on S3, and one that fails."""
+
 import io
 import json
 import math
 import os
+import re
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,15 +18,28 @@ from PIL import Image
 from palindrome.jobs import train
 from palindrome.model.families import unet2d
 from palindrome.model.presets import PRESETS
+from palindrome.pipeline.base.log import KEYS
+from palindrome.pipeline.storage.folder import Folder
 
+pytestmark = pytest.mark.usefixtures("ray_here")
 FLAGS = ["--preset", "tiny", "--batch-size", 8, "--lr-warmup", 0, "--lr", 1e-3, "--sample-every", 1000, "--limit", 64]
 
 
 @pytest.fixture(scope="module")
-def command(sample, tmp_path_factory):
-    out = tmp_path_factory.mktemp("trained") / "run"
+def bucket(moto, sample):
+    """A bucket with the sample."""
+    folder = Folder(moto.bucket(), moto.options)
+    folder.put("images/sample.parquet", Path(sample).read_bytes())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def command(bucket, moto, tmp_path_factory):
+    place = tmp_path_factory.mktemp("trained")
+    (place / "options.json").write_text(json.dumps(moto.options))
     flags = ["--prediction", "v_prediction", "--workers", 2, "--train-steps", 6, "--save-every", 3]
-    return ["train", "--images", sample, *FLAGS, *flags, "--out", out]
+    flags += ["--storage-options", place / "options.json"]
+    return ["train", "--images", f"{bucket.uri}/images", *FLAGS, *flags, "--out", place / "run"]
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +48,15 @@ def out(command):
 
 
 @pytest.fixture(scope="module")
-def said(palindrome, command):
+def dry(palindrome, command, out):
+    """What is said of a training to come."""
+    said = palindrome(*command, "--dry-run")
+    assert not out.exists()
+    return said
+
+
+@pytest.fixture(scope="module")
+def said(palindrome, command, dry, ray_here):
     """Six steps by two workers."""
     return palindrome(*command)
 
@@ -98,10 +124,10 @@ def test_there_is_a_grid_of_samples(record, out):
     assert len(samples) == 16
 
 
-def test_the_manifest_says_what_was_run(record, out, sample):
+def test_the_manifest_says_what_was_run(record, out, bucket):
     manifest = json.loads((out / "run.json").read_text())
     assert manifest["job"] == "train"
-    assert manifest["config"]["images"] == str(sample)
+    assert manifest["config"]["images"] == f"{bucket.uri}/images"
     assert (manifest["config"]["preset"], manifest["config"]["batch_size"]) == ("tiny", 8)
     assert manifest["fields"]["lr"] == "must be the same to resume"
 
@@ -119,27 +145,88 @@ def test_a_second_run_finds_it_trained(record, palindrome, command, out, times):
     assert times(out) == before
 
 
+def written(text):
+    """Bytes of the checkpoint and of a saved state, as a dry run says them."""
+    sizes = re.search(
+        r"a checkpoint of ([\d.]+) (\w+), and every [\d,]+ steps a state of ([\d.]+) (\w+),", text
+    ).groups()
+    unit = {"bytes": 1, "kB": 1e3, "MB": 1e6}
+    return float(sizes[0]) * unit[sizes[1]], float(sizes[2]) * unit[sizes[3]]
+
+
+def weights_in(folder):
+    return (folder / "unet/diffusion_pytorch_model.safetensors").stat().st_size
+
+
+def test_a_dry_run_says_what_it_writes(dry, record, palindrome, command, out, times):
+    assert dry.code == 0 and dry.out.endswith("dry run: nothing was done\n"), dry.err
+    assert "training tiny on 64 images for 6 steps\nof the first 32 images 32 can be decoded\n" in dry.out
+    assert "6 steps of 8 images, 48 images through the network and back, 0.8 epochs" in dry.out
+    weights, state = written(dry.out)
+    *_, saved = (out / "train").rglob("state.pt")
+    assert weights == pytest.approx(weights_in(out), rel=0.2)  # tiny: names weigh something beside the values
+    assert state == pytest.approx(saved.stat().st_size, rel=0.35)
+    [parameters] = re.findall(r"([\d,]+) parameters", dry.out)
+    values = sum(value.numel() for value in unet2d.load(str(out)).weights.values())
+    assert int(parameters.replace(",", "")) == values
+
+    before = times(out)
+    said = palindrome(*command, "--dry-run")
+    assert said.code == 0 and "is trained already: 6 steps" in said.out
+    said = palindrome(*command, "--train-steps", 10, "--dry-run")
+    assert said.code == 0 and "6 of 10 steps are saved; 4 steps of 8 images, 32 images" in said.out
+    said = palindrome(*command, "--train-steps", 10, "--lr", 0.5, "--dry-run")
+    assert said.code == 2 and f"--out: {out} belongs to another command: --lr was 0.001" in said.err
+    assert times(out) == before
+
+
 def test_a_finished_training_given_more_steps_goes_on_and_so_does_one_whose_driver_was_killed(
-    record, palindrome, start, command, out
+    record, palindrome, start, ray_here, workers, moto, bucket, command, out, tmp_path
 ):
-    more = [*command, "--workers", 1, "--save-dtype", "float16", "--save-every", 50, "--train-steps"]
+    """The latter on S3, where its folder was copied to."""
+    more = [*command, "--workers", 1, "--save-dtype", "float16", "--save-every", 2]
     first = unet2d.load(str(out))
-    process = start(*more, 100_000)
+    process = start(*more, "--train-steps", 100_000, "--address", ray_here)
     while saved(out)["step"] == 6:
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
+    while workers("RayTrainWorker", "TrainController"):  # Ray ends them in its own time
+        time.sleep(0.05)
     assert unet2d.load(str(out)).digest == first.digest, "a checkpoint is written at the end"
     reached = saved(out)
-    said = palindrome(*more, reached["step"] + 10)
+    for path in out.rglob("*"):
+        if path.is_file():
+            bucket.put(f"run/{path.relative_to(out)}", path.read_bytes())
+    last = reached["step"] + 10
+    more = [*more, "--out", f"{bucket.uri}/run", "--save-every", 1000, "--train-steps"]
+    dry = palindrome(*more, last, "--dry-run")
+    assert f"{reached['step']:,} of {last:,} steps are saved; 10 steps of 8 images, 80 images" in dry.out, dry.err
+    said = palindrome(*more, last, "--log", "json")
     assert said.code == 0, said.err
-    second = is_checkpoint(out, reached["step"] + 10)
-    history = json.loads((out / "training.json").read_text())["loss"]
+
+    there = bucket.fs.find(bucket.path("run"))
+    for path in there:
+        local = tmp_path / "run" / path.removeprefix(bucket.path("run") + "/")
+        local.parent.mkdir(parents=True, exist_ok=True)
+        local.write_bytes(bucket.fs.cat_file(path))
+    second = is_checkpoint(tmp_path / "run", last)
+    assert written(dry.out)[0] == pytest.approx(weights_in(tmp_path / "run"), rel=0.2)
+    assert unet2d.load(f"{bucket.uri}/run", moto.options).digest == second.digest
+    history = json.loads((tmp_path / "run/training.json").read_text())["loss"]
     assert history[:2] == record["loss"]
     assert history[-2] == reached, "its seconds, too: nothing was done again"
     assert {value.dtype for value in second.weights.values()} == {torch.float16}
     assert any(not torch.equal(first.weights[name].half(), value) for name, value in second.weights.items())
+    states = [torch.load(path, weights_only=True)["step"] for path in (tmp_path / "run/train").rglob("state.pt")]
+    assert max(states) == saved(tmp_path / "run")["step"] == last, "from which the next one goes on"
+
+    lines = [json.loads(line) for line in said.out.splitlines()]
+    assert all(line.keys() >= KEYS for line in lines)
+    end = lines[-1]
+    assert (end["exit_code"], end["summary"]["steps"], end["summary"]["images"]) == (0, last, 8 * last)
+    assert 0 < end["summary"]["loss"] < 10
 
 
 def test_images_of_which_none_decodes_are_said_in_one_line(palindrome, tmp_path, monkeypatch):

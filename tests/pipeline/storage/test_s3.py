@@ -229,12 +229,12 @@ def test_what_does_not_pass_is_said_with_the_uri(moto, stores, fault, words):
         for act in (run.read, run.exists, lambda name: run.put(name, b"")):
             if fault == "truncated" and act != run.read:
                 continue
-            started = time.monotonic()
+            before = proxy.counts[fault]
             with pytest.raises(StoreError) as raised:
                 act("a")
+            assert 0 < proxy.counts[fault] - before <= 4, "it gives up"
             assert str(raised.value).startswith(f"{run.uri}/a: ") and words in str(raised.value)
             assert is_outage(raised.value, run.fs) == (fault not in ("denied", "archived"))
-            assert time.monotonic() - started < 5
             again = pickle.loads(pickle.dumps(raised.value))
             assert str(again) == str(raised.value) and again.outage == raised.value.outage
 
@@ -275,7 +275,7 @@ def test_an_endpoint_that_is_not_there_is_said_soon(stores):
     run, started = Folder("s3://bucket/run", {"s3": options}), time.monotonic()
     with pytest.raises(StoreError, match=r"s3://bucket/run/a: http://127.0.0.1:\d+ can't be reached") as raised:
         run.read("a")
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 60, "botocore by itself tries for minutes"
     assert is_outage(raised.value, run.fs)
 
 
