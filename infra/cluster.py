@@ -1,4 +1,4 @@
-"""The connection to a Ray cluster, or to a Ray started on this machine for one command."""
+"""The connection to a Ray cluster, or to one started on this machine for a single command."""
 
 import logging
 import os
@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from contextlib import chdir, contextmanager
 from tempfile import TemporaryDirectory
 
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # CPU workers keep the environment as it is
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # leaves CUDA_VISIBLE_DEVICES of CPU workers alone
 os.environ.setdefault("RAY_DEDUP_LOGS", "1")
-# A node's scheduler looks twenty times a second, not once, whether the object store that starts beside it is up.
+# A starting raylet polls for its object store every 50 ms instead of every second.
 os.environ.setdefault("RAY_raylet_client_connect_timeout_milliseconds", "50")
 os.environ.setdefault("RAY_raylet_client_num_connect_attempts", "200")
 
@@ -20,31 +20,30 @@ from palindrome.pipeline.base.ray_private import stop_monitor
 
 
 class ClusterError(ConnectionError):
-    """No Ray at the address."""
+    """There is no Ray cluster at the address."""
 
 
 @contextmanager
 def connect(address: str | None = None) -> Iterator[None]:
-    """A Ray for the time of the `with`: the one at `address` or $RAY_ADDRESS, else one started here and stopped after.
-
-    A connection that is open already is used and left open. Raises ClusterError when nothing answers at the address.
+    """Connects to the Ray cluster at `address` or $RAY_ADDRESS for the `with`; without either, starts a local one and
+    stops it afterwards. An existing connection is used and left open. Raises ClusterError if nothing answers.
     """
     if ray.is_initialized():
         yield
         return
     where = address or os.environ.get("RAY_ADDRESS") or "local"
     local = {"include_dashboard": False} if where == "local" else {}
-    _answers(where)
+    _check_answers(where)
     before = signal.getsignal(signal.SIGTERM)
-    # Ray puts the driver's working directory first in its workers' sys.path: a user's own torch.py or palindrome/ there
-    # would be imported instead. Workers get an empty folder.
+    # Ray puts the driver's working directory first in the workers' sys.path, and they would import a user's torch.py or
+    # palindrome/ there. So ray.init runs in an empty folder.
     with TemporaryDirectory(prefix="palindrome-", ignore_cleanup_errors=True) as empty:
         try:
             with chdir(empty):
                 ray.init(address=where, logging_level=logging.ERROR, log_to_driver=False, **local)
         except (ConnectionError, RuntimeError, ValueError) as e:
             raise ClusterError(f"no Ray cluster at {where}: {str(e).splitlines()[0]}") from e
-        if callable(before):  # Ray has put its own there, which ends the process on the spot
+        if callable(before):  # Ray has replaced it by a handler that exits at once
             signal.signal(signal.SIGTERM, before)
         try:
             yield
@@ -54,8 +53,8 @@ def connect(address: str | None = None) -> Iterator[None]:
             ray.shutdown()
 
 
-def _answers(address: str) -> None:
-    """Refuses a host and port where nothing listens: Ray itself would try for minutes."""
+def _check_answers(address: str) -> None:
+    """Raises ClusterError if nothing listens at the host and port: Ray itself would retry for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():
         return

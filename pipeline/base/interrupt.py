@@ -1,5 +1,5 @@
-"""Ctrl-C and SIGTERM end a job by an exception, which Python drops where it comes up in a destructor, say: the run's
-loop asks whether there was one."""
+"""Ctrl-C and SIGTERM end a job by an exception. Python drops exceptions that are raised in a destructor, so the signal
+handler also records it here, and the run's loop checks for it."""
 
 _pending: KeyboardInterrupt | None = None
 
@@ -10,6 +10,6 @@ def set_pending(interrupt: KeyboardInterrupt | None) -> None:
 
 
 def check() -> None:
-    """Raises the interrupt that has come since the job began."""
+    """Raises the pending interrupt, if any."""
     if _pending is not None:
         raise _pending

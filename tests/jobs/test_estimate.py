@@ -149,8 +149,8 @@ def test_a_dry_run_of_a_training_says_what_it_writes(palindrome, pictures, tmp_p
     dry = palindrome(*command, "--train-steps", 4, "--dry-run")
     assert dry.code == 0 and dry.out.endswith("dry run: nothing was done\n"), dry.err
     assert not list(tmp_path.iterdir())
-    assert "training tiny on 24 images for 4 steps\nof the first 24 images 24 can be decoded\n" in dry.out
-    assert "4 steps of 8 images, 32 images through the network and back, 1.3 epochs" in dry.out
+    assert "training tiny on 24 images for 4 steps\n24 of the first 24 images can be decoded\n" in dry.out
+    assert "4 steps of 8 images, 32 images forward and backward, 1.3 epochs" in dry.out
     written, state = re.search(
         r"a checkpoint of ([\d.]+ \w+), and every 2 steps a state of ([\d.]+ \w+),", dry.out
     ).groups()
@@ -179,10 +179,10 @@ def test_a_dry_run_of_a_training_looks_at_images(palindrome, pngs, tmp_path):
     (tmp_path / "images/0.png").write_text("no picture")
     said = palindrome(*command)
     assert said.code == 2
-    assert "--images: not one of the first 1 can be decoded: " in said.err and "0.png is " in said.err
+    assert "--images: none of the first 1 can be decoded: " in said.err and "0.png is " in said.err
     (tmp_path / "images/1.png").write_bytes(pngs[0])
     said = palindrome(*command)
-    assert said.code == 0 and "of the first 2 images 1 can be decoded; " in said.out
+    assert said.code == 0 and "1 of the first 2 images can be decoded; " in said.out
     assert not (tmp_path / "run").exists()
 
 
