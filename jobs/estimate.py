@@ -44,7 +44,7 @@ class Cost:
         images = totals.part(left).images if left else 0
         return cls(left, images, images * evaluations, images * written)
 
-    def words(self) -> str:
+    def described(self) -> str:
         if not self.images:
             return "nothing is left to do"
         return (
@@ -74,7 +74,7 @@ def prepared(
     """The executor of a run, its resources, and how it evaluates the network; `decode` and `precision` are those of a
     ShardedJob. Prints the cost if asked to. Raises Planned in a dry run, ConfigError if there is no cluster."""
     if config.dry_run or config.calibrate:
-        print(cost.words(), flush=True)
+        print(cost.described(), flush=True)
     recorded = None
     if config.calibration and cost.images and not config.calibrate:
         with config_error("--calibration"):
