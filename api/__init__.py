@@ -9,7 +9,7 @@ __all__ = ["Run", "open"]
 
 
 def __getattr__(name: str) -> Any:
-    """Imported where they are first used: they bring torch, and the command line imports this package too."""
+    """Imports `Run` and `open` at their first use: they import torch, and the command line imports this package too."""
     if name in __all__:
         from palindrome import notebook
 

@@ -1,19 +1,19 @@
-"""Images read and decoded in a second of one core: JPEGs of 32, 256 and 1024 pixels, to the model's size.
+"""Images read and decoded per second of one core: JPEGs of 32, 256 and 1024 pixels, to the model's size.
 
 python -m benchmarks.decoding local [--images 6000 800 100]  # against a loop of Pillow, and Ray Data's read_images
-python -m benchmarks.decoding s3 [--images 300] [--delay 20]  # against one read after the other
+python -m benchmarks.decoding s3 [--images 300] [--delay 20]  # against sequential reads
 
-`local`: each contender is a process of its own; they take turns, and the best of each one's four rounds counts.
-`per_core` is images by second of CPU, of the process and all it starts, so that Ray's workers may take every core and
-others may use the machine; `seconds` is what passes. Imports, Ray's start and a first small read come before.
-Ray's read_images neither crops, which changes nothing for squares, nor filters with Lanczos (it is bilinear), and
-none but palindrome hashes the files and looks for what is wrong with them. `draft` is the loop with JPEG's own scaling,
-whose pixels differ: by how much stands beside it. `s3`: rclone's server, reached with a `delay` in milliseconds a
-request; reading only, in images by second that passes.
+`local`: each contender runs in its own process; they alternate, and the best of each one's four rounds counts.
+`per_core` is images per CPU second of the process and its children, so it depends neither on the number of cores that
+Ray's workers use nor on other load; `seconds` is wall time. Imports, Ray's start and a small warm-up read are excluded.
+Ray's read_images does not crop, which makes no difference for squares, and resizes bilinearly instead of by Lanczos.
+Only palindrome hashes the files and checks them for damage. `draft` is the loop with JPEG's own scaling, whose pixels
+differ, by `draft_differs_by`. `s3`: an rclone server with `delay` milliseconds of latency per request; reading only, in
+images per second of wall time.
 
-The pictures, quality 90 and 4:2:0, are made of the bundled CIFAR-10 images: of 32 pixels as they are; larger ones are
-one image enlarged, mixed with a mosaic of 16 others and with grain, or they would be smooth. There are 50, by turns.
-Prints one JSON object.
+The JPEGs, quality 90 and 4:2:0, are made from the bundled CIFAR-10 images. Those of 32 pixels are unchanged; larger
+ones are one image enlarged, blended with a mosaic of 16 others and with noise, so that they are not smooth. 50 distinct
+images repeat. Prints one JSON object.
 """
 
 import argparse
@@ -45,10 +45,10 @@ from palindrome.pipeline.storage.folder import Options, open_fs
 
 ROOT = Path(__file__).parent.parent
 SIDES = (32, 256, 1024)  # pixels of the files
-SIZES = {32: (32,), 256: (32, 256), 1024: (32, 256)}  # and of the model they are decoded for
+SIZES = {32: (32,), 256: (32, 256), 1024: (32, 256)}  # pixels of the model's images, by those of the files
 BATCH = 64
 ROUNDS = 4
-DISTINCT = 50  # pictures
+DISTINCT = 50  # images
 TICKS = os.sysconf("SC_CLK_TCK")
 
 Prepare = Callable[..., Callable[[], int]]
@@ -123,7 +123,7 @@ def decoded(path: Path, size: int, draft: bool = False) -> np.ndarray:
 
 
 def draft_error(folder: Path, size: int) -> dict[str, float]:
-    """Of 8-bit values, over the first 20 files."""
+    """The differences of 8-bit values, over the first 20 files."""
     pairs = [(decoded(path, size), decoded(path, size, draft=True)) for path in sorted(folder.iterdir())[:20]]
     differences = np.stack([np.abs(a.astype(int) - b) for a, b in pairs])
     return {
@@ -168,7 +168,7 @@ def read_one_by_one(options: Options) -> Callable[[], int]:
 
 
 def best(contenders: Mapping[str, Prepare], *args: Any, by: str = "cpu_seconds") -> dict[str, dict[str, Any]]:
-    """What the calls cost that the contenders return for the arguments: of each the best of its rounds."""
+    """The cost of the functions that the contenders return for the arguments: the best round of each."""
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in contenders}
     with ExitStack() as stack:
         pools = {name: stack.enter_context(multiprocessing.get_context("spawn").Pool(1)) for name in contenders}
@@ -178,11 +178,11 @@ def best(contenders: Mapping[str, Prepare], *args: Any, by: str = "cpu_seconds")
             for name, pool in pools.items():
                 found[name].append(pool.apply(_measured))
         for pool in pools.values():
-            pool.apply(ray.shutdown)  # where it was started
+            pool.apply(ray.shutdown)  # has no effect if it was not started
     return {name: min(rounds, key=lambda cost: cost[by]) for name, rounds in found.items()}
 
 
-_call: Callable[[], int]  # of a contender's process
+_call: Callable[[], int]  # in a contender's process
 
 
 def _prepare(prepare: Prepare, args: Any) -> None:
@@ -198,7 +198,7 @@ def _measured() -> dict[str, Any]:
 
 
 def _cpu_seconds() -> float:
-    """That this process and all below it have computed, those included that have ended."""
+    """CPU seconds of this process and its descendants, including those that have ended."""
     children: dict[int, list[int]] = {}
     ticks: dict[int, int] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
@@ -218,7 +218,7 @@ def _cpu_seconds() -> float:
 
 
 def make_pictures(folder: Path, side: int, count: int) -> float:
-    """Writes so many JPEGs, of DISTINCT pictures; returns their mean size in bytes."""
+    """Writes `count` JPEGs of DISTINCT images; returns their mean size in bytes."""
     column = pq.read_table(ROOT / "samples/cifar10-test-256.parquet").column("img").to_pylist()
     samples = [Image.open(io.BytesIO(image["bytes"])).convert("RGB") for image in column]
     random = np.random.default_rng(0)

@@ -1,9 +1,9 @@
-"""The latents of an encode run decoded by diffusers alone, its UNet2DModel and DDIMScheduler.step, at the run's levels.
+"""Decodes the latents of an encode run by diffusers only, its UNet2DModel and DDIMScheduler.step, at the run's levels.
 
 palindrome encode --images FILE.parquet --model DIR --out RUN --measure
 python -m benchmarks.diffusers_decode --latents RUN --images FILE.parquet --model DIR
 
-Prints the round-trip error found so beside the one that encode stored.
+Prints the resulting round-trip error and the one that encode stored.
 """
 
 import argparse
@@ -50,8 +50,8 @@ def main() -> None:
 
 @torch.no_grad()
 def decode(unet: UNet2DModel, scheduler: DDIMScheduler, x: Tensor, levels: list[int]) -> Tensor:
-    """x_T -> image. The scheduler takes the level below to be timestep - num_train_timesteps // num_inference_steps, so
-    each step gets the number of steps, a fraction, for which that is the ladder's."""
+    """x_T -> image. The scheduler computes the next level as timestep - num_train_timesteps // num_inference_steps, so
+    each step sets num_inference_steps to the fraction for which that is the ladder's next level."""
     scheduler.register_to_config(clip_sample=False, set_alpha_to_one=True)
     scheduler.final_alpha_cumprod = torch.tensor(1.0)
     for low, high in reversed(list(pairwise(levels))):

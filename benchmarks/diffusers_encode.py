@@ -1,10 +1,10 @@
-"""Images encoded as one would with diffusers alone: its UNet2DModel and DDIMInverseScheduler, a batch at a time.
+"""Encodes images by diffusers only: its UNet2DModel and DDIMInverseScheduler, batch by batch.
 
 python -m benchmarks.diffusers_encode --images FILE.parquet --model DIR --out FOLDER [--ray-data]
 
-What benchmarks.encode holds `palindrome encode` against. Pictures of a Parquet file's column `img`, of the model's
-size already, go to latents in float32 Parquet; with --ray-data, Ray Data reads, maps the batches over one actor that
-holds the model, and writes.
+The baseline of benchmarks.encode. Reads images of the model's size from a Parquet file's column `img` and writes
+latents to float32 Parquet; with --ray-data, Ray Data reads, maps the batches over one actor that holds the model, and
+writes.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 class Encoder:
-    """Pictures, as Parquet holds them -> latents, float32 [B, C, H, W]."""
+    """Rows of encoded images -> latents, float32 [B, C, H, W]."""
 
     def __init__(self, model: str, steps: int) -> None:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -64,10 +64,10 @@ class Encoder:
 def with_ray_data(args: argparse.Namespace) -> None:
     import ray
 
-    import palindrome.infra.cluster  # noqa: F401, quietens Ray
+    import palindrome.infra.cluster  # noqa: F401, configures Ray before it starts
 
     ray.init(address="local", include_dashboard=False, log_to_driver=False)
-    ray.data.DataContext.get_current().execution_options.preserve_order = True  # by which benchmarks.encode knows them
+    ray.data.DataContext.get_current().execution_options.preserve_order = True  # benchmarks.encode relies on it
     data = ray.data.read_parquet(args.images, columns=["img"]).limit(args.limit)
     gpus = {"num_gpus": 1} if torch.cuda.is_available() else {"num_cpus": 1}
     options: dict[str, Any] = {"batch_size": args.batch, "concurrency": 1, **gpus}

@@ -1,16 +1,16 @@
-"""A collection encoded by the paper's inversion: `palindrome encode` against scripts on diffusers, and a bare loop.
+"""Encoding a collection by the paper's inversion: `palindrome encode` against diffusers scripts and a bare loop.
 
 python -m benchmarks.encode [--model DIR] [--images FILE.parquet] [--limit 512] [--steps 20] [--precision bfloat16]
                             [--contenders script ray_data palindrome standing loop lanes]
 
-One after the other in one run, each a process of its own that counts from its start to its end, imports and Ray's start
-included. `script` is benchmarks.diffusers_encode: UNet2DModel and DDIMInverseScheduler, float32, eager; `ray_data` the
-same under Ray Data's map_batches; `palindrome` starts its own Ray and ends it, `standing` finds one that is up, as on a
-cluster. `loop` is our engine, in that precision, over images in memory, without Ray or files, torch's threads sharing
-each layer; `lanes` is the same with the threads of our actors, each with its part of a batch. Their images/s count the
-loop alone; `loop_process` and `lanes_process` are the whole processes, as of the others. All take as many evaluations
-of the network a picture. `error` is the mean squared error (pixels in [0, 1]) of the latents decoded by DDIM on the
-same levels, in float32. Prints one JSON object.
+The contenders run one after the other, each in its own process, timed from start to exit, including imports and Ray's
+start. `script` is benchmarks.diffusers_encode: UNet2DModel and DDIMInverseScheduler, float32, eager; `ray_data` is the
+same with Ray Data's map_batches; `palindrome` starts and stops its own Ray, `standing` connects to a running one, as on
+a cluster. `loop` is our engine, in the given precision, over images in memory, without Ray or files, with torch's
+threads sharing each layer; `lanes` is the same with the batch threads of our actors, each of which computes a slice of
+the batch. Their images/s are those of the loop only; `loop_process` and `lanes_process` are the whole processes, like
+the others. All use the same number of network evaluations per image. `error` is the mean squared error (pixels in
+[0, 1]) of the latents decoded by DDIM on the same levels, in float32. Prints one JSON object.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--precision", choices=("auto", *PRECISIONS), default="bfloat16")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
-    parser.add_argument("--loop", choices=LOOPS, help=argparse.SUPPRESS)  # this process is it
+    parser.add_argument("--loop", choices=LOOPS, help=argparse.SUPPRESS)  # this process is that contender
     args = parser.parse_args()
     if args.loop:
         print(json.dumps(loop(args)))
@@ -68,12 +68,12 @@ def main() -> None:
             out = Path(folder, name)
             with cluster() if name == "standing" else nullcontext({}) as environment:
                 started = time.monotonic()
-                said = run(command(name, args, out), environment)
+                output = run(command(name, args, out), environment)
                 seconds = time.monotonic() - started
             found[name] = {"seconds": seconds, "images_per_second": len(x) / seconds}
             if name in LOOPS:
                 found[name + "_process"] = found[name]
-                found[name] = json.loads(said.splitlines()[-1])
+                found[name] = json.loads(output.splitlines()[-1])
                 continue
             found[name]["error"] = error_of(out, x, args)
             if name in OURS:
@@ -91,13 +91,13 @@ def main() -> None:
 
 @contextmanager
 def cluster() -> Iterator[dict[str, str]]:
-    """A Ray that is up: what a command's environment says of it."""
+    """A running Ray; yields the environment variables with which a command connects to it."""
     with local_ray(os.cpu_count() or 1):
         yield {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
 
 
 def run(command: list[str], environment: dict[str, str]) -> bytes:
-    """What it printed."""
+    """The standard output of a command."""
     return subprocess.run(command, cwd=ROOT, env=os.environ | environment, check=True, stdout=subprocess.PIPE).stdout
 
 
@@ -114,7 +114,7 @@ def command(name: str, args: argparse.Namespace, out: Path) -> list[str]:
 
 
 def pictures(args: argparse.Namespace) -> Tensor:
-    """Float32 [N, C, H, W] in [-1, 1]."""
+    """The preprocessed images, float32 [N, C, H, W] in [-1, 1]."""
     channels, size, _ = families.load(absolute(args.model)).image_shape
     how = Preprocess(size, channels)
     return to_model(first_images(open_collection(absolute(args.images)), how, args.limit))
@@ -125,7 +125,7 @@ def loop(args: argparse.Namespace) -> dict[str, float]:
     precision = "float32" if args.precision == "auto" else args.precision
     threads = torch.get_num_threads() if args.loop == "lanes" else None
     model, x = Model(loaded, threads, execution=Execution(precision)), pictures(args)
-    tune_process(model)  # as in an actor
+    tune_process(model)  # as actors do
     levels = ladder("linear", args.steps, loaded.schedule.num_train_timesteps)
     started = time.monotonic()
     for batch in x.split(BATCH):
@@ -135,11 +135,11 @@ def loop(args: argparse.Namespace) -> dict[str, float]:
 
 
 def error_of(out: Path, x: Tensor, args: argparse.Namespace) -> float:
-    """Of the first 256 pictures, there and back."""
+    """The round-trip error of the first 256 images."""
     loaded = families.load(absolute(args.model))
     model, levels = Model(loaded), ladder("linear", args.steps, loaded.schedule.num_train_timesteps)
     rows = [row for file in sorted(out.rglob("*.parquet")) for row in latents_in(file)]
-    if "image_id" in rows[0]:  # shards are named by what is in them, rows by their numbers
+    if "image_id" in rows[0]:  # shards are named by hashes, and rows by their number in the input
         rows.sort(key=lambda row: int(row["image_id"].rpartition("#")[2]))
     latents = np.array([row["latent"] for row in rows], np.float32).reshape(-1, *x.shape[1:])
     if len(latents) != len(x):

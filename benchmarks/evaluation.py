@@ -1,13 +1,13 @@
-"""One evaluation of the network: diffusers' UNet2DModel as it comes, float32 and eager, against our engine.
+"""One evaluation of the network: diffusers' UNet2DModel, float32 and eager, against our engine.
 
 python -m benchmarks.evaluation [--presets cifar10-32 cifar10-64] [--batch 64] [--compile] [--rounds 5]
 
-The same weights, random, and the same noise. The contenders take turns; the median of each one's rounds counts, in
-images a second. `error` is the root mean square of the output's difference from diffusers' in deviations of it.
-`flops` is what the convolutions and products of an evaluation take, of `of_matmul`, what a product of large square
-matrices of that precision reaches on this device; `where` is the share of the time of each of torch's operators, of
-5 % and more, as its profiler has it. On a GPU diffusers' convolutions use TF32, torch's default, and
-the engine's in float32 do not. Prints one JSON object.
+All contenders have the same random weights and the same noise. The median of each one's rounds counts, in images per
+second. `error` is the root mean square difference from diffusers' output, in standard deviations of that output.
+`gflops` are those of the convolutions and matrix products of one evaluation; `of_matmul` is the fraction reached of the
+rate of a product of large square matrices in that precision on this device; `where` is the fraction of the time by
+torch operator, from 5 % on, by torch's profiler. On a GPU, diffusers' convolutions use TF32, torch's default, and those
+of the engine in float32 do not. Prints one JSON object.
 """
 
 import argparse
@@ -29,14 +29,14 @@ from palindrome.model.schedule import NoiseSchedule
 from palindrome.pipeline.runtime.device import Model, tune_process
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SIDE = {"cuda": 8192, "cpu": 2048}[DEVICE]  # of the square matrices
+SIDE = {"cuda": 8192, "cpu": 2048}[DEVICE]  # rows of the square matrices
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--presets", nargs="+", choices=sorted(PRESETS), default=["cifar10-32", "cifar10-64"])
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--compile", action="store_true", help="the engine's contenders compiled, too")
+    parser.add_argument("--compile", action="store_true", help="also measure the engine with torch.compile")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     found = {preset: measure(preset, args) for preset in args.presets}
@@ -55,12 +55,12 @@ def measure(preset: str, args: argparse.Namespace) -> dict[str, object]:
     flops = counter.get_total_flops()
     contenders: dict[str, Callable[[], Tensor]] = {"diffusers": lambda: theirs(x, 500).sample}
     errors = {}
-    # A CPU has no TF32, and torch no fast float16 for it.
+    # CPUs have no TF32, and torch has no fast float16 for them.
     for precision in PRECISIONS if DEVICE == "cuda" else ("float32", "bfloat16"):
         for compiled in (False, True)[: 1 + args.compile]:
-            # An engine sets whether its process may use TF32, so each is measured before the next is made.
+            # An engine sets TF32 for the whole process, so each is measured before the next one is made.
             model = Model(checkpoint, execution=Execution(precision, compiled))
-            tune_process(model)  # as in an actor
+            tune_process(model)  # as actors do
             engine = model.network
             name = precision + ", compiled" * compiled
             contenders[name] = lambda engine=engine: engine(x, 500)  # type: ignore[misc]
@@ -84,7 +84,7 @@ def measure(preset: str, args: argparse.Namespace) -> dict[str, object]:
 
 
 def rounds(contender: Callable[[], Tensor], count: int) -> list[float]:
-    """Seconds of each, behind two that are not counted."""
+    """Seconds of each round, after two warm-up rounds."""
     for _ in range(2):
         contender()
     found = []
@@ -98,7 +98,7 @@ def rounds(contender: Callable[[], Tensor], count: int) -> list[float]:
 
 
 def where(contender: Callable[[], Tensor]) -> dict[str, float]:
-    """Share by operator, the largest first."""
+    """The fraction of the time by operator, the largest first."""
     with profile() as prof:
         contender()
         wait()

@@ -1,13 +1,13 @@
-"""What listing and planning a collection of files costs: seconds, and the peak memory of a process of its own.
+"""The cost of listing and planning a collection of files: seconds and peak memory, each in its own process.
 
-python -m benchmarks.listing simulated [--objects 1000000]  # a listing in no order, against one sorted in memory
+python -m benchmarks.listing simulated [--objects 1000000]  # an unordered listing, against sorting in memory
 python -m benchmarks.listing files [--objects 1000000]      # empty files in a temporary folder, against fs.find
 python -m benchmarks.listing s3 [--objects 20000] [--delay 50]  # rclone's server, against s3fs's find(detail=True)
 
-The processes of one run come one after the other. `seconds` is what passes and `cpu_seconds` what the process computes,
-without the imports before it; `mib_before` is the peak up to there. The server of `s3` has its objects on this
-machine's disk, in 40 folders; `delay` is milliseconds that each request waits besides, as it would for a store that is
-away; the same is measured without them. Prints one JSON object.
+The processes run one after the other. `seconds` is wall time and `cpu_seconds` is the CPU time of the process, both
+without imports; `mib_before` is the peak memory after the imports. The server of `s3` has its objects on this machine's
+disk, in 40 folders; `delay` is an additional latency per request in milliseconds, as of a remote store; both with and
+without it are measured. Prints one JSON object.
 """
 
 import argparse
@@ -39,11 +39,11 @@ from palindrome.pipeline.runs.plan import write_plan
 from palindrome.pipeline.storage.folder import Folder, Options
 
 SHARD = 1024  # images, the default of `palindrome encode`
-IN_MEMORY = 2_000_000  # entries that are sorted in memory for comparison, at most
+IN_MEMORY = 2_000_000  # maximum number of entries that are also sorted in memory, for comparison
 FOLDERS = 40  # of the bucket
 BUCKET = "pictures"
-KEYS = ("benchmark", "no-secret")  # what the server and its clients are told
-CHECKSUMS = ("AWS_REQUEST_CHECKSUM_CALCULATION", "AWS_RESPONSE_CHECKSUM_VALIDATION")  # rclone's server has none
+KEYS = ("benchmark", "no-secret")  # access key and secret
+CHECKSUMS = ("AWS_REQUEST_CHECKSUM_CALCULATION", "AWS_RESPONSE_CHECKSUM_VALIDATION")  # rclone's server lacks these
 
 
 def main() -> None:
@@ -74,14 +74,14 @@ def main() -> None:
 
 
 def compared(uri: str, options: Options) -> dict[str, Any]:
-    """Planning, and the listing alone against fsspec's."""
+    """Planning, and the listing only, against fsspec's."""
     calls = {"plan": planning, "list": listing, "find": finding}
     found = {name: alone(call, uri, options) for name, call in calls.items()}
     return {**found, **ratios(found["list"], found["find"])}
 
 
 def ratios(ours: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
-    """How many times as much the other takes."""
+    """The cost of the other one, relative to ours."""
     return {f"times_{what}": other[what] / ours[what] for what in ("seconds", "cpu_seconds", "peak_mib")}
 
 
@@ -109,26 +109,26 @@ def planning(uri: str, options: Options) -> Callable[[], int]:
 
 
 def listing(uri: str, options: Options) -> Callable[[], int]:
-    """The listing alone, in no order, of which nothing is kept."""
+    """The listing only, unordered, keeping nothing in memory."""
     return lambda: sum(1 for _ in list_files(uri, options))
 
 
 def finding(uri: str, options: Options) -> Callable[[], int]:
-    """fsspec's or s3fs's own, which returns a dict of all."""
+    """The find of fsspec or s3fs, which returns a dict of all entries."""
     protocol = uri.partition("://")[0]
     kind = s3fs.S3FileSystem if protocol == "s3" else fsspec.get_filesystem_class(protocol)
     return lambda: len(kind(**options.get(protocol, {})).find(uri, detail=True))
 
 
 def alone(prepare: Callable[..., Callable[[], int]], *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """What the call that `prepare` returns costs, in a process of its own."""
+    """The cost of the function that `prepare` returns, in its own process."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_measured, (prepare, args, kwargs))
 
 
 def _measured(prepare: Callable[..., Callable[[], int]], args: Any, kwargs: Any) -> dict[str, Any]:
     os.environ.update(dict.fromkeys(CHECKSUMS, "when_required"))
-    importlib.import_module("palindrome.pipeline.storage.s3")  # elsewhere imported where it is first used
+    importlib.import_module("palindrome.pipeline.storage.s3")  # before measuring; otherwise imported at its first use
     call, before = prepare(*args, **kwargs), _peak()
     wall, cpu = time.monotonic(), time.process_time()
     count = call()
@@ -146,7 +146,7 @@ def make_files(folder: Path, count: int, per_folder: int) -> None:
 
 @contextmanager
 def s3_server(folder: Path) -> Iterator[str]:
-    """The endpoint of `rclone serve s3` over a folder, whose folders are the buckets."""
+    """The endpoint of `rclone serve s3` for a folder, whose subfolders are the buckets."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -167,7 +167,7 @@ def s3_options(endpoint: str) -> Options:
 
 @contextmanager
 def delayed(endpoint: str, milliseconds: float) -> Iterator[str]:
-    """An endpoint at which each request without a body arrives so much later."""
+    """The endpoint of a proxy that delays each request without a body."""
     host = endpoint.removeprefix("http://")
     context = multiprocessing.get_context("spawn")
     ready = context.SimpleQueue()
@@ -217,7 +217,7 @@ def _wait_for(address: str) -> None:
 
 
 def _peak() -> float:
-    """MiB that this process has held at most."""
+    """The peak memory of this process in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 

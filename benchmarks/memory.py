@@ -2,9 +2,9 @@
 
 python -m benchmarks.memory [--model DIR] [--images FILE] [--batch 16 64 256] [--shards 256 1024] [--precisions ...]
 
-A shard of that many images, taken again and again from the file, on a Ray and in a process of its own for each row, by
-an inversion of one step: how many there are changes nothing. `worker_mib` is the most that the process has held,
-libraries included, and `gpu_mib` what torch has allocated of a GPU's memory at most. Prints one JSON object.
+Each row encodes one shard, of images repeated from the file, on its own Ray, by an inversion of one step: the number of
+steps does not affect memory. `worker_mib` is the peak memory of the worker process, including libraries, and `gpu_mib`
+is the peak of GPU memory that torch allocated. Prints one JSON object.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from palindrome.pipeline.runs.outcome import Receipt
 from palindrome.pipeline.runs.plan import read_plan, write_plan
 from palindrome.pipeline.runtime.device import Model
 from palindrome.pipeline.runtime.reader import Reader
-from palindrome.pipeline.runtime.scheduler import fit, run_shards
+from palindrome.pipeline.runtime.scheduler import choose_resources, run_shards
 from palindrome.pipeline.storage.folder import Folder, absolute
 from palindrome.pipeline.tasks.encode import Encode
 
@@ -58,7 +58,7 @@ def main() -> None:
 
 @dataclass(frozen=True)
 class Measured:
-    """Encode, and its worker's peaks in MiB."""
+    """Encode, followed by writing the worker's peak memory in MiB."""
 
     encode: Encode
     peaks: Path
@@ -85,7 +85,7 @@ def encoding(model: str, images: str, precision: str, batch: int, shard: int) ->
         reader = Reader(collection, Preprocess(size, channels), batch, False)
         encode = Encode(run, reader, Inversion((-1, 0), 0), False, {})
         with connect("local"):
-            resources, execution = fit([1], "actor"), Execution(precision)
+            resources, execution = choose_resources([1], "actor"), Execution(precision)
             measured = Measured(encode, Path(folder, "peaks"))
             outcomes = run_shards(measured, loaded, read_plan(run), resources, execution)
             [receipt] = [outcome for outcome in outcomes if isinstance(outcome, Receipt)]

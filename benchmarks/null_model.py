@@ -3,22 +3,21 @@ write_parquet.
 
 python -m benchmarks.null_model [--sizes 32 256] [--count 20000 3000] [--images FILE.parquet] [--photographs FOLDER]
 
-Both read the same files of this machine's disk and write, of each image, its name and the same [C, H, W] of floats,
-in one Ray with a CPU for each core. `seconds` are from the call to the last file, with what each side starts in it;
-Ray's own start is not in them. They take turns, every second round the other way round, and the best of each one's
-rounds counts. `cpu_seconds` are those that all processes of this Ray compute meanwhile: where others use the machine,
-they tell more than what passes. The network of nothing says the same noise of every image, so that what is written has
-as many different values as latents have, and compresses no better.
+Both read the same files on this machine's disk and write the name and the same floats [C, H, W] of each image, on one
+Ray with one CPU per core. `seconds` are from the call to the last file, including actors and tasks that start, but not
+Ray's own start. The contenders alternate, in reverse order every second round, and the best of each one's rounds
+counts. `cpu_seconds` are the CPU seconds of all processes of this Ray, which depend less on other load than wall time.
+The null network returns the same noise for every image, so that the output has as many distinct values as latents
+have, and compresses no better.
 
-palindrome: the run of `encode`, with that network and a ladder of one step. It recognises and lists the
-collection, writes a plan, reads, hashes, checks and decodes each file, crops, resizes by Lanczos, and takes the step;
-rows have width, height and hash besides; Parquet is compressed by zstd, with checksums, and synced to the disk.
-ray: read_images(size=..., mode="RGB", include_paths=True), map_batches to the same floats, write_parquet; all else
-is left at what Ray Data sets: no hash, no crop, bilinear where a file has another size, Parquet compressed by snappy.
+palindrome: the run of `encode`, with the null network and a ladder of one step. It recognises and lists the collection,
+writes a plan, reads, hashes, checks and decodes each file, crops, resizes by Lanczos, and computes the step; rows also
+have width, height and hash; Parquet has zstd compression and checksums, and is synced to the disk.
+ray: read_images(size=..., mode="RGB", include_paths=True), map_batches to the same floats, write_parquet, with Ray
+Data's defaults: no hash, no crop, bilinear resizing, Parquet with snappy compression.
 
-Files of the pictures' own size, 32 pixels, are those of the Parquet file as they are, by turns. Of other sizes they are
-the photographs, by turns; or, where no folder is given, JPEGs made of the bundled pictures as in benchmarks.decoding.
-Prints one JSON object.
+Files of 32 pixels are the unchanged images of the Parquet file, repeated. For other sizes they are the photographs,
+repeated; or, without a folder, JPEGs made from the bundled images as in benchmarks.decoding. Prints one JSON object.
 """
 
 import argparse
@@ -54,17 +53,17 @@ from palindrome.model.ddim import coefficients
 from palindrome.model.schedule import NoiseSchedule
 from palindrome.pipeline.runs.outcome import Receipt
 from palindrome.pipeline.runs.plan import read_plan
-from palindrome.pipeline.runtime.scheduler import fit, run_shards
+from palindrome.pipeline.runtime.scheduler import choose_resources, run_shards
 
-SIDE = 32  # of the pictures in the Parquet file
+SIDE = 32  # pixels of the images in the Parquet file
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[32, 256])
-    parser.add_argument("--count", type=int, nargs="+", default=[20_000, 3000], help="images, of each size")
-    parser.add_argument("--images", default=str(ROOT / "samples/cifar10-test-256.parquet"), help="of 32 pixels")
-    parser.add_argument("--photographs", help="a folder of files for the other sizes")
+    parser.add_argument("--count", type=int, nargs="+", default=[20_000, 3000], help="number of images of each size")
+    parser.add_argument("--images", default=str(ROOT / "samples/cifar10-test-256.parquet"), help="images of 32 pixels")
+    parser.add_argument("--photographs", help="a folder of image files for the other sizes")
     parser.add_argument("--dtype", choices=["float16", "float32"], default="float32")
     parser.add_argument("--shard-size", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=32)
@@ -74,7 +73,7 @@ def main() -> None:
     args = parser.parse_args()
     if len(args.count) != len(args.sizes):
         parser.error("--count: one number for each of --sizes")
-    logging.disable(logging.WARNING)  # Ray Data says on each run what it is about to do
+    logging.disable(logging.WARNING)  # Ray Data logs its execution plan at each run
     folder = Path(tempfile.mkdtemp())
     try:
         with local_ray(os.cpu_count() or 1):
@@ -98,7 +97,7 @@ def compared(args: argparse.Namespace, folder: Path, size: int, count: int) -> d
     written: dict[str, int] = {}
     for i in range(args.rounds):
         for name in list(contenders)[:: -1 if i % 2 else 1]:
-            os.sync()  # what the other has left to write
+            os.sync()  # writes the other contender's dirty pages
             with cpu_meter() as cpu_seconds:
                 started = time.monotonic()
                 contenders[name]()
@@ -135,7 +134,7 @@ def make_files(args: argparse.Namespace, folder: Path, size: int, count: int) ->
 
 
 def palindrome(args: argparse.Namespace, files: Path, size: int, out: Path) -> None:
-    resources = fit([args.workers], args.decode)
+    resources = choose_resources([args.workers], args.decode)
     how = {"shard_size": args.shard_size, "batch_size": args.batch_size, "dtype": args.dtype}
     work, totals = encode_work(files, size, out, resources, **how)
     outcomes = list(run_shards(work, null_checkpoint(size=size), read_plan(work.run), resources))
@@ -148,7 +147,7 @@ def ray_data(files: Path, size: int, dtype: str, out: Path) -> None:
 
 
 def to_floats(batch: dict[str, np.ndarray], dtype: str) -> dict[str, np.ndarray]:
-    """Pixels [B, H, W, C] -> [B, C, H, W] in [-1, 1], and the step that the null network takes, eq. 12."""
+    """Pixels [B, H, W, C] -> [B, C, H, W] in [-1, 1], after one step with the null network, eq. 12."""
     x = batch["image"].transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1
     scale, gain = coefficients(*map(NoiseSchedule().alpha_bar, STEP))
     x = np.float32(scale) * x + np.float32(gain) * null_epsilon(*x.shape[1:])
@@ -156,7 +155,7 @@ def to_floats(batch: dict[str, np.ndarray], dtype: str) -> dict[str, np.ndarray]
 
 
 def check(out: Path, size: int, count: int, dtype: str) -> int:
-    """The bytes of the Parquet files, which hold so many floats of each image, in that dtype, or this raises."""
+    """The total bytes of the Parquet files. Raises AssertionError if they lack values of an image, in that dtype."""
     files = [file for file in out.rglob("*.parquet") if file.parent.name != "plan"]
     stored = {"float16": "FIXED_LEN_BYTE_ARRAY", "float32": "FLOAT"}[dtype]
     values = 0

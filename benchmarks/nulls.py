@@ -1,4 +1,4 @@
-"""A run without a network, for benchmarks of all that is around one: what they share."""
+"""Runs with a null network, shared by the benchmarks of the pipeline around the network."""
 
 import logging
 import os
@@ -34,18 +34,18 @@ from palindrome.pipeline.tasks.encode import Encode
 ROOT = Path(__file__).parent.parent
 TICKS = os.sysconf("SC_CLK_TCK")
 STEP = (CLEAN, 0)  # the ladder of a single step
-LOOK = 0.2  # seconds between two looks at what the processes have computed
+SAMPLE_INTERVAL = 0.2  # seconds between samples of the processes' CPU time
 
 
 @cache
 def null_epsilon(*shape: int) -> np.ndarray:
-    """What a null network says of every image, float32: noise, since what a pipeline writes are as many different
-    numbers as latents have."""
+    """The epsilon that a null network predicts for every image, float32. It is noise, so that the output has as many
+    distinct values as latents have."""
     return np.random.default_rng(0).standard_normal(shape, np.float32)
 
 
 class NullNetwork(torch.nn.Module):
-    """Epsilon is the same for all, after so many seconds an evaluation."""
+    """Predicts the same epsilon for all images, after sleeping `sleep` seconds."""
 
     def __init__(self, sleep: float = 0.0) -> None:
         super().__init__()
@@ -66,13 +66,13 @@ class NullCheckpoint(UNet2D):
 
 
 def null_checkpoint(sleep: float = 0.0, size: int = 32) -> NullCheckpoint:
-    """Of images of so many pixels a side, on diffusers' default schedule."""
+    """A checkpoint for images of `size` by `size` pixels, with diffusers' default schedule."""
     return NullCheckpoint(UNetConfig(sample_size=size), {}, NoiseSchedule(), sleep=sleep)
 
 
 @contextmanager
 def local_ray(cpus: int) -> Iterator[None]:
-    """A Ray of this machine with so many logical CPUs, which Palindrome and Ray Data then both use."""
+    """A Ray on this machine with `cpus` logical CPUs, for both Palindrome and Ray Data."""
     ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     try:
         yield
@@ -81,7 +81,7 @@ def local_ray(cpus: int) -> Iterator[None]:
 
 
 def write_files(folder: Path, count: int, pictures: Sequence[tuple[bytes, str]]) -> None:
-    """So many files with names of their own, of those contents and suffixes by turns."""
+    """Writes `count` files with distinct names, repeating the given contents and suffixes."""
     folder.mkdir()
     for i in range(count):
         content, suffix = pictures[i % len(pictures)]
@@ -97,7 +97,7 @@ def encode_work(
     files: Path, size: int, out: Path, resources: Resources, *, shard_size: int, batch_size: int, dtype: str,
     levels: Ladder = STEP,
 ) -> tuple[Encode, Totals]:  # fmt: skip
-    """What `palindrome encode` does before its run: the files recognised, listed and planned; and the run's work."""
+    """Recognises, lists and plans the files as `palindrome encode` does; returns the run's work and its totals."""
     collection, run = open_collection(str(files)), Folder(str(out))
     totals = write_plan(run, collection, shard_size)
     reader = Reader(collection, Preprocess(size), batch_size, resources.decode_in_tasks)
@@ -106,20 +106,20 @@ def encode_work(
 
 @contextmanager
 def cpu_meter() -> Iterator[Callable[[], float]]:
-    """For the time of the `with`, what tells the seconds that this process and all below it have computed since. A look
-    now and then at /proc counts those that are killed, too, but for their last moment."""
+    """Yields a function that returns the CPU seconds of this process and its descendants since the start of the `with`.
+    Samples /proc, so that killed processes count too, except for their last SAMPLE_INTERVAL."""
     seen: dict[str, int] = {}
     before, over = _ticks(), threading.Event()
 
-    def look() -> None:
-        while not over.wait(LOOK):
+    def sample() -> None:
+        while not over.wait(SAMPLE_INTERVAL):
             seen.update(_ticks())
 
     def spent() -> float:
         seen.update(_ticks())
         return sum(ticks - before.get(process, 0) for process, ticks in seen.items()) / TICKS
 
-    thread = threading.Thread(target=look)
+    thread = threading.Thread(target=sample)
     thread.start()
     try:
         yield spent
@@ -129,7 +129,7 @@ def cpu_meter() -> Iterator[Callable[[], float]]:
 
 
 def _ticks() -> dict[str, int]:
-    """What each process from this one downwards has computed itself."""
+    """CPU ticks of this process and each descendant, without those of their children."""
     parents: dict[str, str] = {}
     ticks: dict[str, int] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):

@@ -3,10 +3,10 @@
 python -m benchmarks.precision [--model DIR] [--images FILE] [--limit 64] [--steps 10 20] [--corrections 0 3]
                                [--precisions float32 bfloat16] [--ladder logsnr]
 
-Images go up by palindrome's inversion and down by DDIM, in one process; a row for each precision, number of steps and
-of corrections: seconds an image, up and down, `faster` than float32's in the same setting, and the mean squared error
-(pixels in [0, 1]) with the latents decoded in the precision they were encoded in, `error`, and in float32. torch has no
-fast float16 for CPUs, and where there is no GPU it is left out unless asked for. Prints one JSON object.
+Images are encoded by palindrome's inversion and decoded by DDIM, in one process. Each row is for one precision, number
+of steps and number of corrections: seconds per image for both, `faster` relative to the first precision, and the mean
+squared error (pixels in [0, 1]) with the latents decoded in the same precision, `error`, and in float32. Without a GPU
+float16 is left out unless given, as torch has no fast float16 for CPUs. Prints one JSON object.
 """
 
 import argparse
@@ -65,8 +65,8 @@ def round_trip(
     loaded: families.Checkpoint, precision: str, x: Tensor, levels: Ladder, corrections: int
 ) -> dict[str, Any]:
     model = Model(loaded, execution=Execution(precision))
-    tune_process(model)  # as in an actor
-    model.decode(x, levels[:2])  # the first evaluation finds memory and kernels
+    tune_process(model)  # as actors do
+    model.decode(x, levels[:2])  # warm-up: allocates memory and selects kernels
     started = time.monotonic()
     latents = model.encode(x, levels, corrections)[0]
     decoded = model.decode(latents, levels)

@@ -1,8 +1,8 @@
-"""What the run costs beside the model: planning and resuming, the driver's time a shard, memory.
+"""The cost of a run besides the model: planning and resuming, the driver's time per shard, memory.
 
 python -m benchmarks.scale plan [--shards 250000]         # a simulated listing of Parquet pieces, 4,000 images each
-python -m benchmarks.scale driver [--shards 5000]         # shards of nothing, on a Ray of this machine
-python -m benchmarks.scale memory [--images 10000 100000] # encode with a network of nothing, one run after the other
+python -m benchmarks.scale driver [--shards 5000]         # empty shards, on a local Ray
+python -m benchmarks.scale memory [--images 10000 100000] # encode with a null network, one run after the other
 
 Each prints one JSON object.
 """
@@ -42,8 +42,8 @@ from palindrome.pipeline.runtime.scheduler import Resources, run_shards
 from palindrome.pipeline.storage.folder import Folder
 from palindrome.pipeline.tasks.encode import Encode
 
-ROWS = 4000  # images a shard, of the simulated listing
-SIZE = 8  # pixels of a side, of the images that memory is measured with
+ROWS = 4000  # images per shard of the simulated listing
+SIZE = 8  # pixels of a side of the images for `memory`
 
 
 def main() -> None:
@@ -58,7 +58,7 @@ def main() -> None:
             found = planning(Folder(str(folder)), args.shards or 250_000)
         elif args.what == "driver":
             found = driving(args.shards or 5000)
-        else:  # a process each: peaks do not go down again
+        else:  # each in its own process, as a peak never decreases
             with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
                 found = {"runs": [pool.apply(encoding, (folder / str(count), count)) for count in args.images]}
     finally:
@@ -67,7 +67,8 @@ def main() -> None:
 
 
 def planning(run: Folder, shards: int) -> dict[str, Any]:
-    """Seconds to write a plan, to list against it, to read it beside as many committed shards; this process's peak."""
+    """Seconds to write a plan, to list again and compare, and to resume with all shards committed; this process's peak
+    memory."""
 
     def listing(*_: object) -> Iterator[Piece]:
         rows = 0
@@ -99,19 +100,19 @@ def planning(run: Folder, shards: int) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Nothing:
-    """A shard's work."""
+    """The work on an empty shard."""
 
     def process(self, model: Model, shard: Shard) -> Receipt:
         return Receipt(shard.name, 1, 0, 0.0, 0.0, 0)
 
 
 def driving(shards: int) -> dict[str, Any]:
-    """The driver's own seconds on the CPU, and those that pass, for each of so many shards."""
+    """The driver's CPU time and the wall time per shard."""
     ray.cloudpickle.register_pickle_by_value(__import__(__name__, fromlist=["_"]))
     listed = (Shard(f"{i:024x}", "files", 1, ()) for i in range(shards))
     with connect("local"):
         outcomes = run_shards(Nothing(), null_checkpoint(), listed, Resources(1, 0, 1, False))
-        next(outcome for outcome in outcomes if isinstance(outcome, Receipt))  # the actor is up
+        next(outcome for outcome in outcomes if isinstance(outcome, Receipt))  # the actor is ready
         cpu, wall = time.process_time(), time.monotonic()
         done = sum(isinstance(outcome, Receipt) for outcome in outcomes)
         cpu, wall = time.process_time() - cpu, time.monotonic() - wall
@@ -120,7 +121,7 @@ def driving(shards: int) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Measured:
-    """Encode, and its worker's peak memory."""
+    """Encode, followed by writing the worker's peak memory."""
 
     encode: Encode
     peak: Path
@@ -132,7 +133,8 @@ class Measured:
 
 
 def encoding(folder: Path, images: int) -> dict[str, Any]:
-    """Peaks in MiB of driver and worker that encode so many images of one Parquet file, in shards of 10,000."""
+    """Peak memory in MiB of driver and worker when encoding `images` images of one Parquet file, in shards of
+    10,000."""
     ray.cloudpickle.register_pickle_by_value(__import__(__name__, fromlist=["_"]))
     folder.mkdir()
     png = io.BytesIO()
@@ -144,7 +146,7 @@ def encoding(folder: Path, images: int) -> dict[str, Any]:
     run, how = Folder(str(folder / "run")), Preprocess(SIZE, 3)
     started = time.monotonic()
     totals = write_plan(run, collection, 10_000)
-    reader = Reader(collection, how, 64, by_tasks=False)
+    reader = Reader(collection, how, 64, in_tasks=False)
     work = Encode(run, reader, Inversion((-1, 0), 0), False, {})
     with connect("local"):
         measured = Measured(work, folder / "peak")
@@ -161,7 +163,7 @@ def _timed(call: Callable[[], Any]) -> tuple[Any, float]:
 
 
 def _peak() -> float:
-    """MiB that this process has held at most."""
+    """The peak memory of this process in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 

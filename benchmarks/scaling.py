@@ -1,13 +1,13 @@
-"""Images/s of the run over 1, 2 and 4 actors, against what their devices alone would do.
+"""Images/s of a run on 1, 2 and 4 actors, against the limit of their devices.
 
 python -m benchmarks.scaling [--actors 1 2 4] [--count 6144] [--sleep 0.02] [--steps 20]
 
-In place of the network, whose device would not be shared by the actors, stands a sleep of so many seconds an
-evaluation of a batch: a few cores then serve many actors, and all else is the run of `encode`, which lists files of 32
-pixels, reads and decodes them in the actors, and commits Parquet. The paper's inversion takes one evaluation a step.
-Time counts from when all actors are up, which takes `start_seconds`, to the last receipt. `ideal` is the images by the
-time that an actor's share of the evaluations sleeps; `of_ideal` is the part of it reached, and `of_one` that of so many
-times what one actor did. Prints one JSON object.
+A sleep per evaluation of a batch replaces the network, since real actors would not share a device; so a few cores can
+serve many actors. Everything else is the run of `encode`: it lists files of 32 pixels, reads and decodes them in the
+actors, and commits Parquet. The paper's inversion takes one evaluation per step. Time counts from when all actors are
+ready, which takes `start_seconds`, to the last receipt. `ideal` is the rate if the actors did nothing but sleep;
+`of_ideal` is the fraction of it that is reached, and `of_one` the fraction of the first row's rate per actor. Prints
+one JSON object.
 """
 
 import argparse
@@ -37,9 +37,9 @@ SIDE = 32  # pixels
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--actors", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--count", type=int, default=6144, help="images")
-    parser.add_argument("--sleep", type=float, default=0.02, help="seconds an evaluation of a batch")
-    parser.add_argument("--steps", type=int, default=20, help="evaluations of each batch")
+    parser.add_argument("--count", type=int, default=6144, help="number of images")
+    parser.add_argument("--sleep", type=float, default=0.02, help="seconds per evaluation of a batch")
+    parser.add_argument("--steps", type=int, default=20, help="evaluations per batch")
     parser.add_argument("--images", default=str(ROOT / "samples/cifar10-test-256.parquet"))
     parser.add_argument("--shard-size", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=64)
@@ -60,31 +60,32 @@ def main() -> None:
 
 @dataclass(frozen=True)
 class Together:
-    """Encode; but shards without pieces are done once so many actors work on one, each of which leaves a file."""
+    """Encode, after a barrier: a shard without pieces waits until `actors` actors have one, each of which creates a
+    file in `ready`."""
 
     encode: Encode
-    up: Path
+    ready: Path
     actors: int
 
     def process(self, model: Model, shard: Shard) -> Receipt:
         if shard.pieces:
             return self.encode.process(model, shard)
-        Path(self.up, str(os.getpid())).touch()
-        while len(list(self.up.iterdir())) < self.actors:
+        Path(self.ready, str(os.getpid())).touch()
+        while len(list(self.ready.iterdir())) < self.actors:
             time.sleep(0.01)
         return Receipt(shard.name, 0, 0, 0.0, 0.0, 0)
 
 
 def measured(args: argparse.Namespace, folder: Path, actors: int) -> dict[str, Any]:
-    out, up = folder / f"run-{actors}", folder / f"up-{actors}"
-    up.mkdir()
+    out, ready = folder / f"run-{actors}", folder / f"ready-{actors}"
+    ready.mkdir()
     resources, checkpoint = Resources(actors, 0, 1, decode_in_tasks=False), null_checkpoint(args.sleep)
     how = {"shard_size": args.shard_size, "batch_size": args.batch_size, "dtype": "float32"}
     levels = resolve("linear", args.steps, checkpoint.schedule)
     encode, totals = encode_work(folder / "files", SIDE, out, resources, **how, levels=levels)
     called = time.monotonic()
     shards = chain(empty(actors * SHARDS_PER_ACTOR), read_plan(encode.run))
-    outcomes = run_shards(Together(encode, up, actors), checkpoint, shards, resources)
+    outcomes = run_shards(Together(encode, ready, actors), checkpoint, shards, resources)
     next(outcome for outcome in outcomes if isinstance(outcome, Receipt))
     started = time.monotonic()
     images = sum(outcome.images for outcome in outcomes if isinstance(outcome, Receipt))
@@ -103,7 +104,7 @@ def measured(args: argparse.Namespace, folder: Path, actors: int) -> dict[str, A
 
 
 def empty(count: int) -> Iterator[Shard]:
-    """Shards of nothing: as many as keep every actor busy until the last is up."""
+    """Empty shards, which keep the actors busy until the last one is ready."""
     return (Shard(f"{i:024x}", "files", 0, ()) for i in range(count))
 
 

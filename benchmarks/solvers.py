@@ -1,18 +1,19 @@
-"""Round trips by other solvers of the ODE view, beside ours: error against network evaluations up + down.
+"""Round trips by other ODE solvers and ours: error against network evaluations for encoding (up) and decoding (down).
 
 python -m benchmarks.solvers [--ladders logsnr] [--budgets 61] [--methods Heun O-BELM] [--limit 32] [--json FILE]
 
-One process, no Ray. In y = x / sqrt(alpha) and sigma = sqrt((1 - alpha) / alpha) DDIM is Euler's method for
-dy = epsilon d sigma (eq. 13, 14), and every method here is a formula for the next y; each walks one ladder both ways,
-ours up by model.inversion and down by plain DDIM. BDIA and O-BELM are exact algebraically for those who store the last
-two states: `2 float32`, `2 float16`; of `1 float32` the other is derived again, by a step of plain DDIM.
+One process, no Ray. In y = x / sqrt(alpha) and sigma = sqrt((1 - alpha) / alpha), DDIM is Euler's method for
+dy = epsilon d sigma (eq. 13, 14), and every method here is a formula for the next y. Each method uses one ladder in
+both directions; ours encodes by model.inversion and decodes by plain DDIM. BDIA and O-BELM are algebraically exact if
+the last two states are stored: `2 float32`, `2 float16`; for `1 float32` the second is computed by a step of plain
+DDIM.
 
-At the clean end, where the network has no timestep, it is told the ladder's first: Heun takes Euler's step there, in
-either direction, and the two-state methods start with one. DPM-Solver++ is of first order in the steps whose formula
-would need the clean end's log-SNR, which is infinite.
+At the clean level, which has no timestep, the network gets the ladder's first timestep. There Heun takes an Euler step,
+in both directions, and the two-state methods start with one. DPM-Solver++ is of first order in the steps whose formula
+would need the log-SNR of the clean level, which is infinite.
 
-`noise recovery` is the mean squared difference of x_T from what it is inverted to after the method has sampled from it
-(two states: the second by a step of plain DDIM; only the image goes back up). Of x_T ~ N(0, I) std, kurtosis and
+`noise recovery` is the mean squared difference between x_T and the result of sampling from it and inverting the image
+(two states: the second by a step of plain DDIM; only the image is inverted). For x_T ~ N(0, I), std, kurtosis and
 correlation of neighbours are 1, 3 and 0.
 """
 
@@ -46,7 +47,7 @@ ROOT = Path(__file__).parent.parent
 
 @dataclass
 class Flow:
-    """dy / d sigma = epsilon on a ladder, y [B, C, H, W]; `spent` counts the samples evaluated."""
+    """dy / d sigma = epsilon on a ladder, y [B, C, H, W]; `spent` counts network evaluations of one image each."""
 
     network: Network
     levels: Ladder
@@ -63,8 +64,8 @@ class Flow:
         return sqrt((1 - alpha) / alpha)
 
     def epsilon(self, y: Tensor, level: int) -> Tensor:
-        x, told = self.scale(level) * y, max(level, self.levels[1])
-        return epsilon_of(self.counted, x, told, self.schedule, self.prediction_type)
+        x, timestep = self.scale(level) * y, max(level, self.levels[1])
+        return epsilon_of(self.counted, x, timestep, self.schedule, self.prediction_type)
 
     def counted(self, x: Tensor, timestep: int) -> Tensor:
         self.spent += len(x)
@@ -83,8 +84,7 @@ def euler(flow: Flow, y: Tensor, path: Sequence[int]) -> Tensor:
 
 
 def heun(flow: Flow, y: Tensor, path: Sequence[int]) -> Tensor:
-    """The trapezoidal rule, its far end predicted by Euler; two evaluations a step, one where it touches the clean
-    end."""
+    """The trapezoidal rule, with the end point predicted by Euler: two evaluations per step, one at the clean level."""
     for here, there in pairwise(path):
         h, e = flow.sigma(there) - flow.sigma(here), flow.epsilon(y, here)
         if CLEAN not in (here, there):
@@ -94,7 +94,7 @@ def heun(flow: Flow, y: Tensor, path: Sequence[int]) -> Tensor:
 
 
 def adams_bashforth(flow: Flow, y: Tensor, path: Sequence[int]) -> Tensor:
-    """Of second order: epsilon extrapolated linearly in sigma to the middle of the step, the first step Euler's."""
+    """Second order: epsilon is extrapolated linearly in sigma to the middle of the step; the first step is Euler's."""
     e_before, h_before = None, 0.0
     for here, there in pairwise(path):
         h, e = flow.sigma(there) - flow.sigma(here), flow.epsilon(y, here)
@@ -125,7 +125,7 @@ def bdia(flow: Flow, before: int, here: int, there: int) -> float:
 
 
 def o_belm(flow: Flow, before: int, here: int, there: int) -> float:
-    """The one weight of second order, local error O(h^3) (Wang et al., 2410.07273)."""
+    """The only weight of second order, with local error O(h^3) (Wang et al., 2410.07273)."""
     return ((flow.sigma(there) - flow.sigma(here)) / (flow.sigma(here) - flow.sigma(before))) ** 2
 
 
@@ -133,8 +133,9 @@ Weight = Callable[[Flow, int, int, int], float]
 
 
 def two_states(weight: Weight, flow: Flow, y_before: Tensor, y: Tensor, path: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """y at the path's first two levels -> y at its last two. Euler's step, and `weight` times what Euler's step back
-    would have missed of the state before; the weight of the reverse is its reciprocal, so this undoes itself.
+    """y at the path's first two levels -> y at its last two. Each step is Euler's, plus `weight` times the error of
+    Euler's step back to the previous state. The weight of the reverse step is the reciprocal, so it is its exact
+    inverse.
 
     y_next = y + h epsilon + w (y_before - y + h_before epsilon)
     """
@@ -146,12 +147,12 @@ def two_states(weight: Weight, flow: Flow, y_before: Tensor, y: Tensor, path: Se
 
 
 States = list[Tensor]
-"""What is stored: x at the top, and for methods of two states x one level below."""
+"""The stored states: x at the top level, and for two-state methods also x one level below."""
 
 
 BUDGETS = (31, 61, 81)
 Steps = tuple[tuple[int, ...], ...]
-"""The numbers of steps that go with each of `BUDGETS`, of evaluations up + down."""
+"""The numbers of steps for each of `BUDGETS`, which are network evaluations up + down."""
 
 
 @dataclass(frozen=True)
@@ -222,11 +223,11 @@ def main() -> None:
     parser.add_argument("--model", default=str(ROOT / "checkpoints/cifar10-32"))
     parser.add_argument("--images", default=str(ROOT / "samples/cifar10-test-256.parquet"))
     parser.add_argument("--ladders", nargs="+", default=["logsnr", "quadratic"])
-    parser.add_argument("--budgets", type=int, nargs="+", choices=BUDGETS, default=BUDGETS, help="NFE, about")
-    parser.add_argument("--methods", nargs="+", default=[""], help="those whose names begin so")
+    parser.add_argument("--budgets", type=int, nargs="+", choices=BUDGETS, default=BUDGETS, help="approximate NFE")
+    parser.add_argument("--methods", nargs="+", default=[""], help="prefixes of the methods' names")
     parser.add_argument("--limit", type=int, default=32)
-    parser.add_argument("--noises", type=int, default=4, help="samples of the noise recovery")
-    parser.add_argument("--json", help="write the figures to this file too")
+    parser.add_argument("--noises", type=int, default=4, help="number of samples for noise recovery")
+    parser.add_argument("--json", help="also write the figures to this file")
     args = parser.parse_args()
 
     model = families.load(args.model)
@@ -260,9 +261,9 @@ def main() -> None:
 def measure(
     method: Method, flow_of: Callable[[], Flow], x0: Tensor, pixels: np.ndarray, x_T: Tensor
 ) -> list[dict[str, Any]]:
-    """A row for each way to store the latents."""
-    going_up = flow_of()
-    states = method.up(going_up, x0)
+    """One row per way to store the latents."""
+    encoding = flow_of()
+    states = method.up(encoding, x0)
     latents = {name: float(values.mean()) for name, values in moments(states[0]).items()}
     recovered = method.up(flow_of(), method.down(flow_of(), [x_T]))[0]
     rows = []
@@ -273,7 +274,7 @@ def measure(
         errors = statistics(round_trip_error(x0, decoded))
         rows.append(
             {
-                "NFE": [going_up.spent / len(x0), flow.spent / len(x0)],
+                "NFE": [encoding.spent / len(x0), flow.spent / len(x0)],
                 "stored": f"{count} {dtype}",
                 "MSE": [errors["mean"], errors["p99"]],
                 "identical": [float(same.mean()), float(same.all(1).mean())],

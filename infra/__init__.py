@@ -1,1 +1,1 @@
-"""Where Palindrome runs: the connection to a Ray cluster. Imports nothing in-house."""
+"""Where Palindrome runs: connection to a Ray cluster, submission, node providers. Imports pipeline/base only."""

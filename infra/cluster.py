@@ -1,4 +1,4 @@
-"""The connection to a Ray cluster, or to a Ray started on this machine for one command."""
+"""The connection to a Ray cluster, or to one started on this machine for a single command."""
 
 import logging
 import os
@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from contextlib import chdir, contextmanager
 from tempfile import TemporaryDirectory
 
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # CPU workers keep the environment as it is
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # leaves CUDA_VISIBLE_DEVICES of CPU workers alone
 os.environ.setdefault("RAY_DEDUP_LOGS", "1")
-# A node's scheduler looks twenty times a second, not once, whether the object store that starts beside it is up.
+# A starting raylet polls for its object store every 50 ms instead of every second.
 os.environ.setdefault("RAY_raylet_client_connect_timeout_milliseconds", "50")
 os.environ.setdefault("RAY_raylet_client_num_connect_attempts", "200")
 
@@ -27,14 +27,13 @@ TOKEN = secrets.token_hex(32)  # of a Ray that this process starts: Ray would wr
 
 
 class ClusterError(ConnectionError):
-    """No Ray at the address."""
+    """There is no Ray cluster at the address."""
 
 
 @contextmanager
 def connect(address: str | None = None) -> Iterator[None]:
-    """A Ray for the time of the `with`: the one at `address` or $RAY_ADDRESS, else one started here and stopped after.
-
-    A connection that is open already is used and left open. Raises ClusterError when nothing answers at the address.
+    """Connects to the Ray cluster at `address` or $RAY_ADDRESS for the `with`; without either, starts a local one and
+    stops it afterwards. An existing connection is used and left open. Raises ClusterError if nothing answers.
     """
     if ray.is_initialized():
         yield
@@ -44,12 +43,12 @@ def connect(address: str | None = None) -> Iterator[None]:
     if local and not any(os.environ.get(name) for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")):
         os.environ["RAY_AUTH_TOKEN"] = TOKEN
     try:
-        _answers(where)
+        _check_answers(where)
     except ClusterError as e:
         raise ClusterError(f"{e}{_hint(address)}") from e
     before = signal.getsignal(signal.SIGTERM)
-    # Ray puts the driver's working directory first in its workers' sys.path: a user's own torch.py or palindrome/ there
-    # would be imported instead. Workers get an empty folder.
+    # Ray puts the driver's working directory first in the workers' sys.path, and they would import a user's torch.py or
+    # palindrome/ there. So ray.init runs in an empty folder.
     with TemporaryDirectory(prefix="palindrome-", ignore_cleanup_errors=True) as empty:
         try:
             with chdir(empty):
@@ -58,7 +57,7 @@ def connect(address: str | None = None) -> Iterator[None]:
             words = "Ray can't be started on this machine" if local else f"no Ray cluster at {where}"
             why = next(iter(str(e).splitlines()), type(e).__name__)
             raise ClusterError(f"{words}: {why}{_hint(address)}") from e
-        if callable(before):  # Ray has put its own there, which ends the process on the spot
+        if callable(before):  # Ray has replaced it by a handler that exits at once
             signal.signal(signal.SIGTERM, before)
         try:
             yield
@@ -89,8 +88,8 @@ def _short_folder() -> str | None:
     raise ClusterError(f"${variable} is too long a path for Ray's sockets: set RAY_TMPDIR to a folder of a short one")
 
 
-def _answers(address: str) -> None:
-    """Refuses a host and port where nothing listens: Ray itself would try for minutes."""
+def _check_answers(address: str) -> None:
+    """Raises ClusterError if nothing listens at the host and port: Ray itself would retry for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():
         return

@@ -1,5 +1,5 @@
-"""EC2 nodes for Ray's cluster launcher: from the spot market, or on demand where it has none. Ray alone asks the spot
-market again and again (its issues 20774 and 53636).
+"""EC2 nodes for Ray's cluster launcher: spot instances, or on-demand ones when there is no spot capacity. Ray itself
+would request spot instances forever (its issues 20774 and 53636).
 
 For `provider: {type: external, module: palindrome.infra.spot_aws.SpotFirst}`; the other fields
 are those of `type: aws`."""
@@ -15,7 +15,7 @@ MARKET = "InstanceMarketOptions"
 
 class SpotFirst(AWSNodeProvider):
     def create_node(self, node_config: dict[str, Any], tags: dict[str, str], count: int) -> Any:
-        """Raises what EC2 answers where it has neither."""
+        """Raises EC2's error if there is no capacity of either kind."""
         try:
             return super().create_node(node_config, tags, count)
         except (NodeLaunchException, ClientError):

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# A cluster of two nodes on this machine for the time of one command: a Ray head and a worker node as processes of
-# their own, joined over TCP with token authentication, as on real machines.
+# Runs one command on a cluster of two nodes on this machine: a Ray head and a worker node, each with its own
+# processes, connected over TCP with token authentication, as on real machines.
 #
 #   infra/two-nodes.sh palindrome encode --images photos/ --model checkpoints/cifar10-32 --out runs/photos
 #
-# The command finds the cluster by $RAY_ADDRESS, and its exit code is this script's. Ctrl-C and SIGTERM go to the
-# command alone. Only what was started here is stopped: `ray stop` would stop other clusters on this machine too.
+# The command finds the cluster by $RAY_ADDRESS, and its exit code is this script's. Ctrl-C and SIGTERM are forwarded
+# to the command only. Only these two nodes are stopped: `ray stop` would stop other clusters on this machine too.
 #
-# CPUS=4 says how many CPUs each node has (default: half of this machine's).
+# CPUS=4 sets the number of CPUs of each node (default: half of this machine's).
 set -uo pipefail
 
 if [ $# = 0 ]; then
@@ -19,7 +19,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 [ -d "$root/.venv/bin" ] && PATH="$root/.venv/bin:$PATH"
 cores=$(nproc)
 cpus=${CPUS:-$((cores > 1 ? cores / 2 : 1))}
-# Ray's sockets lie below its folder, and the name of a socket has 107 bytes at most.
+# A short path: Ray's sockets are below its folder, and the path of a socket has at most 107 bytes.
 folder=$(mktemp -d /tmp/ray.XXXXXX)
 
 free_port() {
@@ -30,14 +30,14 @@ export RAY_ADDRESS="127.0.0.1:$port" RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED
 RAY_AUTH_TOKEN=$(python -c 'import secrets; print(secrets.token_hex(32))')
 export RAY_AUTH_TOKEN
 
-set -m # each of what is started below is a process group, which a Ctrl-C in the terminal does not reach
+set -m # every process below gets its own process group, which Ctrl-C in the terminal does not reach
 nodes=() run=
 # shellcheck disable=SC2329 # the trap calls it
 stop() {
     trap '' INT TERM
     for node in "${nodes[@]}"; do
-        kill -0 "$node" 2>/dev/null || tail -n 20 "$folder/nodes.log" >&2 # it has ended by itself: why?
-        kill -TERM "$node" 2>/dev/null # it stops the processes of its node
+        kill -0 "$node" 2>/dev/null || tail -n 20 "$folder/nodes.log" >&2 # it has exited by itself: print why
+        kill -TERM "$node" 2>/dev/null # which stops the processes of its node
     done
     gone "${nodes[@]}"
     for node in "${nodes[@]}"; do
@@ -46,7 +46,7 @@ stop() {
     done
     rm -rf "$folder"
 }
-gone() { # waits 10 seconds at most for processes, or for a -group of them
+gone() { # waits at most 10 seconds for a process, or a -group, to exit
     for _ in $(seq 100); do
         kill -0 -- "$@" 2>/dev/null || return
         sleep 0.1
@@ -62,21 +62,21 @@ trap 'pass INT 130' INT
 trap 'pass TERM 143' TERM
 
 node() {
-    # When it ends no work is left on it that it should wait for. Its workers stay in its process group, to be stopped.
+    # It need not drain when it is stopped, as no work is left. Its workers stay in its process group, to be stopped.
     RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0 RAY_process_group_cleanup_enabled=0 \
         ray start --block --num-cpus="$cpus" --temp-dir="$folder" "$@" \
         >>"$folder/nodes.log" 2>&1 &
     nodes+=($!)
-    disown $! # else bash reports its end
+    disown $! # or bash would report its exit
 }
 node --head --node-ip-address=127.0.0.1 --port="$port" --ray-client-server-port="$(free_port)" \
     --include-dashboard=false
-node --address="$RAY_ADDRESS" --node-ip-address=127.0.0.2 --num-gpus=0 # the GPUs are the head's
+node --address="$RAY_ADDRESS" --node-ip-address=127.0.0.2 --num-gpus=0 # the head has the GPUs
 
 python -m palindrome.infra.wait --nodes 2 --timeout 120 -- "$@" &
 run=$!
 code=0
-while true; do # a signal that is passed on ends `wait`, and not yet the command
+while true; do # a forwarded signal ends `wait` before the command has ended
     wait "$run"
     code=$?
     kill -0 "$run" 2>/dev/null || break

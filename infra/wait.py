@@ -1,9 +1,9 @@
-"""Waits for a cluster's nodes, then becomes the command:
+"""Waits for a cluster's nodes, then executes a command:
 `python -m palindrome.infra.wait --gpus 1 -- palindrome encode ...`.
 
-A cluster that scales to zero has no GPU when a job begins, and a job that finds none computes on CPUs. What is waited
-for is also asked of the autoscaler, which keeps it until the cluster ends or another `palindrome.infra.wait` asks for
-something else."""
+A cluster that scales to zero has no GPU when a job starts, and a job without a GPU computes on CPUs. The resources are
+also requested from the autoscaler, which keeps them until the cluster ends or another `palindrome.infra.wait` requests
+others."""
 
 import argparse
 import os
@@ -18,11 +18,11 @@ from palindrome.infra.cluster import ClusterError, connect
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m palindrome.infra.wait", description="Wait for a cluster's nodes.")
-    parser.add_argument("--nodes", type=int, default=0, help="nodes that must be up, the head among them")
+    parser.add_argument("--nodes", type=int, default=0, help="nodes that must be up, including the head")
     parser.add_argument("--gpus", type=int, default=0, help="GPUs that must be up")
     parser.add_argument("--cpus", type=int, default=0, help="CPUs that must be up")
     parser.add_argument("--timeout", type=float, default=1800, help="seconds after which to give up (default: 1800)")
-    parser.add_argument("command", nargs="*", help="after --, what to run then")
+    parser.add_argument("command", nargs="*", help="the command to execute then, after --")
     return parser.parse_args(arguments)
 
 
@@ -38,25 +38,25 @@ def main() -> int:
 
 
 def _wait(wanted: argparse.Namespace) -> str:
-    """What is missing at the end; empty where nothing is."""
-    deadline, said = time.monotonic() + wanted.timeout, ""
+    """What is still missing after the timeout; empty once nothing is."""
+    deadline, printed = time.monotonic() + wanted.timeout, ""
     while True:
         try:
             with connect(os.environ.get("RAY_ADDRESS") or "auto"):
                 request_resources(bundles=[{"GPU": 1}] * wanted.gpus + [{"CPU": 1}] * wanted.cpus)
                 while (missing := _missing(wanted)) and time.monotonic() < deadline:
-                    said = _say(missing, said)
+                    printed = _print_change(missing, printed)
                     time.sleep(0.5)
                 return missing
         except ClusterError as e:  # the head is not up yet
             if time.monotonic() > deadline:
                 return str(e)
-            said = _say(str(e), said)
+            printed = _print_change(str(e), printed)
             time.sleep(0.5)
 
 
-def _say(missing: str, said: str) -> str:
-    if missing != said:
+def _print_change(missing: str, printed: str) -> str:
+    if missing != printed:
         print(f"waiting: {missing}", flush=True)
     return missing
 

@@ -1,1 +1,1 @@
-"""One file a job: a config dataclass and run(config). No job imports another."""
+"""One file per job: a config dataclass and run(config). No job imports another."""

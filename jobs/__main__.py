@@ -24,7 +24,7 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, which schedulers send before they take a machine away."""
+    """SIGTERM, which schedulers send before they reclaim a machine."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
         _spare_loopback()
         _use_utf8()
         _hide_options(argv)
-        atexit.register(gc.freeze)  # no garbage collection at exit: the process ends anyway
+        atexit.register(gc.freeze)  # no garbage collection at exit, as the process ends anyway
     try:
         as_json = logs_json(argv, sys.stdout.isatty())
     except ConfigError as e:
@@ -75,7 +75,7 @@ def _dry_run(start: Callable[[Any], int], config: OutOptions) -> int:
 
 
 def _export(config: ImagesConfig) -> int:
-    """Exports the images that a job has made, in the format of its --format."""
+    """Exports the images of a job in the format of its --format."""
     export = importlib.import_module("palindrome.jobs.export")
     out = f"{config.out.rstrip('/')}/{config.format}"
     return int(export.run(export.ExportConfig(run=config.out, out=out, format=config.format)))
@@ -97,13 +97,13 @@ def _spare_loopback() -> None:
 
 
 def _hide_options(argv: list[str]) -> None:
-    """Executes the same command again with the JSON of --storage-options in a pipe: every user of the machine can read
-    a process's command line, and Ray stores the driver's in its job table."""
+    """Re-executes the process with the JSON of --storage-options in a pipe: every user of the machine can read a
+    process's command line, and Ray stores the driver's in its job table."""
     flag = f"--{OPTIONS.replace('_', '-')}"
     joined = [argument.removeprefix(f"{flag}=") for argument in argv if argument.startswith(f"{flag}=")]
     for value in [*joined, *(after for before, after in pairwise(argv) if before == flag)]:
         content = value.encode()
-        if not value.lstrip().startswith("{") or len(content) > 2**14:  # a pipe may not hold more
+        if not value.lstrip().startswith("{") or len(content) > 2**14:  # a pipe's buffer may be no larger
             continue
         reading, writing = os.pipe()
         os.write(writing, content)
@@ -114,7 +114,7 @@ def _hide_options(argv: list[str]) -> None:
 
 @contextmanager
 def _signals_raise() -> Iterator[None]:
-    """SIGTERM ends a job as Ctrl-C does: shards in flight are dropped, and the run can be resumed."""
+    """Makes SIGTERM end a job like Ctrl-C: shards in flight are dropped, and the run can be resumed."""
     received: list[KeyboardInterrupt] = []
 
     def end(number: int, _: object) -> NoReturn:
@@ -126,7 +126,7 @@ def _signals_raise() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        if received:  # Ray replaces an exception raised within its code by a plain KeyboardInterrupt
+        if received:  # Ray replaces an exception raised inside its code by a plain KeyboardInterrupt
             raise received[-1] from None
         raise
     finally:

@@ -1,4 +1,4 @@
-"""palindrome animate: the paths of an interpolation as strips and films."""
+"""palindrome animate: the paths of an interpolate run as strips and videos."""
 
 import sys
 from dataclasses import dataclass
@@ -18,12 +18,12 @@ from palindrome.pipeline.runs.shards import committed
 from palindrome.pipeline.storage.folder import Folder, absolute
 from palindrome.pipeline.tasks.animate import ENDS, Film, pixels, whole_paths
 
-AT_ONCE = 4  # paths
+PATHS_AT_ONCE = 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class AnimateConfig(OutOptions):
-    """Write each path of an interpolate run as one file in OUT/paths: a strip of its frames, or a film."""
+    """Write each path of an interpolate run as one file in OUT/paths: a strip of its frames, or a video."""
 
     GROUP: ClassVar[str] = "output"
     EXAMPLES: ClassVar[str] = """
@@ -36,18 +36,18 @@ class AnimateConfig(OutOptions):
     run: str
     """The run folder of interpolate, a path or an fsspec URI."""
     format: Literal["strip", "gif", "webp", "mp4"]
-    """strip: the frames side by side, or as the square of a grid, PNG; gif; webp: animated, lossless; mp4: H.264, which
-    takes PyAV (pip install av)."""
+    """strip: a PNG of the frames side by side, or of a grid's square; gif; webp: animated, lossless; mp4: H.264, which
+    requires PyAV (pip install av)."""
     fps: Annotated[float, Range(0.1, 120)] = 12.0
-    """Frames a second."""
+    """Frames per second."""
     scale: Annotated[int, Range(1, 64)] = 1
-    """How many pixels wide and high each pixel becomes, for small images."""
+    """The factor by which small images are enlarged, in pixels per pixel."""
 
 
 def run(config: AnimateConfig) -> int:
-    """Writes what is not there yet, and returns the exit code."""
+    """Writes the remaining files and returns the exit code."""
     if config.format == "mp4" and find_spec("av") is None:
-        raise ConfigError("--format: mp4 takes PyAV, which is not installed: pip install av")
+        raise ConfigError("--format: mp4 requires PyAV, which is not installed: pip install av")
     out = Folder(absolute(config.out))
     with config_error("RUN"):
         source, manifest = open_run(config.run, *WITH_PATHS)
@@ -70,10 +70,10 @@ def run(config: AnimateConfig) -> int:
             out.put(f"{PATHS}/{name}{end}", content)
 
     count = 0
-    for _ in in_threads(put, (path for path in paths if f"{path[0]}{end}" not in done), AT_ONCE):
+    for _ in in_threads(put, (path for path in paths if f"{path[0]}{end}" not in done), PATHS_AT_ONCE):
         interrupt.check()
         count += 1
-    print(f"{count} files written to {config.out}/{PATHS}, {len(done)} were there")
+    print(f"{count} files written to {config.out}/{PATHS}, {len(done)} existed before")
     if broken:
         print(f"{broken} paths lack frames: {config.run} is not complete", file=sys.stderr)
         return 1

@@ -14,10 +14,11 @@ from errno import EACCES
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from palindrome.pipeline.base.errors import RunError, SettingError
+from palindrome.pipeline.base.text import error_message
 from palindrome.pipeline.storage.folder import is_outage
 
-# The groups of the help, in its order. A field named here is in that group in every command; any other is in the GROUP
-# of the class that defines it. Fields without a default are in the first.
+# The groups of the help, in order. A field named here is in that group in every command; any other field is in the
+# GROUP of the class that defines it. Fields without a default are in "required".
 GROUPS = {
     "required": (),
     "input": ("keep", "limit", "relist"),
@@ -45,7 +46,7 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class Range:
-    """The values a number may take, both ends included; in `Annotated[int, Range(1)]`."""
+    """The allowed values of a number, bounds included: `Annotated[int, Range(1)]`."""
 
     low: float
     high: float = float("inf")
@@ -74,8 +75,8 @@ def flag_of(name: str) -> str:
 
 @contextmanager
 def config_error(flag: str, *only: type[Exception]) -> Iterator[None]:
-    """Converts errors about a flag's value to a ConfigError that begins with the flag: errors of the types in `only`,
-    or by default those that files, stores and invalid values raise. An outage says nothing of the value: RunError."""
+    """Converts errors of the types in `only` to a ConfigError that begins with the flag; by default, the errors that
+    files, stores and invalid values raise. An outage says nothing of the value, and becomes a RunError."""
     try:
         yield
     except ConfigError:
@@ -85,27 +86,27 @@ def config_error(flag: str, *only: type[Exception]) -> Iterator[None]:
         if not from_store and not isinstance(e, only or (OSError, ValueError, ImportError)):
             raise
         at_fault = flag_of(e.field) if isinstance(e, SettingError) else flag
-        words = f"{at_fault}: {' '.join(str(e).split()) or type(e).__name__}"
+        message = f"{at_fault}: {error_message(e)}"
         refused = any(getattr(error, "errno", None) == EACCES for error in (e, e.__cause__))  # wrong credentials, say
-        raise (RunError if not (only or refused) and is_outage(e, None) else ConfigError)(words) from e
+        raise (RunError if not (only or refused) and is_outage(e, None) else ConfigError)(message) from e
 
 
 def add_arguments(parser: argparse.ArgumentParser, config: type[Options], *more: type[Options]) -> list[str]:
     """Adds the fields of `config` and `more` as arguments, in groups, with the description and the examples of
-    `config`. Returns the flags that the help shows. argparse does not check for required ones, `from_arguments` does:
-    `--imagse` is then reported as misspelt, not `--images` as missing."""
+    `config`. Returns the flags that the help shows. `from_arguments` checks for required flags, not argparse, so that
+    `--imagse` is reported as misspelt rather than `--images` as missing."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description = _wrapped(inspect.cleandoc(config.__doc__ or ""))
     if config.EXAMPLES:
         parser.epilog = "examples:\n" + textwrap.indent(inspect.cleandoc(config.EXAMPLES), "  ")
     groups = {title: parser.add_argument_group(title) for title in GROUPS}
-    named: list[str] = []  # the required arguments, for the usage
-    placed: list[str] = []
+    required_flags: list[str] = []  # for the usage
+    positional: list[str] = []
     flags: list[str] = []
     for options in (config, *more):
         described = _described(options)
         hints = get_type_hints(options, include_extras=True)
-        for f in sorted(dataclasses.fields(options), key=lambda f: f.name == "out"):  # what goes in comes first
+        for f in sorted(dataclasses.fields(options), key=lambda f: f.name == "out"):  # the output comes last
             text, title = described[f.name]
             required = f.default is dataclasses.MISSING
             kind, choices, many = _shape(hints[f.name])
@@ -114,7 +115,7 @@ def add_arguments(parser: argparse.ArgumentParser, config: type[Options], *more:
             arguments: dict[str, Any] = {"help": text.replace("%", "%%") + _default(f)}
             if f.name in options.POSITIONAL:
                 add(f.name, metavar=f.name.upper(), nargs="+" if many else None, **arguments)
-                placed.append(f"-- {f.name.upper()} ..." if many else f.name.upper())
+                positional.append(f"-- {f.name.upper()} ..." if many else f.name.upper())
                 continue
             arguments |= {"dest": f.name, "default": argparse.SUPPRESS}
             flags.append(flag)
@@ -129,13 +130,13 @@ def add_arguments(parser: argparse.ArgumentParser, config: type[Options], *more:
                 metavar = None if choices or kind is str else kind.__name__.upper()
                 add(flag, type=kind, choices=choices, metavar=metavar, nargs="+" if many else None, **arguments)
                 if required:
-                    named.append(f"{flag} {f.name.upper()}")
-    parser.usage = " ".join(["%(prog)s", *named, "[options]", *placed])
+                    required_flags.append(f"{flag} {f.name.upper()}")
+    parser.usage = " ".join(["%(prog)s", *required_flags, "[options]", *positional])
     return flags
 
 
 def from_arguments(config: type[C], arguments: argparse.Namespace) -> C:
-    """The fields of `config` in `arguments`. Raises ConfigError where one that is required is missing, or one is
+    """The config with the fields in `arguments`. Raises ConfigError if a required field is missing or one is
     invalid."""
     fields = dataclasses.fields(config)
     given: dict[str, Any] = {f.name: getattr(arguments, f.name) for f in fields if hasattr(arguments, f.name)}
@@ -176,7 +177,7 @@ def _shape(hint: Any) -> tuple[type, tuple[str, ...] | None, bool]:
 
 
 def _check(flag: str, hint: Any, value: Any) -> None:
-    """Raises ConfigError where the value is not of the type: empty, no choice, or out of range."""
+    """Raises ConfigError if the value is empty, not among the choices, or out of range."""
     origin, args = get_origin(hint), get_args(hint)
     if value is None:
         return
@@ -197,7 +198,7 @@ def _check(flag: str, hint: Any, value: Any) -> None:
 
 
 def _described(config: type[Options]) -> dict[str, tuple[str, str]]:
-    """The string under each field, and the GROUP of the class that defines it, over the class and its bases."""
+    """By field: the docstring under it, and the GROUP of the class that defines it; of the class and its bases."""
     found: dict[str, tuple[str, str]] = {}
     for cls in reversed(config.__mro__):
         if not issubclass(cls, Options):

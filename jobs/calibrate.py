@@ -1,4 +1,4 @@
-"""palindrome calibrate: a ladder fitted to a model, written as a file that --ladder takes."""
+"""palindrome calibrate: fit a ladder to a model and write it to a file for --ladder."""
 
 import json
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ BATCH = 64  # images on the device at once
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrateConfig(CollectionOptions, PictureOptions, ComputeConfig):
-    """Fit a ladder to some images of a collection: the levels with the least round-trip error at a number of steps."""
+    """Fit a ladder to some images of a collection: the levels with the least round-trip error for a number of steps."""
 
     GROUP: ClassVar[str] = "inversion"
     EXAMPLES: ClassVar[str] = """
@@ -43,19 +43,20 @@ class CalibrateConfig(CollectionOptions, PictureOptions, ComputeConfig):
     model: str
     """The checkpoint folder, in diffusers' layout; a path or an fsspec URI."""
     steps: Annotated[int, Range(1)]
-    """Steps of the ladder."""
+    """The number of steps of the ladder."""
     corrections: Annotated[int, Range(0, 100)] = 3
-    """The corrections a step that the ladder is to be used with."""
+    """The corrections per step with which the ladder will be used."""
     top: Annotated[int, Range(0)] | None = None
-    """The highest timestep (default: 0.8 of all). Lower ones leave more of the image in the latent."""
+    """The highest timestep (default: 0.8 of the model's timesteps). A lower one leaves more of the image in the
+    latent."""
     limit: Annotated[int, Range(1)] = 32
-    """Images to calibrate on: the first so many that can be decoded."""
+    """The number of images to calibrate on, from the first one that can be decoded."""
 
 
 def run(config: CalibrateConfig) -> int:
     """Writes the ladder and returns the exit code."""
     if not config.out.endswith(".json"):
-        raise ConfigError(f"--out: {config.out} does not end in .json, by which --ladder knows a ladder file")
+        raise ConfigError(f"--out: {config.out} does not end in .json, by which --ladder recognises a ladder file")
     with config_error("--model"):
         _, model = load_model(config.model, config.allow_pickle)
         how = config.preprocess(model.image_shape)
@@ -70,8 +71,8 @@ def run(config: CalibrateConfig) -> int:
     if config.dry_run:
         each = len(fine) - 1 + (len(ladders) + 1) * (evaluations(config.steps, config.corrections) + config.steps)
         print(
-            f"{len(pixels):,} images can be decoded; {len(ladders) + 1} ladders of {config.steps} steps, of which"
-            f" {', '.join(ladders)} are given and one is fitted on {len(fine) - 1} levels; {each:,} network evaluations"
+            f"{len(pixels):,} images can be decoded; {len(ladders) + 1} ladders of {config.steps} steps:"
+            f" {', '.join(ladders)}, and one fitted on {len(fine) - 1} levels; {each:,} network evaluations"
             f" an image, {each * len(pixels):,} in all; one file of some kB to write"
         )
         raise Planned
@@ -109,7 +110,7 @@ def _calibrate(
     config: CalibrateConfig,
     threads: int | None,
 ) -> dict[str, dict[str, Any]]:
-    """By ladder, the fitted one among them: its levels and the round trip's statistics on the images."""
+    """By ladder, including the fitted one: its levels and the round trip's statistics on the images."""
     model, x = Model(checkpoint, threads), to_model(pixels)
     tune_process(model)
     products = torch.cat([model.epsilon_products(part, fine) for part in x.split(BATCH)]).mean(0).numpy()

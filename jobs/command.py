@@ -1,4 +1,4 @@
-"""Commands: which there are, and how a command line becomes one."""
+"""The commands, and the parser of their command lines."""
 
 import argparse
 import importlib
@@ -19,13 +19,13 @@ from palindrome.pipeline.base.text import printable
 JOBS = {
     "encode": "images -> latents, by DDIM inversion",
     "reconstruct": "latents -> images, compared with the originals",
-    "export": "write the images of a run as picture files, tars or Parquet",
+    "export": "write the images of a run as image files, tars or Parquet",
     "calibrate": "fit a ladder to a model, for --ladder",
-    "sweep": "measure the error against network evaluations, over settings",
+    "sweep": "measure error and network evaluations over settings",
     "regenerate": "latents -> images, with any number of steps, or as variations",
     "generate": "noise -> new images",
     "interpolate": "latents -> the images between them",
-    "animate": "write the paths of interpolate as strips and films",
+    "animate": "write the paths of interpolate as strips and videos",
     "train": "train a model on an image collection",
     "status": "show the progress of a run",
     "verify": "check that a run is complete and consistent",
@@ -37,13 +37,13 @@ JOBS = {
 }
 HINT = "palindrome COMMAND --help shows the options of a command, and examples."
 OPTIONS = "storage_options"
-CLUSTER_COMMANDS = {"submit", "jobs", "logs", "stop"}  # they open no stores themselves
-WITHOUT_LOG = {"status", "verify", "rejects", "jobs", "stop"}  # their output is an answer; some have --json or --format
+CLUSTER_COMMANDS = {"submit", "jobs", "logs", "stop"}  # they open no URIs themselves
+WITHOUT_LOG = {"status", "verify", "rejects", "jobs", "stop"}  # their output is a result; some have --json or --format
 
 
 @dataclass(frozen=True)
 class Command:
-    """A job to start, its settings, and fsspec's options by protocol."""
+    """A job, its function, its config, and fsspec's options by protocol."""
 
     job: str
     start: Callable[[Any], int]
@@ -52,7 +52,7 @@ class Command:
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports an error in one line, with exit code 2."""
+    """Reports an error in one line and exits with code 2."""
 
     def error(self, message: str) -> NoReturn:
         say(f"{self.prog}: error: {message.removeprefix('argument ')}", "error", "error")
@@ -60,8 +60,8 @@ class Parser(argparse.ArgumentParser):
 
 
 class Version(argparse.Action):
-    """Prints the versions of Palindrome and what it runs on, from the packages' metadata: importing torch and Ray takes
-    seconds."""
+    """Prints the versions of Palindrome, Python, Ray and torch, from the packages' metadata: importing torch and Ray
+    takes seconds."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object, **__: object) -> NoReturn:
         from importlib.metadata import PackageNotFoundError, version  # slow to import, and used only here
@@ -69,7 +69,7 @@ class Version(argparse.Action):
         def version_of(package: str) -> str:
             try:
                 return version(package)
-            except PackageNotFoundError:  # Palindrome itself, where `submit` sent its code
+            except PackageNotFoundError:  # Palindrome itself, if `submit` shipped its code
                 return "unknown"
 
         rest = ", ".join(f"{package} {version_of(package)}" for package in ("ray", "torch"))
@@ -78,7 +78,7 @@ class Version(argparse.Action):
 
 
 def parse(argv: Sequence[str]) -> Command:
-    """The command of `palindrome ARGV`. Exits with code 2 and one line where it is invalid, with 0 after help."""
+    """The command of `palindrome ARGV`. Exits with code 2 and one line if it is invalid, with 0 after help."""
     parser = Parser(
         prog="palindrome",
         usage="%(prog)s COMMAND [options]",
@@ -126,9 +126,9 @@ def _no_command(name: str) -> str:
 
 
 def _unrecognized(unknown: list[str], flags: list[str], secret: bool) -> str:
-    """The error for arguments that a command does not take, with the flags that were probably meant. What a shell makes
-    of unquoted JSON for --storage-options may hold a secret: then no argument is repeated, only the suggestion shown.
-    Nor are the values of unknown flags, which may be that flag, misspelt."""
+    """The error for unknown arguments, with the flags that were probably meant. Unquoted JSON of --storage-options,
+    split by the shell, may contain a secret: then only the suggestion is shown. The values of unknown flags are never
+    shown, because such a flag may be --storage-options misspelt."""
     names = [word.partition("=")[0] for word in unknown if word.startswith("--") and not (secret and "=" in word)]
     similar = dict.fromkeys(flag for name in names for flag in _meant(name, flags))
     hidden = secret or flag_of(OPTIONS) in similar
@@ -140,14 +140,14 @@ def _unrecognized(unknown: list[str], flags: list[str], secret: bool) -> str:
 
 
 def _meant(name: str, flags: list[str]) -> list[str]:
-    """The one flag that begins with the name, or the most similar one, or none."""
-    begun = [flag for flag in flags if flag.startswith(name)]
-    return begun if len(begun) == 1 else get_close_matches(name, flags, 1)
+    """The only flag with the name as prefix, else the most similar one, else none."""
+    prefixed = [flag for flag in flags if flag.startswith(name)]
+    return prefixed if len(prefixed) == 1 else get_close_matches(name, flags, 1)
 
 
 def logs_json(argv: Sequence[str], terminal: bool) -> bool:
-    """Whether the output of `palindrome ARGV` is JSON. Found before ARGV is parsed, as its errors are reported in this
-    format too. An invalid --log is left to `parse`; an invalid $PALINDROME_LOG raises ConfigError."""
+    """Whether the output of `palindrome ARGV` is JSON. Decided before ARGV is parsed, because parse errors are reported
+    in that format too. `parse` reports an invalid --log; an invalid $PALINDROME_LOG raises ConfigError here."""
     words = list(argv[: argv.index("--")] if "--" in argv else argv)
     if not words or words[0] not in JOBS.keys() - WITHOUT_LOG or {"-h", "--help"} & set(words):
         return False

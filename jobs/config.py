@@ -21,20 +21,20 @@ STORAGE_OPTIONS, LOG = "PALINDROME_STORAGE_OPTIONS", "PALINDROME_LOG"  # environ
 
 
 class Planned(Exception):
-    """Ends a dry run, once everything has been printed."""
+    """Ends a dry run after everything has been printed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StorageOptions(Options):
-    """The flag of every command that opens URIs. It is in no job's config: it is never written to disk, and may differ
-    when a run is resumed."""
+    """The flag of every command that opens URIs. It belongs to no job's config, is never written to disk, and may
+    change when a run is resumed."""
 
     GROUP: ClassVar[str] = "storage and logging"
 
     storage_options: str | None = dataclasses.field(default=None, repr=False)
     """fsspec's options by protocol, as JSON: {"s3": {"endpoint_url": "https://...", "key": "...", "secret": "..."}}; or
-    the path of a file that holds it (default: $PALINDROME_STORAGE_OPTIONS). For what it leaves out, the AWS environment
-    variables and profiles apply."""
+    the path of a file with that JSON (default: $PALINDROME_STORAGE_OPTIONS). AWS environment variables and profiles
+    apply to options that are not given."""
 
     def read(self) -> dict[str, dict[str, Any]]:
         """The options by protocol. Raises ConfigError, without the value in its message, as that may hold a secret."""
@@ -68,7 +68,7 @@ class LogOptions(Options):
     (default: $PALINDROME_LOG, else text)."""
 
     def as_json(self, terminal: bool) -> bool:
-        """Raises ConfigError where the environment variable is invalid."""
+        """Raises ConfigError if the environment variable is invalid."""
         chosen = self.log or os.environ.get(LOG) or "text"
         if chosen not in (formats := ("auto", "text", "json")):
             raise ConfigError(f"${LOG}: must be one of {', '.join(formats)}; got {chosen!r}")
@@ -77,7 +77,7 @@ class LogOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class OutOptions(Options):
-    """Options of every command that writes something."""
+    """Options of every command that writes."""
 
     GROUP: ClassVar[str] = "output"
 
@@ -85,7 +85,7 @@ class OutOptions(Options):
     """Whether `out` is one file, written at the end, instead of a folder."""
 
     out: str
-    """The folder to write to, a path or an fsspec URI. The same command again resumes."""
+    """The folder to write to, a path or an fsspec URI. Repeating the command resumes it."""
     dry_run: bool = False
     """Check the input and the output, print what would be computed and written, and exit."""
     take_over: bool = False
@@ -121,8 +121,8 @@ class Config(OutOptions):
 
     @classmethod
     def defaults(cls) -> dict[str, Any]:
-        """The default settings. That of a new setting is what was done before there was a choice, so that runs of
-        earlier versions can be resumed."""
+        """The default settings. A new setting's default is what earlier versions did, so that their runs can be
+        resumed."""
         fields = (f for f in dataclasses.fields(cls) if f.name not in cls.UNRECORDED)
         return {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
 
@@ -139,44 +139,44 @@ class ComputeConfig(Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.inline and self.address:
-            raise ConfigError("--inline: it takes no cluster, and --address names one")
+            raise ConfigError("--inline: it uses no cluster, but --address names one")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardedConfig(ComputeConfig):
-    """Options of the commands that map shards over worker processes which hold a model."""
+    """Options of the commands that distribute shards to worker processes, each of which holds a model."""
 
     MUTABLE: ClassVar[frozenset[str]] = frozenset(
         {"workers", "batch_size", "model", "compile", "gpus_per_worker", "resources"}
     )
 
     batch_size: Annotated[int, Range(1)] | None = None
-    """Images on the device at once; halved where they do not fit into its memory (default: 64). On a GPU, for 1,000
-    images or more, the default is the smallest batch that reaches full speed in a trial."""
+    """Images per batch on the device; halved if they do not fit into its memory (default: 64; on a GPU, for 1,000
+    images or more, the smallest batch that reaches full speed in a trial)."""
     workers: tuple[Annotated[int, Range(1)], ...] = ()
     """The maximum number of worker processes, each with its own copy of the model (default: one per GPU; without GPUs,
-    one per node). Two numbers are the minimum and the maximum: the run fails once the cluster has had no capacity for
-    the minimum for half an hour."""
+    one per node). Two numbers are the minimum and the maximum: the run fails if the cluster lacks capacity for the
+    minimum for 30 minutes."""
     gpus_per_worker: Annotated[float, Range(0.01, 1)] | None = None
-    """The fraction of a GPU for each worker: 0.5 places two on one GPU (default: 1 where the cluster has GPUs). Where
-    it is given, the run waits for a GPU instead of using CPUs."""
+    """The fraction of a GPU for each worker: 0.5 places two on one GPU (default: 1 if the cluster has GPUs). If given,
+    the run waits for a GPU instead of using CPUs."""
     resources: str | None = None
     """Custom Ray resources that each worker requires of its node, as JSON: {"a100": 1}."""
     precision: Literal["auto", "float32", "tf32", "bfloat16", "float16"] = "auto"
     """The network's precision; everything else is float32. auto: for 1,000 images or more, encode tries the faster ones
-    on some of them, and uses the fastest whose round-trip error is within 10 % of float32's; commands that read latents
-    use the precision these were encoded in; otherwise float32."""
+    on some of the images, and uses the fastest whose round-trip error is within 10 % of float32's; commands that read
+    latents use the precision of their encode run; otherwise float32."""
     compile: bool = False
     """Compile the network with torch.compile, which takes up to a minute at the first start."""
     calibrate: bool = False
-    """First measure the speed of one of the cluster's devices, for some seconds, and estimate the run's duration; after
-    the run, print how far off the estimate was."""
+    """Measure the speed of one of the cluster's devices for some seconds first, and estimate the run's duration; after
+    the run, print the error of the estimate."""
     calibration: str | None = None
-    """A JSON file of such measurements of one cluster, a path or an fsspec URI. With --calibrate, the new measurement
-    is added to it; without, the estimate is made from the one recorded there for this model."""
+    """A JSON file of such measurements on one cluster, a path or an fsspec URI. With --calibrate, the new measurement
+    is added to it; without, the recorded measurement of this model is used for the estimate."""
 
     def execution(self, auto: str | None, batch_size: int) -> "Execution":
-        """How the network is evaluated; `auto` is the precision where --precision leaves it open, None for float32."""
+        """How the network is evaluated; `auto` is the precision for `--precision auto`, None means float32."""
         from palindrome.model.execution import FLOAT32, Execution  # imports torch
 
         chosen = auto or FLOAT32.precision if self.precision == "auto" else self.precision
@@ -210,12 +210,12 @@ class ShardedConfig(ComputeConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ReadingConfig(ShardedConfig):
-    """Options of those among them that read images."""
+    """Options of the sharded commands that read images."""
 
     MUTABLE: ClassVar[frozenset[str]] = ShardedConfig.MUTABLE | {"decode"}
 
     decode: Literal["auto", "tasks", "actor"] = "auto"
-    """Where images are read and decoded: in Ray tasks on free CPUs, or in the worker process. auto: in tasks where the
+    """Where images are read and decoded: in Ray tasks on free CPUs, or in the worker process. auto: in tasks if the
     cluster has more CPUs than workers."""
 
     def __post_init__(self) -> None:
@@ -226,19 +226,19 @@ class ReadingConfig(ShardedConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ImagesConfig(ShardedConfig):
-    """Options of those among them that write images."""
+    """Options of the sharded commands that write images."""
 
     GROUP: ClassVar[str] = "output"
 
     MUTABLE: ClassVar[frozenset[str]] = ShardedConfig.MUTABLE | {"format"}
 
     format: Literal["png", "webp", "jpeg", "webdataset", "parquet"] | None = None
-    """Also export the images, to OUT/FORMAT, as the export command does."""
+    """Also export the images to OUT/FORMAT, as the export command does."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CollectionOptions(Options):
-    """Options of the commands that read images: where the images are, and in what format."""
+    """Options of the commands that read images: their location and format."""
 
     GROUP: ClassVar[str] = "input"
 
@@ -248,7 +248,7 @@ class CollectionOptions(Options):
     format: Literal["auto", "files", "parquet", "arrow", "webdataset", "list"] = "auto"
     """The format of --images; auto recognises it."""
     extensions: tuple[str, ...] = ()
-    """Read only files with one of these extensions, such as jpg png."""
+    """Only files with one of these extensions are read, such as: jpg png."""
     image_column: str | None = None
     """The column that holds the images or URIs, or the extension of the images in tars (default: detected)."""
 
@@ -260,14 +260,14 @@ class CollectionOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class SelectionOptions(Options):
-    """Options of the commands that can take a subset of a run's latents."""
+    """Options of the commands that can read a subset of a run's latents."""
 
     GROUP: ClassVar[str] = "input"
 
     ids: str | None = None
-    """Only the images whose ids are listed in this file, one a line; a path or an fsspec URI."""
+    """A file with the ids of the images to use, one per line; a path or an fsspec URI (default: all)."""
     where: str | None = None
-    """Only the latents whose columns fulfil this condition, such as 'label == 3 and mse < 1e-6'."""
+    """A condition on the columns of the latents to use, such as 'label == 3 and mse < 1e-6' (default: all)."""
 
     def selection(self, latents: "Folder", shard: str) -> "Selection":
         """The subset of the latents of a run; the schema is read from its shard `shard`. Raises ConfigError."""
@@ -293,7 +293,7 @@ class ClusterOptions(Options):
     """The URL of the cluster's dashboard (default: $RAY_API_SERVER_ADDRESS, else http://127.0.0.1:8265)."""
 
     def cluster(self) -> "Cluster":
-        """A client of the cluster's Jobs API. Raises ConfigError where the cluster can't be used."""
+        """A client of the cluster's Jobs API. Raises ConfigError if the cluster can't be used."""
         from palindrome.infra.submission import Cluster, SubmissionError, address_of  # imports Ray
 
         with config_error("--address", SubmissionError):

@@ -36,7 +36,7 @@ from palindrome.pipeline.tasks.encode import Encode
 
 @dataclass(frozen=True, kw_only=True)
 class EncodeConfig(CollectionOptions, PictureOptions, ReadingConfig):
-    """Encode an image collection to latents by DDIM inversion, one Parquet file a shard in OUT/latents."""
+    """Encode an image collection to latents by DDIM inversion, one Parquet file per shard in OUT/latents."""
 
     GROUP: ClassVar[str] = "inversion"
     EXAMPLES: ClassVar[str] = """
@@ -55,39 +55,43 @@ class EncodeConfig(CollectionOptions, PictureOptions, ReadingConfig):
     steps: Annotated[int, Range(1)] | None = None
     """Steps from the image to its latent (default: 20, or those of the ladder's file or list)."""
     corrections: Annotated[int, Range(0, 100)] = 3
-    """Network evaluations that correct each step, so that the latent decodes to the very image: 0 is the paper's plain
-    inversion. With --tolerance, the most a step may take."""
+    """Additional network evaluations per step, which correct the step so that the latent decodes to the same image; 0
+    is the paper's inversion. With --tolerance, the maximum per step."""
     tolerance: str | None = None
-    """Correct each image in each step only until the residual (root mean square, pixels in [-1, 1]) is expected to be
-    below this number. `exact`: decode every latent, and spend more on each image that does not come back to the bit."""
+    """Stop correcting a step of an image once its residual (root mean square, pixels in [-1, 1]) is expected to be
+    below this number. `exact`: also decode every latent, and spend more evaluations on the images that are not
+    recovered bit by bit."""
     ladder: str = "logsnr"
-    """How the steps are spread over the timesteps: linear, quadratic, logsnr (equal steps of the log-SNR), timesteps
-    such as 0,3,11,800, or a file that calibrate wrote."""
+    """The distribution of the steps over the timesteps: linear, quadratic, logsnr (equal steps of the log-SNR),
+    timesteps such as 0,3,11,800, or a file that calibrate wrote."""
     shard_size: Annotated[int, Range(1)] = 1024
-    """Images a shard, at most: what is lost when a worker dies, and one file."""
+    """The maximum number of images per shard. A shard is one output file, and what is computed again if a worker
+    dies."""
     limit: Annotated[int, Range(1)] | None = None
-    """Encode only the first so many images."""
+    """The number of images to encode, from the first one on (default: all)."""
     relist: bool = True
-    """Where a run goes on: list the images again, encode those that are new, and say which changed or are gone. A run
-    with --limit keeps to its first listing."""
+    """When the run is resumed, list the images again, encode the new ones, and report those that changed or were
+    removed. A run with --limit keeps its first listing."""
     keep: tuple[str, ...] = ()
-    """Columns of Parquet or of a list, or extensions of the members of tars, to keep beside the latents."""
+    """Columns of the Parquet files or the list, or extensions of tar members, to store with the latents."""
     retry_rejects: bool = False
-    """Encode again the shards in which an input was rejected: it may be there, or whole, by now."""
+    """Encode shards with rejected inputs again: by now the inputs may exist or be repaired."""
     max_failed_shards: Annotated[int, Range(0)] | None = None
-    """Give up when more shards fail, and succeed when no more do (default: go on to the end, and fail if one did)."""
+    """The number of failed shards up to which the run succeeds; one more aborts it (default: never abort, but fail if
+    any shard failed)."""
     max_reject_fraction: Annotated[float, Range(0, 1)] = 1.0
-    """Give up, and fail, when more than this share of the images is rejected."""
+    """The fraction of rejected images above which the run aborts and fails."""
     stall: Annotated[float, Range(1)] = 600.0
-    """Seconds without a batch read or a network evaluation, after which a shard is tried elsewhere."""
+    """The stall timeout: seconds without a batch read or a network evaluation, after which a shard is retried on
+    another worker."""
     dtype: Literal["float16", "float32"] = "float32"
-    """The stored latents' dtype: float16 is half as large and rounds to about 5e-9 of error."""
+    """The dtype of the stored latents: float16 halves their size; its rounding adds about 5e-9 to the error."""
     measure: bool = False
-    """Decode each latent at once, and store the round trip's mse, psnr and share of identical 8-bit values."""
+    """Decode each latent at once, and store the round trip's mse, psnr and fraction of identical 8-bit values."""
 
 
 def run(config: EncodeConfig) -> int:
-    """Encodes what is not encoded yet and returns the exit code."""
+    """Encodes the remaining shards and returns the exit code."""
     with config_error("--images"):
         uri = absolute(config.images)
         collection = open_collection(uri, keep=config.keep, reserved=LATENT_COLUMNS, **config.reading())
@@ -123,8 +127,8 @@ def run(config: EncodeConfig) -> int:
         return remaining
 
     def precision(executor: Executor, resources: Resources, batch_size: int) -> str:
-        pays = totals.images >= MIN_IMAGES_FOR_TRIAL and not (done or exact)
-        return _precision(config, model, collection, how, inversion if pays else None, executor, resources, batch_size)
+        trial = totals.images >= MIN_IMAGES_FOR_TRIAL and not (done or exact)
+        return _precision(config, model, collection, how, inversion if trial else None, executor, resources, batch_size)
 
     def work(out: Folder, resources: Resources, execution: Execution) -> Encode:
         reader = Reader(collection, how, execution.batch_size, resources.decode_in_tasks)
@@ -156,7 +160,7 @@ def run(config: EncodeConfig) -> int:
 
 
 def _plan(config: EncodeConfig, out: Folder, collection: Collection) -> Totals:
-    """Made at the first run; at later ones it grows by what is new."""
+    """Makes the plan, or extends an earlier one by new images."""
     totals = plan_totals(out)
     if totals is None:
         return write_plan(out, collection, config.shard_size, config.limit)
@@ -169,7 +173,7 @@ def _plan(config: EncodeConfig, out: Folder, collection: Collection) -> Totals:
         print(
             f"warning: of the files planned, {changes.changed} changed since and {changes.removed} are gone"
             f" ({', '.join(changes.names)}{', …' if changes.changed + changes.removed > len(changes.names) else ''});"
-            " what was encoded of them stays as it is",
+            " their latents are kept as they are",
             file=sys.stderr,
         )
     return totals
@@ -185,8 +189,8 @@ def _precision(
     resources: Resources,
     batch_size: int,
 ) -> str:
-    """What the run's network computes in, from its first start on: as asked for, or as a trial finds it, which is None
-    where it does not pay; float32 then."""
+    """The precision of the run, which its first start records in the manifest: that of --precision; for `auto`, the one
+    that a trial finds, or float32 if `trial` is None."""
     out = Folder(absolute(config.out))
     manifest = read_manifest(out)
     if manifest and manifest.precision:
@@ -195,33 +199,33 @@ def _precision(
     if config.precision == "auto" and trial:
         try:
             pixels = first_images(collection, how, TRIAL_IMAGES)
-        except ValueError:  # the first of them are all rejects
+        except ValueError:  # the first images are all rejects
             pixels = None
         if pixels is not None:
             found = try_precisions(model, pixels, trial, resources, batch_size, executor)
-            print(f"precision: {found['precision']} ({_in_words(found['tried'])})", flush=True)
+            print(f"precision: {found['precision']} ({_described(found['tried'])})", flush=True)
     note(out, **found)
     return str(found["precision"])
 
 
-def _in_words(tried: dict[str, dict[str, Any]]) -> str:
-    """A trial's figures."""
-    words = []
+def _described(tried: dict[str, dict[str, Any]]) -> str:
+    """A trial's figures for the log."""
+    texts = []
     for precision, figures in tried.items():
-        said = f"{precision}: {figures['per_second']:,.0f} network evaluations a second"
+        text = f"{precision}: {figures['per_second']:,.0f} network evaluations a second"
         if "round_trip" in figures:
             error = figures["round_trip"]
-            said += ", its round trips fail" if error is None else f", round-trip error {error:.3g}"
-        words.append(said)
-    return "; ".join(words)
+            text += ", its round trips fail" if error is None else f", round-trip error {error:.3g}"
+        texts.append(text)
+    return "; ".join(texts)
 
 
 def _tolerance(config: EncodeConfig) -> tuple[float, bool]:
-    """--tolerance as a number, 0 for none, and whether it is `exact`."""
+    """--tolerance as a number, 0 for none, and whether it is `exact`. Raises ConfigError."""
     if config.tolerance is None:
         return 0.0, False
     if not config.corrections:
-        raise ConfigError("--tolerance: --corrections 0, the paper's inversion, corrects nothing")
+        raise ConfigError("--tolerance: with --corrections 0 there is no correction to stop")
     if config.tolerance == "exact":
         return 0.0, True
     try:
@@ -248,9 +252,9 @@ def _conclude(config: EncodeConfig, summary: dict[str, Any], exceeded: str | Non
         if config.tolerance == "exact" and measured["not_identical"]:
             print(f"not identical: {', '.join(measured['not_identical_ids'])}", file=sys.stderr)
     if exceeded:
-        print(f"given up: {exceeded}", file=sys.stderr)
+        print(f"aborted: {exceeded}", file=sys.stderr)
         return 1
     if not summary["latents"]:
-        print("not one image could be encoded", file=sys.stderr)
+        print("no image could be encoded", file=sys.stderr)
         return 1
     return 0

@@ -1,4 +1,4 @@
-"""What a run costs: --dry-run, which says it and does nothing, and --calibrate, which measures the device first."""
+"""The cost of a run before it starts: --dry-run prints it and exits, --calibrate measures the device first."""
 
 import os
 import tempfile
@@ -31,7 +31,7 @@ C = TypeVar("C", bound=OutOptions)
 
 @dataclass(frozen=True)
 class Cost:
-    """What is left of a run: network evaluations over all images, and bytes written, both at most."""
+    """What is left of a run: shards, images, and at most so many network evaluations and bytes to write, in total."""
 
     shards: int
     images: int
@@ -40,11 +40,11 @@ class Cost:
 
     @classmethod
     def of(cls, totals: Totals, left: int, evaluations: float, written: float) -> "Cost":
-        """Of so many shards left of a run, by the evaluations and the bytes an image."""
+        """The cost of `left` shards of a run, with `evaluations` and `written` bytes per image."""
         images = totals.part(left).images if left else 0
         return cls(left, images, images * evaluations, images * written)
 
-    def words(self) -> str:
+    def described(self) -> str:
         if not self.images:
             return "nothing is left to do"
         return (
@@ -55,7 +55,7 @@ class Cost:
 
 @contextmanager
 def executor_of(config: ComputeConfig) -> Iterator[Executor]:
-    """This process, or a connection to Ray. Raises ConfigError where there is no cluster."""
+    """This process, or a connection to Ray. Raises ConfigError if there is no cluster."""
     if config.inline:
         yield Inline()
         return
@@ -71,10 +71,10 @@ def prepared(
     decode: str,
     precision: Callable[[Executor, Resources, int], str | None],
 ) -> Iterator[tuple[Executor, Resources, Execution]]:
-    """An executor for what is left to do, what the run takes of it, and how it evaluates the network there; `decode`
-    and `precision` are those of a ShardedJob. Raises Planned in a dry run, ConfigError where there is no cluster."""
+    """The executor of a run, its resources, and how it evaluates the network; `decode` and `precision` are those of a
+    ShardedJob. Prints the cost if asked to. Raises Planned in a dry run, ConfigError if there is no cluster."""
     if config.dry_run or config.calibrate:
-        print(cost.words(), flush=True)
+        print(cost.described(), flush=True)
     recorded = None
     if config.calibration and cost.images and not config.calibrate:
         with config_error("--calibration"):
@@ -93,7 +93,7 @@ def prepared(
             if config.calibration:
                 with config_error("--calibration"):
                     record(config.calibration, model, recorded)
-        # Those that share a GPU are no faster than one.
+        # Workers that share a GPU are no faster than one worker with all of it.
         forecast = _forecast(cost, recorded, resources.workers, resources.gpus or 1) if recorded else None
         if config.dry_run:
             raise Planned
@@ -105,11 +105,12 @@ def prepared(
 
 
 def _batch_size(config: ShardedConfig, model: Checkpoint, cost: Cost, resources: Resources, executor: Executor) -> int:
-    """As asked for; else by trial, where that pays. More than the default makes no CPU faster."""
+    """--batch-size; else, on a GPU and for enough images, the result of a trial. CPUs gain nothing beyond the
+    default."""
     if config.batch_size or not resources.gpus or cost.images < MIN_IMAGES_FOR_TRIAL:
         return config.batch_size or FLOAT32.batch_size
     workers = min(resources.workers, cost.shards)
-    # Where the precision is open, the one that takes the most to keep a GPU busy.
+    # With --precision auto, the trial runs in bfloat16, which takes the largest batch to keep a GPU busy.
     fast = config.execution("bfloat16", FLOAT32.batch_size)
     found, tried = try_batch_sizes(
         model, fast, cost.evaluations / workers, cost.images / cost.shards, resources, executor
@@ -119,12 +120,12 @@ def _batch_size(config: ShardedConfig, model: Checkpoint, cost: Cost, resources:
     return found
 
 
-def _forecast(cost: Cost, speed: Speed, most: int, share: float = 1) -> float:
-    """Seconds that the run will take with so many workers at most, each with that share of a device; it tells of
-    them."""
-    workers = min(most, cost.shards)
+def _forecast(cost: Cost, speed: Speed, max_workers: int, device_share: float = 1) -> float:
+    """Estimates and prints the seconds that the run takes with at most `max_workers` workers, each with that share of a
+    device."""
+    workers = min(max_workers, cost.shards)
     device = cost.evaluations / speed.evaluations_per_second
-    seconds = speed.seconds_to_start + device / max(1, workers * share)
+    seconds = speed.seconds_to_start + device / max(1, workers * device_share)
     print(
         f"{speed.origin}: {speed.evaluations_per_second:,.0f} network evaluations a second on a device, in"
         f" {speed.precision}; estimated: {device / 3600:,.3g} device hours, {duration(seconds)} with {workers} worker"
@@ -137,8 +138,8 @@ def _forecast(cost: Cost, speed: Speed, most: int, share: float = 1) -> float:
 
 @contextmanager
 def dry(config: C) -> Iterator[C]:
-    """The config for a dry run, into a folder that goes again: of a run that is there it has the plan, and the names of
-    what is done. Raises ConfigError, also where `--out` can't be written to."""
+    """The config for a dry run, with a temporary folder as `--out`. If there is a run at `--out`, the folder has its
+    manifest and plan, and empty files in place of its output. Raises ConfigError, also if `--out` is not writable."""
     where = absolute(config.out)
     if config.OUT_IS_FILE:
         with config_error("--out"):
@@ -160,9 +161,9 @@ def dry(config: C) -> Iterator[C]:
                 ):
                     if out.exists(name):
                         shadow.put(name, out.read(name))
-                for below in (*(kind.folders if kind else ()), REJECTS):
-                    for name in out.files(below):
-                        shadow.put(f"{below}/{name}", b"")
+                for output in (*(kind.folders if kind else ()), REJECTS):
+                    for name in out.files(output):
+                        shadow.put(f"{output}/{name}", b"")
         try:
             yield replace(config, out=folder)
         except ConfigError as e:
@@ -170,7 +171,7 @@ def dry(config: C) -> Iterator[C]:
 
 
 def _check_writable(out: Folder) -> None:
-    """Of a folder on this machine, or of one above that is there."""
+    """Raises ConfigError if a local folder, or its nearest existing parent, is not writable."""
     if out.is_local:
         path = Path(out.path())
         nearest = next(p for p in (path, *path.parents) if p.exists())

@@ -1,4 +1,4 @@
-"""palindrome export: the images of a run as files for others."""
+"""palindrome export: the images of a run as image files, tars or Parquet."""
 
 import json
 import sys
@@ -28,13 +28,13 @@ from palindrome.pipeline.tasks.export import (
     put_index,
 )
 
-AT_ONCE = 4  # shards; of each, so many pictures as pipeline/tasks/export.py says
-SAMPLE = 32  # shards whose images are counted for the estimate of the time left
+SHARDS_AT_ONCE = 4  # each of which writes several files at once (pipeline/tasks/export.py)
+SAMPLE = 32  # shards whose images are counted, for the estimate of the time left
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig(OutOptions):
-    """Write the images of a run as picture files, WebDataset tars or Hugging Face Parquet, named by their image ids."""
+    """Write the images of a run as image files, WebDataset tars or Hugging Face Parquet, named by their image ids."""
 
     GROUP: ClassVar[str] = "output"
     EXAMPLES: ClassVar[str] = """
@@ -47,13 +47,14 @@ class ExportConfig(OutOptions):
     run: str
     """The run folder of reconstruct, regenerate, generate or interpolate, a path or an fsspec URI."""
     format: Literal["png", "webp", "jpeg", "webdataset", "parquet"]
-    """Pictures below OUT/images: png is what the run kind, byte by byte, webp lossless without --quality, jpeg lossy.
-    Or one file a shard below OUT/data: webdataset, tars of NAME.png and NAME.json, or parquet, which Hugging Face's
-    datasets shows as pictures. Both hold the PNGs."""
+    """One file per image in OUT/images: png, the bytes that the run stored; webp, lossless unless --quality is given;
+    jpeg. Or one file per shard in OUT/data, with the PNGs: webdataset, tars of NAME.png and NAME.json; parquet, which
+    Hugging Face's datasets library loads as images."""
     quality: Annotated[int, Range(1, 100)] | None = None
-    """Of webp, which is lossy then, or of jpeg (default: 95)."""
+    """The quality of jpeg (default: 95), or of webp, which is then lossy."""
     steps: Annotated[int, Range(1)] | None = None
-    """Of a run with several --steps, only the images of this number (default: all, in a folder each)."""
+    """For a run with several --steps: the number of steps whose images are exported (default: all, each in its own
+    folder)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -62,7 +63,7 @@ class ExportConfig(OutOptions):
 
 
 def run(config: ExportConfig) -> int:
-    """Exports what is not exported yet, and returns the exit code."""
+    """Exports the remaining shards and returns the exit code."""
     out = Folder(absolute(config.out))
     with config_error("RUN"):
         source, manifest = open_run(config.run, *WITH_PICTURES)
@@ -80,36 +81,36 @@ def run(config: ExportConfig) -> int:
     left = sorted(shards - done)
     print(f"{len(shards)} shards of images, {len(left)} to export", flush=True)
     if not _complete(source, len(shards)):
-        print(f"{config.run} is not complete; the same command exports what comes", file=sys.stderr)
+        print(f"{config.run} is not complete; repeat the command to export further shards", file=sys.stderr)
     if resumed and left:
         clear_unfinished(out)
-    per_shard = 1 if config.steps is None else len(variants)  # images of an id, of which one is taken
+    per_id = 1 if config.steps is None else len(variants)  # rows per image id, of which one is exported
     if config.dry_run:
-        count, stored = (amount // per_shard for amount in _amount(source, kind, left))
+        count, stored = (amount // per_id for amount in _amount(source, kind, left))
         same = config.format in ("png", "webdataset", "parquet")
         print(f"about {count:,} images; about {size(stored)} " + ("to write" if same else "of PNGs to read"))
         raise Planned
-    apart = ["steps"] if config.steps is None and len(variants) > 1 else []
-    apart += ["variation"] if manifest.config.get("variations", 1) > 1 else []
+    columns = ["steps"] if config.steps is None and len(variants) > 1 else []
+    columns += ["variation"] if manifest.config.get("variations", 1) > 1 else []
     failed = 0
     if left:
-        totals = Totals(len(shards), _amount(source, kind, left)[0] // per_shard * len(shards) // len(left))
-        work = Export(source, kind, out, config.format, config.quality, tuple(apart), config.steps, threading.Event())
+        totals = Totals(len(shards), _amount(source, kind, left)[0] // per_id * len(shards) // len(left))
+        work = Export(source, kind, out, config.format, config.quality, tuple(columns), config.steps, threading.Event())
         failed = _follow(Progress("export", totals, len(done)), work, left)
     images, index = DATA if config.format in TABLES else IMAGES, merged_index(config.format)
     if index and (failed < len(left) or not out.exists(index)):
         put_index(out, index)
     note(shards=len(shards), failed_shards=failed)
-    known = f"; {index} says what each is" if index else ""
-    print(f"the images are in {config.out}/{images}{known}")
+    listed = f"; {index} describes each" if index else ""
+    print(f"the images are in {config.out}/{images}{listed}")
     if failed:
-        print(f"{failed} shards failed; the same command tries them again", file=sys.stderr)
+        print(f"{failed} shards failed; repeat the command to retry them", file=sys.stderr)
         return 1
     return 0
 
 
 def _follow(progress: Progress, work: Export, shards: list[str]) -> int:
-    """Exports the shards, and says how it goes and at once what fails; returns how many shards did."""
+    """Exports the shards with a progress display, logs each failure at once, and returns the number of failures."""
 
     def attempt(shard: str) -> tuple[str, int | str]:
         try:
@@ -122,7 +123,7 @@ def _follow(progress: Progress, work: Export, shards: list[str]) -> int:
             return shard, one_line(e)
 
     try:
-        for shard, outcome in in_threads(attempt, shards, AT_ONCE):
+        for shard, outcome in in_threads(attempt, shards, SHARDS_AT_ONCE):
             interrupt.check()
             if isinstance(outcome, int):
                 progress.add(outcome, 0)
@@ -136,25 +137,26 @@ def _follow(progress: Progress, work: Export, shards: list[str]) -> int:
 
 
 def _amount(source: Folder, kind: Kind, shards: list[str]) -> tuple[int, int]:
-    """How many rows there are, and the bytes of their pictures, by a sample: shards are named by hashes."""
+    """Estimates the rows of the shards and the bytes of their images, from a sample. Shards are named by hashes, so the
+    first ones are a random sample."""
     sample = shards[:SAMPLE]
 
-    def held(shard: str) -> tuple[int, int]:
+    def measured(shard: str) -> tuple[int, int]:
         try:
             with source.parquet_file(f"{kind.folder}/{shard}.parquet") as file:
                 groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
-        except (OSError, ValueError):  # of which the export itself will tell
+        except (OSError, ValueError):  # the export itself reports it
             return 0, 0
         columns = [group.column(i) for group in groups for i in range(group.num_columns)]
         pictures = (c.total_uncompressed_size for c in columns if c.path_in_schema == "image.bytes")
         return sum(group.num_rows for group in groups), sum(pictures)
 
-    rows, stored = map(sum, zip((0, 0), *in_threads(held, sample), strict=True))
+    rows, stored = map(sum, zip((0, 0), *in_threads(measured, sample), strict=True))
     return rows * len(shards) // max(1, len(sample)), stored * len(shards) // max(1, len(sample))
 
 
 def _complete(source: Folder, shards: int) -> bool:
-    """Whether the run has come to its end with every shard, as its summary says."""
+    """Whether the run is finished with all its shards, according to its summary."""
     try:
         summary: Any = json.loads(source.read("summary.json"))
         return summary["shards"] == shards and not summary["failed_shards"]

@@ -26,9 +26,9 @@ SHOWN, COLUMNS = 64, 8  # samples in samples.png
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig(ImagesConfig):
-    """Generate images from noise x_T ~ N(0, I), one Parquet file a shard in OUT/images.
+    """Generate images from noise x_T ~ N(0, I), one Parquet file per shard in OUT/images.
 
-    Sample i depends on the seed, i and the model only, not on batches, shards or workers."""
+    Sample i depends only on the seed, i and the model, not on batches, shards or workers."""
 
     GROUP: ClassVar[str] = "sampling"
     EXAMPLES: ClassVar[str] = """
@@ -39,32 +39,33 @@ class GenerateConfig(ImagesConfig):
     model: str
     """The checkpoint folder, in diffusers' layout; a path or an fsspec URI."""
     count: Annotated[int, Range(1)]
-    """How many samples."""
+    """The number of samples."""
     seed: Annotated[int, Range(0)] = 0
-    """Of the noise."""
+    """The seed of the noise."""
     steps: Annotated[int, Range(1)] | None = None
     """Steps from noise to image (default: 100, or those of the ladder's file or list)."""
     ladder: str = "linear"
-    """How the steps are spread over the timesteps: linear, quadratic, logsnr, timesteps such as 0,3,11,999, or a file
-    that calibrate wrote."""
+    """The distribution of the steps over the timesteps: linear, quadratic, logsnr, timesteps such as 0,3,11,999, or a
+    file that calibrate wrote."""
     eta: Annotated[float, Range(0, 1)] = 0.0
-    """Noise added in each step: 0 is DDIM, and 1 with --steps of all timesteps is DDPM's ancestral sampling."""
+    """The noise added in each step: 0 is DDIM; 1 with --steps for all timesteps is DDPM's ancestral sampling."""
     sigma_hat: bool = False
-    """Add noise of the larger deviation sigma-hat of the DDIM paper's section 5."""
+    """Add noise with the larger standard deviation sigma-hat of section 5 of the DDIM paper."""
     clip: bool = False
-    """Keep the predicted image within [-1, 1] in each step, as DDPM does; for stochastic sampling alone."""
+    """Clip the predicted image to [-1, 1] in each step, as DDPM does; only with --eta above 0 or --sigma-hat."""
     latents: Literal["none", "float16", "float32"] = "none"
-    """Store x_T with each image, in this dtype."""
+    """The dtype in which x_T is stored with each image."""
     shard_size: Annotated[int, Range(1)] = 1024
-    """Samples a shard, at most: what is lost when a worker dies, and one file."""
+    """The maximum number of samples per shard. A shard is one output file, and what is computed again if a worker
+    dies."""
 
 
 def run(config: GenerateConfig) -> int:
-    """Generates what is not there yet and returns the exit code."""
+    """Generates the remaining shards and returns the exit code."""
     if config.clip and not (config.eta or config.sigma_hat):
-        raise ConfigError("--clip: it goes with --eta above 0 or --sigma-hat: DDIM's own samples are not clipped")
+        raise ConfigError("--clip: requires --eta above 0 or --sigma-hat; DDIM's own samples are not clipped")
     if config.eta and config.sigma_hat:
-        raise ConfigError("--sigma-hat: it stands for itself, without --eta")
+        raise ConfigError("--sigma-hat: can't be combined with --eta")
     with config_error("--model"):
         where, model = load_model(config.model, config.allow_pickle)
     with config_error("--steps" if config.ladder in KINDS else "--ladder"):
@@ -109,7 +110,7 @@ def run(config: GenerateConfig) -> int:
 
 
 def _put_samples(out: Folder) -> None:
-    """The first samples that are there, in one picture."""
+    """Writes samples.png, a grid of the first committed shard's samples."""
     done = committed(out, IMAGES)
     first = next((shard.name for shard in read_plan(out) if shard.name in done), None)
     if first is not None:

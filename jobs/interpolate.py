@@ -1,4 +1,4 @@
-"""palindrome interpolate: the images between those whose latents are stored."""
+"""palindrome interpolate: images between the latents of an encode run."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -38,12 +38,13 @@ from palindrome.pipeline.tasks.paths import (
 )
 
 DRAWN = {"random": random_pairs, "nearest": nearest_pairs}
-WAYS = ("pairs", "path", "grid", "sequence")
+PATH_FLAGS = ("pairs", "path", "grid", "sequence")  # exactly one is required
 
 
 @dataclass(frozen=True, kw_only=True)
 class InterpolateConfig(ImagesConfig, SelectionOptions):
-    """Decode images between the latents of an encode run, one Parquet file a shard in OUT/images, one row a frame."""
+    """Decode images between the latents of an encode run: one Parquet file per shard in OUT/images, one row per
+    frame."""
 
     GROUP: ClassVar[str] = "interpolation"
     EXAMPLES: ClassVar[str] = """
@@ -54,40 +55,41 @@ class InterpolateConfig(ImagesConfig, SelectionOptions):
     latents: str
     """The run folder that encode wrote; a path or an fsspec URI."""
     pairs: str | None = None
-    """From one image to another: random:N draws N pairs, nearest:N N images, each with that one whose latent is nearest
-    to its own; or a CSV file of two ids a line."""
+    """Interpolate between pairs of images: random:N draws N pairs; nearest:N draws N images, each paired with the image
+    of the nearest latent; or a CSV file with two ids per line."""
     path: tuple[str, ...] = ()
-    """Through several images: ID,ID,ID; several such paths. Ids with commas stand in double quotes."""
+    """Interpolate along paths through several images, each given as ID,ID,ID. Ids with commas need double quotes."""
     grid: tuple[str, ...] = ()
-    """Between four images, upper left and right, lower left and right: ID,ID,ID,ID; several such grids."""
+    """Interpolate in grids between four images, each given as ID,ID,ID,ID: upper left, upper right, lower left, lower
+    right."""
     sequence: bool = False
-    """Through the frames of each numbered sequence: the images whose ids differ in their last number alone."""
+    """Interpolate between the frames of each numbered sequence: images whose ids differ only in their last number."""
     frames: Annotated[int, Range(2)] = 11
-    """Images from one image to the next, both included; in a grid, each way."""
+    """Images from one given image to the next, both included; for a grid, in each direction."""
     method: Literal["slerp", "linear"] = "slerp"
-    """On the sphere, as eq. 67 of the DDIM paper has it, or straight, for comparison."""
+    """slerp: on the sphere, eq. 67 of the DDIM paper; linear: on the straight line, for comparison."""
     model: str | None = None
-    """The checkpoint folder (default: the one that encode used, where it used it)."""
+    """The checkpoint folder (default: the one that encode used, at the same path)."""
     steps: Annotated[int, Range(1)] | None = None
-    """Decoding steps, on a ladder of the run's kind (default: the run's own ladder)."""
+    """Decoding steps, on a ladder of the encode run's kind (default: that run's own ladder)."""
     seed: Annotated[int, Range(0)] = 0
-    """Of the draw."""
+    """The seed for drawing pairs."""
     shard_size: Annotated[int, Range(1)] = 1024
-    """Frames a shard, at most, but no fewer than lie between two images."""
+    """The maximum number of frames per shard; the frames between two images are never split."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        asked = [flag_of(way) for way in WAYS if getattr(self, way)]
-        if len(asked) != 1:
+        given = [flag_of(name) for name in PATH_FLAGS if getattr(self, name)]
+        if len(given) != 1:
             raise ConfigError(
-                f"--pairs: give one of {', '.join(map(flag_of, WAYS))}, not {' and '.join(asked) or 'none'}"
+                f"--pairs: give one of {', '.join(map(flag_of, PATH_FLAGS))}, not {' and '.join(given) or 'none'}"
             )
-        chosen = self.sequence or self.drawn() is not None
-        if (self.ids or self.where) and not chosen:
-            raise ConfigError(f"--{'ids' if self.ids else 'where'}: {asked[0]} names the images")
+        selects = self.sequence or self.drawn() is not None
+        if (self.ids or self.where) and not selects:
+            raise ConfigError(f"--{'ids' if self.ids else 'where'}: {given[0]} names the images")
 
     def drawn(self) -> tuple[str, int] | None:
-        """How, and how many pairs, where they are drawn. Raises ConfigError."""
+        """The method and the number of pairs if --pairs draws them, else None. Raises ConfigError."""
         how, _, count = (self.pairs or "").partition(":")
         if how not in DRAWN:
             return None
@@ -97,13 +99,13 @@ class InterpolateConfig(ImagesConfig, SelectionOptions):
 
 
 def run(config: InterpolateConfig) -> int:
-    """Makes the frames that are not there yet, summary and report, and returns the exit code."""
+    """Decodes the remaining frames, writes summary and report, and returns the exit code."""
     latents, out = Folder(absolute(config.latents)), Folder(absolute(config.out))
     with config_error("--latents"):
         encoded = EncodeRun.open(latents)
     if len(encoded.done) < encoded.planned.shards:
-        what = f"the encode run is not complete: {len(encoded.done)} of {encoded.planned.shards} shards"
-        print(what, file=sys.stderr)
+        message = f"the encode run is not complete: {len(encoded.done)} of {encoded.planned.shards} shards"
+        print(message, file=sys.stderr)
     which = config.selection(latents, min(encoded.done))
     with config_error("--pairs"):
         pairs = read_pairs(config.pairs) if config.pairs and not config.drawn() else None
@@ -113,7 +115,7 @@ def run(config: InterpolateConfig) -> int:
         [levels] = encoded.ladders(() if config.steps is None else (config.steps,), model.schedule)
     with config_error("--out"):
         known = plan_totals(out)
-    # What is asked for may not be there: that is said before the folder is claimed.
+    # A requested image may not exist: that is reported before the folder is claimed.
     paths = _paths(config, latents, sorted(encoded.done), which, pairs) if known is None else []
     facts = {"model_digest": model.digest, "levels": list(levels)}
 
@@ -160,7 +162,7 @@ def _paths(
     which: Selection,
     pairs: Sequence[Sequence[str]] | None,
 ) -> Sequence[Sequence[At]]:
-    """What is asked for. Raises ConfigError."""
+    """The requested paths or grids. Raises ConfigError."""
     with config_error("--pairs"):
         if pairs is not None:
             return located(latents, shards, pairs)
@@ -175,15 +177,15 @@ def _paths(
             return located(latents, shards, [ids_of(text, 4, 4) for text in config.grid], must=True)
     found, missing = sequences(every(latents, shards, which))
     if not found:
-        raise ConfigError("--sequence: there are no two images whose ids differ in their last number alone")
+        raise ConfigError("--sequence: there are no two images whose ids differ only in their last number")
     print(f"{len(found)} sequences of {sum(map(len, found))} images")
     if missing:
-        print(f"{missing} numbers are missing in them; the way goes from one neighbour to the other", file=sys.stderr)
+        print(f"{missing} numbers are missing in them; paths skip these", file=sys.stderr)
     return found
 
 
 def _conclude(config: InterpolateConfig, summary: Mapping[str, Any]) -> int:
     print(f"{summary['images']} frames in {config.out}; report: {config.out}/report.html")
     for reason, count in summary["rejects_by_reason"].items():
-        print(f"{count} ways rejected as {reason}: {REASONS[reason]}", file=sys.stderr)
+        print(f"{count} paths rejected as {reason}: {REASONS[reason]}", file=sys.stderr)
     return 0 if summary["images"] else 1

@@ -1,4 +1,4 @@
-"""palindrome jobs: what was submitted to a cluster."""
+"""palindrome jobs: the jobs submitted to a cluster."""
 
 import json
 import time
@@ -22,7 +22,7 @@ class JobsConfig(ClusterOptions):
     """
 
     json: bool = False
-    """A JSON list, for programs."""
+    """Print a JSON list instead of a table."""
 
 
 def run(config: JobsConfig) -> int:

@@ -1,4 +1,4 @@
-"""palindrome logs: what a submitted job says."""
+"""palindrome logs: the output of a submitted job."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -22,9 +22,9 @@ class LogsConfig(ClusterOptions):
     POSITIONAL: ClassVar[frozenset[str]] = frozenset({"job_id"})
 
     job_id: str
-    """The job, as submit and jobs name it."""
+    """The job's id, as printed by submit and jobs."""
     follow: bool = False
-    """Go on until the job ends."""
+    """Keep printing until the job ends."""
 
 
 def run(config: LogsConfig) -> int:

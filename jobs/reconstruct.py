@@ -36,14 +36,14 @@ class ReconstructConfig(ReadingConfig):
     latents: str
     """The run folder that encode wrote; a path or an fsspec URI."""
     model: str | None = None
-    """The checkpoint folder (default: the one that encode used, where it used it)."""
+    """The checkpoint folder (default: the one that encode used, at the same path)."""
     steps: tuple[Annotated[int, Range(1)], ...] = ()
-    """Numbers of decoding steps, each on a ladder of the run's kind up to the run's top level (default: the
-    run's own ladder); equal steps of the log-SNR where that was a list."""
+    """Numbers of decoding steps, each on a ladder of the encode run's kind (logsnr if that was a list) up to its top
+    level (default: the encode run's own ladder)."""
 
 
 def run(config: ReconstructConfig) -> int:
-    """Reconstructs what is not reconstructed yet, writes summary and report, and returns the exit code."""
+    """Reconstructs the remaining shards, writes summary and report, and returns the exit code."""
     with config_error("--latents"):
         encoded = EncodeRun.open(Folder(absolute(config.latents)))
     with config_error("--model"):

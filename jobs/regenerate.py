@@ -24,7 +24,7 @@ from palindrome.pipeline.tasks.regenerate import Regenerate
 
 @dataclass(frozen=True, kw_only=True)
 class RegenerateConfig(ImagesConfig, SelectionOptions):
-    """Decode the latents of an encode run to images, one Parquet file a shard in OUT/images."""
+    """Decode the latents of an encode run to images, one Parquet file per shard in OUT/images."""
 
     GROUP: ClassVar[str] = "sampling"
     EXAMPLES: ClassVar[str] = """
@@ -35,26 +35,26 @@ class RegenerateConfig(ImagesConfig, SelectionOptions):
     latents: str
     """The run folder that encode wrote; a path or an fsspec URI."""
     model: str | None = None
-    """The checkpoint folder (default: the one that encode used, where it used it)."""
+    """The checkpoint folder (default: the one that encode used, at the same path)."""
     steps: tuple[Annotated[int, Range(1)], ...] = ()
-    """Numbers of decoding steps, each on a ladder of the run's kind up to the run's top level (default: the
-    run's own ladder); equal steps of the log-SNR where that was a list."""
+    """Numbers of decoding steps, each on a ladder of the encode run's kind (logsnr if that was a list) up to its top
+    level (default: the encode run's own ladder)."""
     eta: Annotated[float, Range(0, 1)] = 0.0
-    """Noise added in each step: 0 gives the very image, more gives others that are like it."""
+    """The noise added in each step: 0 reproduces the image, more gives variations of it."""
     sigma_hat: bool = False
-    """Add noise of the larger deviation sigma-hat of the DDIM paper's section 5."""
+    """Add noise with the larger standard deviation sigma-hat of section 5 of the DDIM paper."""
     variations: Annotated[int, Range(1)] = 1
-    """Images of each latent, with noise of their own: for --eta above 0 or --sigma-hat."""
+    """The number of images per latent, each with its own noise; requires --eta above 0 or --sigma-hat."""
     seed: Annotated[int, Range(0)] = 0
-    """Of that noise."""
+    """The seed of the noise."""
 
 
 def run(config: RegenerateConfig) -> int:
-    """Regenerates what is not there yet, writes summary and report, and returns the exit code."""
+    """Decodes the remaining shards, writes summary and report, and returns the exit code."""
     if config.variations > 1 and not (config.eta or config.sigma_hat):
         raise ConfigError("--variations: without --eta or --sigma-hat all of them are the same image")
     if config.eta and config.sigma_hat:
-        raise ConfigError("--sigma-hat: it stands for itself, without --eta")
+        raise ConfigError("--sigma-hat: can't be combined with --eta")
     with config_error("--latents"):
         encoded = EncodeRun.open(Folder(absolute(config.latents)))
     latents = encoded.folder
@@ -67,7 +67,7 @@ def run(config: RegenerateConfig) -> int:
     facts = {"model_digest": model.digest, "ladders": [list(levels) for levels in ladders]}
 
     def plan(out: Folder) -> Remaining:
-        return remaining_latents(encoded, committed(out, IMAGES), "go through")
+        return remaining_latents(encoded, committed(out, IMAGES), "decode")
 
     def work(out: Folder, resources: Resources, execution: Execution) -> Regenerate:
         about = {**facts, **how, "seed": config.seed}
@@ -81,8 +81,8 @@ def run(config: RegenerateConfig) -> int:
         steps = ", ".join(str(row["steps"]) for row in by_steps)
         described = {"latents": config.latents, "model": where, "steps": steps}
         described |= {"eta": "sigma-hat" if config.sigma_hat else f"{config.eta:g}", "images": f"{summary['images']:,}"}
-        there = committed(out, IMAGES)
-        put_report(out, described, by_steps, (shard.name for shard in read_plan(latents) if shard.name in there))
+        done = committed(out, IMAGES)
+        put_report(out, described, by_steps, (shard.name for shard in read_plan(latents) if shard.name in done))
         return _conclude(config, which, summary)
 
     job = ShardedJob(
@@ -105,8 +105,8 @@ def _conclude(config: RegenerateConfig, which: Selection, summary: dict[str, obj
     found = summary.get("latents", 0)
     print(f"{summary['images']} images of {found} latents in {config.out}; report: {config.out}/report.html")
     if which.ids is not None and found != len(which.ids):
-        print(f"of {len(which.ids)} ids {found} have a latent that was asked for", file=sys.stderr)
+        print(f"{found} of {len(which.ids)} ids have a latent that matches", file=sys.stderr)
     if not summary["images"]:
-        print("no latent is as was asked for", file=sys.stderr)
+        print("no latent matches --ids and --where", file=sys.stderr)
         return 1
     return 0

@@ -1,4 +1,4 @@
-"""palindrome rejects: the inputs of a run that could not be used, as a table."""
+"""palindrome rejects: the rejected inputs of a run, as a table, CSV or JSON."""
 
 import csv
 import json
@@ -18,12 +18,12 @@ from palindrome.pipeline.runs.manifest import open_run
 from palindrome.pipeline.runs.schemas import REJECT_SCHEMA
 from palindrome.pipeline.runs.shards import rejects
 
-ALIGNED = 200  # rows that the table's widths are taken from; those that come later may stand out
+ALIGNED = 200  # rows from which the column widths are computed; later rows may be wider
 
 
 @dataclass(frozen=True, kw_only=True)
 class RejectsConfig(Options):
-    """List the rejected inputs of a run, each with image id, source, reason and detail; counts go to standard error."""
+    """List the rejected inputs of a run with image id, source, reason and detail; counts go to standard error."""
 
     GROUP: ClassVar[str] = "output"
     EXAMPLES: ClassVar[str] = """
@@ -36,14 +36,14 @@ class RejectsConfig(Options):
     run: str
     """The run folder of encode, sweep or interpolate, a path or an fsspec URI."""
     reason: str | None = None
-    """Only those rejected for this reason, named as the list names it."""
+    """List only rejects with this reason (default: all)."""
     format: Literal["table", "csv", "json"] = "table"
-    """For people; or CSV; or a JSON list, one row a line. Table and CSV write control characters as escapes."""
+    """A table, CSV, or a JSON list with one row per line. Table and CSV escape control characters."""
 
 
 def run(config: RejectsConfig) -> int:
     if config.reason is not None and config.reason not in REASONS:
-        raise ConfigError(f"--reason: {config.reason!r} is none of {', '.join(REASONS)}")
+        raise ConfigError(f"--reason: must be one of {', '.join(REASONS)}; got {config.reason!r}")
     with config_error("RUN"):
         folder, manifest = open_run(config.run, *WITH_REJECTS)
     counts: Counter[str] = Counter()
@@ -56,7 +56,7 @@ def run(config: RejectsConfig) -> int:
     try:
         {"table": _table, "csv": _csv, "json": _json}[config.format](counted())
         sys.stdout.flush()
-    except BrokenPipeError:  # of `| head`, say, which has what it wanted
+    except BrokenPipeError:  # the reader, such as `head`, has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     reasons = ", ".join(f"{n} {printable(str(reason))}" for reason, n in sorted(counts.items()))

@@ -1,4 +1,4 @@
-"""The skeleton of every job that maps shards over workers: claim, plan, cost, cluster, progress, summary."""
+"""The frame of every sharded job: claim, plan, cost, cluster, progress, summary."""
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -23,7 +23,7 @@ from palindrome.pipeline.storage.folder import Folder, absolute
 
 @dataclass(frozen=True)
 class Remaining:
-    """What the plan holds, how many of its shards are left, and these, read lazily."""
+    """The size of the plan, the number of shards left, and those shards, read lazily."""
 
     totals: Totals
     left: int
@@ -32,37 +32,37 @@ class Remaining:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardedJob:
-    """What is special about a job."""
+    """What distinguishes a job."""
 
     name: str
-    """Its command, and the kind of its run."""
+    """The command, which is also the kind of the run."""
     model: Checkpoint
     settings: Mapping[str, Any]
-    """Fields of the config as they were resolved, for run.json."""
+    """Resolved fields of the config, for run.json."""
     facts: Mapping[str, Any]
-    """What was found, such as the model's digest: it must be the same at a resume."""
+    """Properties of the inputs, such as the model's digest, that must be the same when the run is resumed."""
     plan: Callable[[Folder], Remaining]
-    """Makes the plan of the run or finds it there, and says on standard output what is to do."""
+    """Makes the run's plan, or reads it if there is one, and prints what is left."""
     evaluations: float
-    """Network evaluations an image, at most."""
+    """Network evaluations per image, at most."""
     written: float
-    """Bytes an image, at most."""
+    """Bytes written per image, at most."""
     work: Callable[[Folder, Resources, Execution], Work]
     """What a worker does with a shard."""
     finish: Callable[[Folder, list[Failure]], int]
-    """Writes summary and report, says how the run ended, and returns the exit code, but for failed shards."""
+    """Writes summary and report, prints the result, and returns the exit code, apart from failed shards."""
     decode: str = "actor"
-    """Where images are read and decoded, as `scheduler.choose_resources` takes it."""
+    """Where images are read and decoded: the `decode` of `scheduler.choose_resources`."""
     precision: Callable[[Executor, Resources, int], str | None] = lambda executor, resources, batch_size: None
-    """What the network computes in where --precision is auto, which a trial may find; None for float32."""
+    """The precision for `--precision auto`, possibly found by a trial; None means float32."""
     uniform_cost: bool = True
-    """Whether images cost uniform_cost, so that there is an ETA."""
+    """Whether all images cost the same; otherwise there is no ETA."""
     stall_timeout: float = STALL_TIMEOUT
     budget: Budget = field(default_factory=Budget)
 
 
 def run_sharded(config: ShardedConfig, job: ShardedJob) -> int:
-    """Does what is left of a job's run and returns the exit code. Raises ConfigError, and Planned in a dry run."""
+    """Runs or resumes a job and returns the exit code. Raises ConfigError, and Planned in a dry run."""
     out = Folder(absolute(config.out))
     hold_run(out, job.name, config, config.settings(**job.settings), config.MUTABLE, job.facts, config.defaults())
     remaining = job.plan(out)
@@ -78,18 +78,18 @@ def run_sharded(config: ShardedConfig, job: ShardedJob) -> int:
             out.clear_unfinished()
     code = job.finish(out, failures)
     if failures:
-        print(f"{len(failures)} shards failed; the same command tries them again", file=sys.stderr)
+        print(f"{len(failures)} shards failed; repeat the command to retry them", file=sys.stderr)
     return 1 if len(failures) > job.budget.tolerated else code
 
 
 def remaining_shards(out: Folder, totals: Totals, done: set[str]) -> Remaining:
-    """Of a run with a plan of its own. A file that is there need not be of one of the plan's shards."""
+    """What is left of a run with its own plan; `done` may name shards that the plan does not have."""
     left = sum(shard.name not in done for shard in read_plan(out))
     return Remaining(totals, left, (shard for shard in read_plan(out) if shard.name not in done))
 
 
 def remaining_latents(encoded: EncodeRun, done: set[str], verb: str) -> Remaining:
-    """Of a job that works through an encode run's shards: those that are done there and not here."""
+    """What is left of a job over an encode run's shards: those committed there but not here. Prints it."""
     planned, ready = encoded.planned, encoded.done
     totals, left = planned.part(len(ready)), ready - done
     print(f"{totals.shards} shards of latents, {len(left)} to {verb}", flush=True)

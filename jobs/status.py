@@ -1,4 +1,4 @@
-"""palindrome status: how far a run is, from its folder alone."""
+"""palindrome status: the progress of a run, read from its folder."""
 
 import shutil
 import sys
@@ -16,9 +16,9 @@ EVERY = 2.0  # seconds
 
 @dataclass(frozen=True, kw_only=True)
 class StatusConfig(Options):
-    """Show the progress of a run that works shard by shard: shards, images, rejects, speed and time left.
+    """Show the progress of a sharded run: shards, images, rejects, speed and time left.
 
-    It only reads the run folder, so it works from any machine, during the run or after it."""
+    The command only reads the run folder, so it works from any machine, during the run or after it."""
 
     GROUP: ClassVar[str] = "output"
     EXAMPLES: ClassVar[str] = """
@@ -31,9 +31,9 @@ class StatusConfig(Options):
     run: str
     """The run folder, a path or an fsspec URI."""
     watch: bool = False
-    """Say it again every 2 seconds until the run is complete; Ctrl-C leaves."""
+    """Repeat every 2 seconds until the run is complete; stop with Ctrl-C."""
     json: bool = False
-    """One JSON object in a line instead of text."""
+    """Print one JSON object per line instead of text."""
 
 
 def run(config: StatusConfig) -> int:
@@ -51,15 +51,15 @@ def run(config: StatusConfig) -> int:
 
 
 def _show(config: StatusConfig, state: State, printed: int) -> int:
-    """On a terminal over the `printed` lines of the time before; returns how many lines are there now."""
+    """Prints the state, on a terminal over the `printed` lines of the previous one; returns the number of lines."""
     if config.json:
         print(as_json(state), flush=True)
         return 0
     lines = describe(state)
     if config.watch and sys.stdout.isatty():
-        width = shutil.get_terminal_size().columns  # a line that wraps would be two to go up
-        back = f"\x1b[{printed}F" if printed else ""
-        print(back + "".join(f"\x1b[K{line[: width - 1]}\n" for line in lines) + "\x1b[J", end="", flush=True)
+        width = shutil.get_terminal_size().columns  # lines are cut: one that wraps would take two rows
+        up = f"\x1b[{printed}F" if printed else ""
+        print(up + "".join(f"\x1b[K{line[: width - 1]}\n" for line in lines) + "\x1b[J", end="", flush=True)
     else:
         print("\n".join(lines), end="\n\n" if config.watch and not state.complete else "\n", flush=True)
     return len(lines)

@@ -10,7 +10,7 @@ from palindrome.jobs.config import ClusterOptions
 
 @dataclass(frozen=True, kw_only=True)
 class StopConfig(ClusterOptions):
-    """Ask a submitted job to stop; what it has committed stays, and submitting the same command again resumes it."""
+    """Stop a submitted job. Committed shards are kept; submitting the same command again resumes the run."""
 
     GROUP: ClassVar[str] = "cluster"
     EXAMPLES: ClassVar[str] = """
@@ -20,7 +20,7 @@ class StopConfig(ClusterOptions):
     POSITIONAL: ClassVar[frozenset[str]] = frozenset({"job_id"})
 
     job_id: str
-    """The job, as submit and jobs name it."""
+    """The job's id, as printed by submit and jobs."""
 
 
 def run(config: StopConfig) -> int:
@@ -28,5 +28,5 @@ def run(config: StopConfig) -> int:
     with config_error("JOB_ID", SubmissionError):
         job = cluster.job(config.job_id)
         stopped = cluster.stop(config.job_id)
-    print(f"{job.id} is asked to stop" if stopped else f"{job.id} had ended: {job.status.lower()}")
+    print(f"{job.id} is stopping" if stopped else f"{job.id} had ended: {job.status.lower()}")
     return 0

@@ -1,4 +1,4 @@
-"""palindrome submit: a job of Palindrome on a Ray cluster."""
+"""palindrome submit: run a command on a Ray cluster."""
 
 import json
 import os
@@ -15,17 +15,18 @@ from palindrome.jobs.arguments import ConfigError, config_error, flag_of
 from palindrome.jobs.command import Command, parse
 from palindrome.jobs.config import STORAGE_OPTIONS, ClusterOptions, Config
 from palindrome.pipeline.base.log import relay
+from palindrome.pipeline.base.text import single_line
 
-PLACES = ("images", "model", "out", "latents")  # fields that name files and folders
-FILES = ("ids", "pairs", "ladder")  # and those that may
+PATH_FIELDS = ("images", "model", "out", "latents")  # fields that are paths or URIs
+MAYBE_PATH_FIELDS = ("ids", "pairs", "ladder")  # fields that are paths if such a file exists
 
 
 @dataclass(frozen=True, kw_only=True)
 class SubmitConfig(ClusterOptions):
     """Run a command on a Ray cluster, through the cluster's dashboard.
 
-    Palindrome's code is sent along; the cluster needs its dependencies. For a cluster with token authentication, set
-    RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH."""
+    Palindrome's code is uploaded; its dependencies must be installed on the cluster. For a cluster with token
+    authentication, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH."""
 
     GROUP: ClassVar[str] = "submission"
     EXAMPLES: ClassVar[str] = """
@@ -38,23 +39,23 @@ class SubmitConfig(ClusterOptions):
     POSITIONAL: ClassVar[frozenset[str]] = frozenset({"command"})
 
     command: tuple[str, ...]
-    """The job and its flags, behind --. Images, model and output lie where every node reaches them."""
+    """The command and its flags, after --. Every node must be able to reach images, model and output."""
     wait: bool = True
-    """Show what the job says until it ends, and exit with its code; else return once it is submitted."""
+    """Print the job's output until it ends, and exit with its exit code; otherwise return once it is submitted."""
     code: Literal["ship", "image"] = "ship"
-    """Send this Palindrome along, or use the one that is installed on the nodes."""
+    """ship: upload the code of this Palindrome; image: use the Palindrome installed on the nodes."""
     ship: tuple[str, ...] = ()
-    """Files and folders below this one to send along, such as a checkpoint or a ladder; the command names them as here.
-    100 MiB at most, all in all."""
+    """Files and folders below the working directory to upload, such as a checkpoint or a ladder; the command names them
+    by the same paths. At most 100 MiB in total."""
     env: tuple[str, ...] = ()
-    """Variables of the environment that the job gets, such as HF_TOKEN or 'AWS_*'. They travel in the package, as do
-    --storage-options, and not in what Ray shows and logs of a job."""
+    """Environment variables to set for the job, such as HF_TOKEN or 'AWS_*'. Like --storage-options they are uploaded
+    in the package, so that Ray does not show or log them."""
 
 
 def run(config: SubmitConfig) -> int:
-    """Submits the command, and returns its exit code once it has ended, or 0 where that is not waited for."""
+    """Submits the command and returns its exit code, or 0 with --no-wait."""
     inner = parse(config.command)
-    _check_places(inner, config.ship)
+    _check_paths(inner, config.ship)
     environment = _environment(config.env)
     if inner.stores:
         environment[STORAGE_OPTIONS] = json.dumps(inner.stores)
@@ -65,7 +66,7 @@ def run(config: SubmitConfig) -> int:
             size = build(package, config.ship, environment, config.code == "ship")
         with config_error("--address", SubmissionError):
             job_id = cluster.submit(_without_options(config.command), package if size else None)
-    print(f"{job_id} submitted to {cluster.address}, {size / 2**20:.1f} MiB with it", flush=True)
+    print(f"{job_id} submitted to {cluster.address} with {size / 2**20:.1f} MiB of files", flush=True)
     again = f"--address {cluster.address} {job_id}"
     if not config.wait:
         print(f"palindrome logs --follow {again}\npalindrome stop {again}")
@@ -75,43 +76,44 @@ def run(config: SubmitConfig) -> int:
             job = cluster.follow(job_id, show)
         return _ended(job)
     except SubmissionError as e:
-        print(f"{e}\nthe job may go on; palindrome logs --follow {again}", file=sys.stderr)
+        print(f"{e}\nthe job may still be running; palindrome logs --follow {again}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         if _wants_to_stop(job_id):
             cluster.stop(job_id)
-            print(f"{job_id} is asked to stop; the same command resumes it", file=sys.stderr)
+            print(f"{job_id} is stopping; the same command resumes its run", file=sys.stderr)
         else:
-            print(f"{job_id} goes on; palindrome logs --follow {again}", file=sys.stderr)
+            print(f"{job_id} keeps running; palindrome logs --follow {again}", file=sys.stderr)
         raise
 
 
 def _ended(job: Job) -> int:
-    """The exit code of a job that has ended; says so where it is not 0."""
+    """The exit code of an ended job; prints the reason if it is not 0."""
     if job.status == "SUCCEEDED":
         return 0
     code = job.exit_code
-    what = "was stopped" if job.status == "STOPPED" else f"failed, exit code {'unknown' if code is None else code}"
-    print(f"{job.id} {what}" + (f": {' '.join(job.message.split())}" if code is None else ""), file=sys.stderr)
+    end = "was stopped" if job.status == "STOPPED" else f"failed, exit code {'unknown' if code is None else code}"
+    print(f"{job.id} {end}" + (f": {single_line(job.message)}" if code is None else ""), file=sys.stderr)
     return code if code and code > 0 else 1
 
 
-def _check_places(inner: Command, ship: tuple[str, ...]) -> None:
-    """What a cluster would look for in its own folders. Raises ConfigError."""
+def _check_paths(inner: Command, ship: tuple[str, ...]) -> None:
+    """Raises ConfigError for commands that don't run on a cluster, and for relative paths that are not shipped: the
+    cluster would resolve them in its own folders."""
     if not isinstance(inner.config, Config):
         raise ConfigError(f"COMMAND: {inner.job} does not run on a cluster; start it here")
     if inner.config.address is not None:
         raise ConfigError("COMMAND: --address belongs before --: the job runs on the cluster itself")
-    for field in (*PLACES, *FILES):
-        place = getattr(inner.config, field, None)
-        if not isinstance(place, str) or "://" in place or "::" in place or os.path.isabs(place):
+    for field in (*PATH_FIELDS, *MAYBE_PATH_FIELDS):
+        path = getattr(inner.config, field, None)
+        if not isinstance(path, str) or "://" in path or "::" in path or os.path.isabs(path):
             continue
-        if field in FILES and not Path(place).exists():  # a ladder's kind, say
+        if field in MAYBE_PATH_FIELDS and not Path(path).exists():  # a ladder's kind, for example
             continue
-        if not any(PurePath(place).is_relative_to(PurePath(sent)) for sent in ship):
+        if not any(PurePath(path).is_relative_to(PurePath(shipped)) for shipped in ship):
             raise ConfigError(
-                f"COMMAND: {flag_of(field)} {place} is a place on this machine; name a URI, an absolute path that all"
-                f" nodes share, or --ship what is small"
+                f"COMMAND: {flag_of(field)} {path} is a path on this machine; give a URI, an absolute path that all"
+                f" nodes share, or --ship small files"
             )
 
 
@@ -126,7 +128,7 @@ def _environment(patterns: tuple[str, ...]) -> dict[str, str]:
 
 
 def _without_options(command: tuple[str, ...]) -> list[str]:
-    """The command without --storage-options, which Ray would show to all."""
+    """The command without --storage-options, as Ray shows a job's command to everyone."""
     flag, kept, words = "--storage-options", [], iter(command)
     for word in words:
         if word == flag:
@@ -137,7 +139,7 @@ def _without_options(command: tuple[str, ...]) -> list[str]:
 
 
 def _wants_to_stop(job_id: str) -> bool:
-    """Asked on a terminal; elsewhere a job goes on."""
+    """Asks the user on a terminal; otherwise False."""
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         return False
     print(f"\nstop {job_id}, or leave it running? [s/L] ", end="", file=sys.stderr, flush=True)

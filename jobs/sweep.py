@@ -1,4 +1,4 @@
-"""palindrome sweep: the round trip's error against the network evaluations, over settings and a collection."""
+"""palindrome sweep: round-trip error against network evaluations, over settings, on a collection."""
 
 import sys
 from collections.abc import Iterator
@@ -31,10 +31,10 @@ from palindrome.pipeline.tasks.sweep import Setting, Sweep, read_sweep, units
 
 @dataclass(frozen=True, kw_only=True)
 class SweepConfig(CollectionOptions, PictureOptions, ReadingConfig):
-    """Encode and decode a collection under every combination of the settings, and report the error against the network
+    """Encode and decode a collection with every combination of the settings, and report the error against the network
     evaluations as a table, a CSV file and a plot.
 
-    The same command with other settings adds them to the folder."""
+    Repeating the command with other settings adds them to the folder."""
 
     GROUP: ClassVar[str] = "inversion"
     EXAMPLES: ClassVar[str] = """
@@ -49,29 +49,30 @@ class SweepConfig(CollectionOptions, PictureOptions, ReadingConfig):
     model: str
     """The checkpoint folder, in diffusers' layout; a path or an fsspec URI."""
     steps: tuple[Annotated[int, Range(1)], ...] = (10, 20, 50, 100)
-    """Numbers of steps; lists and files of --ladder have their own."""
+    """Numbers of steps; ladders given as lists or files have their own."""
     corrections: tuple[Annotated[int, Range(0, 100)], ...] = (0, 1, 2, 3)
-    """Network evaluations that correct each step; 0 is the paper's inversion."""
+    """Numbers of additional network evaluations per step, which correct the step; 0 is the paper's inversion."""
     ladder: tuple[str, ...] = ("logsnr",)
-    """Ladders, as encode takes them: linear, quadratic, logsnr, timesteps such as 0,3,11,800, files of calibrate."""
+    """Ladders: linear, quadratic, logsnr, timesteps such as 0,3,11,800, or files that calibrate wrote."""
     tolerance: tuple[Annotated[float, Range(0)], ...] = (0.0,)
-    """As encode's, with --corrections the most a step may take; 0 is none."""
+    """Tolerances of the residual, as for encode; --corrections is then the maximum per step. 0 is no tolerance."""
     dtype: tuple[Literal["float32", "float16"], ...] = ("float32",)
-    """What latents are stored in before they are decoded."""
+    """The dtypes to which latents are rounded before they are decoded."""
     max_nfe: Annotated[int, Range(1)] | None = None
-    """Leave out settings that may take more network evaluations an image, up and down."""
+    """Leave out settings that may take more network evaluations per image, encoding and decoding together (default: no
+    limit)."""
     recover_noise: bool = False
-    """Go the other way too, from noise to an image and back, and measure how much of the noise is missed."""
+    """Also generate an image from noise, encode it, and measure the error of the recovered noise."""
     seed: int = 0
-    """Of that noise."""
+    """The seed of that noise."""
     shard_size: Annotated[int, Range(1)] = 256
-    """Images a shard, at most; a shard under one setting is a unit of work."""
+    """The maximum number of images per shard; one shard with one setting is a unit of work."""
     limit: Annotated[int, Range(1)] | None = None
-    """Only the first so many images."""
+    """The number of images to use, from the first one on (default: all)."""
 
 
 def run(config: SweepConfig) -> int:
-    """Measures what is not measured yet, writes table and plot, and returns the exit code."""
+    """Measures the remaining units, writes table and plot, and returns the exit code."""
     with config_error("--images"):
         uri = absolute(config.images)
         collection = open_collection(uri, **config.reading())
@@ -100,8 +101,9 @@ def run(config: SweepConfig) -> int:
 
     def finish(out: Folder, failures: list[Failure]) -> int:
         rows, images = read_sweep(out), (plan_totals(out) or Totals(0, 0)).images
-        of_one = {unit for unit in committed(out, SWEPT) if unit.endswith(settings[0].name)}  # alike under each setting
-        rejects = rejects_by_reason(out, of_one)
+        # Every setting has the same rejects.
+        units_of_one = {unit for unit in committed(out, SWEPT) if unit.endswith(settings[0].name)}
+        rejects = rejects_by_reason(out, units_of_one)
         put_summary(out, {"images": images, "rejects_by_reason": rejects, "settings": rows}, failures)
         described = {"images": uri, "model": f"{where} (digest {model.digest[:16]})"}
         put_report(out, described, rows, rejects)
@@ -125,14 +127,14 @@ def run(config: SweepConfig) -> int:
 
 
 def _settings(config: SweepConfig, schedule: NoiseSchedule) -> list[Setting]:
-    """Every combination once, the cheapest first."""
+    """Every combination once, by ascending number of network evaluations. Raises ConfigError if none is left."""
     found: dict[str, Setting] = {}
     for named in config.ladder:
         with config_error("--steps" if named in KINDS else "--ladder"):
             ladders = [resolve(named, steps, schedule) for steps in (config.steps if named in KINDS else (None,))]
         label = PurePosixPath(named).stem if named.endswith(".json") else named
         for levels, count, tolerance, dtype in product(ladders, config.corrections, config.tolerance, config.dtype):
-            # Plain inversion corrects nothing: no tolerance stops it.
+            # Without corrections the tolerance has no effect.
             setting = Setting(label, Inversion(levels, count, tolerance if count else 0.0, dtype=dtype))
             found.setdefault(setting.name, setting)
     most = config.max_nfe or float("inf")
@@ -150,6 +152,6 @@ def _conclude(config: SweepConfig, rows: list[dict[str, Any]], rejects: dict[str
         print(f"{count} rejected as {reason}")
     print(f"report: {config.out}/report.html, table: {config.out}/table.csv, plot: {config.out}/error.svg")
     if not any(row["images"] for row in rows):
-        print("not one image could be encoded", file=sys.stderr)
+        print("no image could be encoded", file=sys.stderr)
         return 1
     return 0

@@ -2,7 +2,6 @@
 
 import json
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -23,7 +22,7 @@ from palindrome.model.training import Hyperparameters
 from palindrome.model.unet import UNet
 from palindrome.pipeline.base.errors import RunError
 from palindrome.pipeline.base.log import note, say
-from palindrome.pipeline.base.text import size
+from palindrome.pipeline.base.text import duration, size
 from palindrome.pipeline.images.read import read_batches
 from palindrome.pipeline.images.records import Reject
 from palindrome.pipeline.images.sources import open_collection
@@ -31,14 +30,14 @@ from palindrome.pipeline.runs.plan import Totals, plan_totals, read_plan, write_
 from palindrome.pipeline.storage.folder import Folder, absolute
 from palindrome.pipeline.tasks.train import PROGRESS, RECORD, Train, train
 
-STATES_KEPT = 2  # of those that a run resumes from
+STATES_KEPT = 2  # the last saved states; a run resumes from the last one
 DECODED_BY_DRY_RUN = 32  # images
-FAILURES = 3  # deaths of workers after which a training goes on from its last saved state
+MAX_FAILURES = 3  # worker deaths after which training restarts from its last saved state
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(CollectionOptions, PictureOptions, Config):
-    """Train a diffusion model on an image collection; OUT becomes a checkpoint folder that diffusers opens too."""
+    """Train a diffusion model on an image collection; OUT becomes a checkpoint folder that diffusers can open too."""
 
     GROUP: ClassVar[str] = "training"
     EXAMPLES: ClassVar[str] = """
@@ -51,43 +50,43 @@ class TrainConfig(CollectionOptions, PictureOptions, Config):
     )
 
     preset: Literal["cifar10-128", "cifar10-64", "cifar10-32", "celebahq-256", "celebahq-128", "tiny"]
-    """The architecture: data set and base channels."""
+    """The architecture, named by data set and base channels."""
     train_steps: Annotated[int, Range(1)] = 800_000
-    """Optimiser steps. A finished training given more goes on."""
+    """Optimiser steps. Repeating the command with more continues a finished training."""
     batch_size: Annotated[int, Range(1)] = 128
-    """Images a step, over all workers together."""
+    """Images per optimiser step, over all workers."""
     lr: Annotated[float, Range(0)] = 2e-4
     """Learning rate of AdamW."""
     lr_warmup: Annotated[int, Range(0)] = 5000
-    """Steps in which the learning rate rises from 0."""
+    """Steps of linear warm-up of the learning rate from 0."""
     lr_decay: Literal["none", "cosine"] = "none"
-    """How it falls to 0 from there to the last step."""
+    """Decay of the learning rate to 0, from the warm-up to the last step."""
     weight_decay: Annotated[float, Range(0)] = 0.0
     """Weight decay of AdamW."""
     ema: Annotated[float, Range(0, 1)] = 0.9999
-    """Decay of the average of the weights that is saved and sampled from."""
+    """Decay of the exponential moving average of the weights, which is saved and used for samples."""
     grad_clip: Annotated[float, Range(0)] = 1.0
-    """Largest norm of a step's gradient."""
+    """Maximum norm of the gradient."""
     flip: bool = True
-    """Mirror half of the images, at random."""
+    """Mirror half of the images at random."""
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
     """The noise schedule over 1,000 timesteps."""
     prediction: Literal["epsilon", "v_prediction", "sample"] = "epsilon"
     """What the network predicts."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """The network's arithmetic; auto is bfloat16 where the hardware has it. Weights stay float32."""
+    """The network's precision; auto is bfloat16 if the hardware supports it. Weights are float32."""
     save_dtype: Literal["float32", "float16"] = "float32"
     """The dtype of the weights in the checkpoint folder."""
     limit: Annotated[int, Range(1)] | None = None
-    """Use only the first so many images."""
+    """The number of images to use, from the first one on (default: all)."""
     workers: Annotated[int, Range(1)] = 1
-    """Training processes, one a GPU where the cluster has GPUs."""
+    """The number of training processes, one per GPU if the cluster has GPUs."""
     sample_every: Annotated[int, Range(1)] = 5000
     """Steps between sample grids (samples/*.png)."""
     save_every: Annotated[int, Range(1)] = 1000
     """Steps between saved states, from which a run resumes."""
     seed: int = 0
-    """Seeds initial weights, data order, noise and the sample grids."""
+    """The seed of initial weights, data order, noise and sample grids."""
 
     def hyperparameters(self) -> Hyperparameters:
         same = {f.name: getattr(self, f.name) for f in fields(Hyperparameters) if f.name != "steps"}
@@ -95,7 +94,7 @@ class TrainConfig(CollectionOptions, PictureOptions, Config):
 
 
 def run(config: TrainConfig) -> int:
-    """Trains to `train_steps`, resuming from the last saved state, and returns the exit code."""
+    """Trains up to `train_steps`, from the last saved state if there is one, and returns the exit code."""
     with config_error("--images"):
         collection = open_collection(absolute(config.images), **config.reading())
     with config_error("--batch-size"):
@@ -129,7 +128,7 @@ def run(config: TrainConfig) -> int:
     )
     print(f"training {config.preset} on {totals.images} images for {config.train_steps} steps", flush=True)
     if config.dry_run:
-        _say_cost(config, task, totals)
+        _print_cost(config, task, totals)
         raise Planned
     with config_error("--address", ClusterError), connect(config.address):
         gpus = ray.cluster_resources().get("GPU", 0)
@@ -148,7 +147,7 @@ def run(config: TrainConfig) -> int:
                 storage_path=out.uri if out.is_local else out.path(),
                 storage_filesystem=None if out.is_local else PyFileSystem(FSSpecHandler(out.fs)),
                 checkpoint_config=ray.train.CheckpointConfig(num_to_keep=STATES_KEPT),
-                failure_config=ray.train.FailureConfig(max_failures=FAILURES),
+                failure_config=ray.train.FailureConfig(max_failures=MAX_FAILURES),
             ),
         )
         try:
@@ -162,39 +161,41 @@ def run(config: TrainConfig) -> int:
     return 0
 
 
-def _say_cost(config: TrainConfig, task: Train, totals: Totals) -> None:
-    """What there is to compute and to write. Raises ConfigError where none of the first images can be decoded."""
-    looked = 0
+def _print_cost(config: TrainConfig, task: Train, totals: Totals) -> None:
+    """Prints what there is to compute and to write. Raises ConfigError if none of the first images can be decoded."""
+    decoded = 0
     rejects: list[Reject] = []
     for batch in read_batches(task.collection, next(read_plan(task.out)), task.preprocess, DECODED_BY_DRY_RUN):
-        looked, rejects = looked + len(batch.images), rejects + batch.rejects
-        if looked:
+        decoded, rejects = decoded + len(batch.images), rejects + batch.rejects
+        if decoded:
             break
-    bad = f"{rejects[0].source} is {rejects[0].reason}" if rejects else ""
-    if not looked:
-        raise ConfigError(f"--images: not one of the first {len(rejects)} can be decoded: {bad}")
-    print(f"of the first {looked + len(rejects)} images {looked} can be decoded" + (f"; {bad}" if bad else ""))
+    example = f"{rejects[0].source} is {rejects[0].reason}" if rejects else ""
+    if not decoded:
+        raise ConfigError(f"--images: none of the first {len(rejects)} can be decoded: {example}")
+    print(
+        f"{decoded} of the first {decoded + len(rejects)} images can be decoded" + (f"; {example}" if example else "")
+    )
     with torch.device("meta"):  # shapes without values
         values = sum(value.numel() for value in UNet(task.unet).state_dict().values())
-    reached = _reached(task.out)
-    left = config.train_steps - reached
+    saved = _saved_steps(task.out)
+    left = config.train_steps - saved
     images = left * config.batch_size
     print(
         f"{values:,} parameters; "
-        + (f"{reached:,} of {config.train_steps:,} steps are saved; " if reached else "")
-        + f"{left:,} steps of {config.batch_size:,} images, {images:,} images through the network and back,"
+        + (f"{saved:,} of {config.train_steps:,} steps are saved; " if saved else "")
+        + f"{left:,} steps of {config.batch_size:,} images, {images:,} images forward and backward,"
         f" {images / totals.images:,.1f} epochs"
     )
-    saved = 4 * values * torch.float32.itemsize  # the network, its average, and AdamW's two moments
+    state = 4 * values * torch.float32.itemsize  # the network, its moving average, and AdamW's two moments
     weights = values * getattr(torch, config.save_dtype).itemsize
     print(
-        f"to write: a checkpoint of {size(weights)}, and every {config.save_every:,} steps a state of {size(saved)},"
-        f" of which the last {STATES_KEPT} stay"
+        f"to write: a checkpoint of {size(weights)}, and every {config.save_every:,} steps a state of {size(state)},"
+        f" of which the last {STATES_KEPT} are kept"
     )
 
 
-def _reached(out: Folder) -> int:
-    """Steps of the last saved state, as Ray Train's own file has it; 0 where it says none."""
+def _saved_steps(out: Folder) -> int:
+    """The step of the last saved state, from Ray Train's own file; 0 if there is none."""
     try:
         snapshot = json.loads(out.read("train/checkpoint_manager_snapshot.json"))
         return int(snapshot["latest_checkpoint_result"]["metrics"]["step"])
@@ -204,7 +205,7 @@ def _reached(out: Folder) -> int:
 
 @contextmanager
 def _progress(out: Folder) -> Iterator[None]:
-    """Prints what rank 0 writes to the run folder, a line for each change."""
+    """Logs the progress that rank 0 writes to the run folder, one line per change."""
     done = threading.Event()
 
     def read() -> dict[str, Any] | None:
@@ -217,10 +218,9 @@ def _progress(out: Folder) -> Iterator[None]:
         while not done.wait(1):
             now = read()
             if now is not None and now != before:
-                eta = time.strftime("%H:%M:%S", time.gmtime(now["eta"]))
                 text = (
                     f"step {now['step']}/{now['steps']}  loss {now['loss']:.4f}"
-                    f"  {now['images_per_second']:.0f} images/s  ETA {eta}"
+                    f"  {now['images_per_second']:.0f} images/s  ETA {duration(now['eta'])}"
                 )
                 figures = {k: v for k, v in now.items() if k != "eta"} | {"eta_seconds": now["eta"]}
                 say(text, "progress", job="train", **figures)

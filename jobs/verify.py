@@ -1,24 +1,25 @@
-"""palindrome verify: whether a run folder holds what its plan says."""
+"""palindrome verify: check a run folder against its plan."""
 
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
+from math import inf
 from typing import Annotated, ClassVar
 
 from palindrome.jobs.arguments import ConfigError, Options, Range, config_error
+from palindrome.pipeline.base.status_line import StatusLine
 from palindrome.pipeline.base.text import printable
 from palindrome.pipeline.runs.kinds import VERIFIED
 from palindrome.pipeline.runs.manifest import open_run
 from palindrome.pipeline.runs.verify import Account, Finding, verify
 
-SAID = 100  # findings printed
+MAX_PRINTED = 100  # findings, and warnings
 
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyConfig(Options):
-    """Check that a run, or an export, is complete, readable and consistent; exit code 1 where it is not."""
+    """Check that a run or an export is complete, readable and consistent; the exit code is 1 if it is not."""
 
     GROUP: ClassVar[str] = "checks"
     EXAMPLES: ClassVar[str] = """
@@ -32,7 +33,8 @@ class VerifyConfig(Options):
     """The run folder of encode, reconstruct, sweep, generate, regenerate, interpolate or export, a path or an fsspec
     URI."""
     deep: Annotated[int, Range(1)] | None = None
-    """Of encode: decode so many latents too, evenly over the run, on this machine, and compare with the originals."""
+    """For encode runs: also decode this number of latents, spread evenly over the run, on this machine, and compare
+    them with the originals."""
 
 
 def run(config: VerifyConfig) -> int:
@@ -42,14 +44,19 @@ def run(config: VerifyConfig) -> int:
         raise ConfigError(f"--deep: {config.run} is a run of {manifest.job}, which holds no latents")
     account = Account()
     noun = manifest.kind.noun
-    progress = _Progress(account, noun)
-    findings = verify(folder, manifest, account, progress.show)
+    line = StatusLine(sys.stderr, log_interval=inf)
+
+    def show_progress() -> None:
+        if line.due():
+            line.show(f"{account.shards} shards, {account.rows} {noun}")
+
+    findings = verify(folder, manifest, account, show_progress)
     if config.deep:
-        from palindrome.pipeline.tasks.verify_deep import verify_decoding  # brings torch, which nothing else here needs
+        from palindrome.pipeline.tasks.verify_deep import verify_decoding  # imports torch, which nothing else needs
 
         findings = chain(findings, verify_decoding(folder, config.deep, account))
     with config_error("RUN", OSError):
-        wrong = _say(findings, progress)
+        wrong = _print_findings(findings, line)
     if config.deep:
         errors = account.errors
         figures = f": mean {sum(errors) / len(errors):.3g}, largest {max(errors):.3g}" if errors else ""
@@ -59,41 +66,23 @@ def run(config: VerifyConfig) -> int:
     return 1 if wrong else 0
 
 
-class _Progress:
-    """On a terminal, how many shards were read, in a line that gives way to others."""
-
-    def __init__(self, account: Account, noun: str) -> None:
-        self.account, self.noun, self.shown = account, noun, time.monotonic()
-        self.terminal = sys.stderr.isatty()
-
-    def show(self) -> None:
-        if self.terminal and time.monotonic() - self.shown > 0.2:
-            self.shown = time.monotonic()
-            counted = f"{self.account.shards} shards, {self.account.rows} {self.noun}"
-            print(f"\r\x1b[K{counted}", end="", file=sys.stderr)
-
-    def clear(self) -> None:
-        if self.terminal:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
-
-
-def _say(findings: Iterator[Finding], progress: _Progress) -> int:
-    """Prints what is wrong, and returns how much is."""
+def _print_findings(findings: Iterator[Finding], line: StatusLine) -> int:
+    """Prints the findings and returns their number, without warnings."""
     wrong = warnings = 0
     for finding in findings:
-        line = printable(f"{finding.where}: {finding.what}")
-        progress.clear()
+        text = printable(f"{finding.where}: {finding.what}")
+        line.clear()
         if finding.warning:
             warnings += 1
-            if warnings <= SAID:
-                print(f"warning: {line}", file=sys.stderr)
+            if warnings <= MAX_PRINTED:
+                print(f"warning: {text}", file=sys.stderr)
         else:
             wrong += 1
-            if wrong <= SAID:
-                print(line, flush=True)
-    progress.clear()
-    if wrong > SAID:
-        print(f"and {wrong - SAID} more")
-    if warnings > SAID:
-        print(f"and {warnings - SAID} more warnings", file=sys.stderr)
+            if wrong <= MAX_PRINTED:
+                print(text, flush=True)
+    line.clear()
+    if wrong > MAX_PRINTED:
+        print(f"and {wrong - MAX_PRINTED} more")
+    if warnings > MAX_PRINTED:
+        print(f"and {warnings - MAX_PRINTED} more warnings", file=sys.stderr)
     return wrong

@@ -103,9 +103,9 @@ def test_expressions_and_columns(run, rows):
     assert run.table("label > 99").num_rows == 0
     found = run.table("label == 3", ["latent"])["latent"].combine_chunks().to_numpy_ndarray()
     assert np.array_equal(found, [rows[i]["latent"] for i in run.ids if rows[i]["label"] == 3])
-    with pytest.raises(ValueError, match="'nosuch' is no column; there is image_id, "):
+    with pytest.raises(ValueError, match="'nosuch' is not a column; the columns are image_id, "):
         run.table(columns=["label", "nosuch"])
-    with pytest.raises(ValueError, match="'nosuch' is no column"):
+    with pytest.raises(ValueError, match="'nosuch' is not a column"):
         run.table("nosuch == 1")
 
 
@@ -279,7 +279,7 @@ def test_a_run_on_a_store_with_its_options(rclone, encoded, run, model, pngs, mo
     with pytest.raises(OSError, match="secret access key is wrong"):
         open_run(f"{bucket.uri}/run", storage_options=wrong)
     for no_options in ({"endpoint_url": "http://minio"}, {"nosuch": {}}):
-        with pytest.raises(ValueError, match="storage_options go by protocol") as info:
+        with pytest.raises(ValueError, match="storage_options must map protocols") as info:
             open_run(f"{bucket.uri}/run", storage_options=no_options)
         assert "minio" not in str(info.value)
 

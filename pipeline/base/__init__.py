@@ -1,1 +1,1 @@
-"""What every room may use: errors, interruption, threads, text, logging. Imports nothing in-house."""
+"""Errors, interruption, threads, text, logging, for all other rooms. Imports nothing in-house."""

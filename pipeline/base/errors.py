@@ -1,11 +1,11 @@
-"""Errors that reach the person who gave the command. Light to import."""
+"""Errors that are reported to the user. Light to import."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 
 class SettingError(ValueError):
-    """A setting that does not go with what is there; `field` is its name."""
+    """A setting that does not match the input or the cluster; `field` is its name."""
 
     def __init__(self, message: str, field: str) -> None:
         super().__init__(message)
@@ -13,26 +13,26 @@ class SettingError(ValueError):
 
 
 class SourceError(SettingError):
-    """A collection that can't be used as asked: the message names the URI or column."""
+    """A collection that can't be read with these settings; the message names the URI or column."""
 
     def __init__(self, message: str, field: str = "images") -> None:
         super().__init__(message, field)
 
 
 class ManifestError(ValueError):
-    """A run folder that belongs to another command, or is none."""
+    """A folder that is not a run folder, or belongs to another command."""
 
 
 class RunError(RuntimeError):
-    """The run can't go on. Exit code 1."""
+    """The run can't continue. Exit code 1."""
 
 
 class StoreError(OSError):
-    """A store that refuses, fails or can't be reached, said of the URI in `filename`. An `outage` says nothing of the
-    object that was asked for: the same will be said of others."""
+    """A store refuses, fails or can't be reached; the URI is in `filename`. An `outage` concerns the store as a whole:
+    requests for other objects will fail as well."""
 
-    def __init__(self, number: int, words: str, uri: str, outage: bool = False) -> None:
-        super().__init__(number, words, uri)
+    def __init__(self, number: int, message: str, uri: str, outage: bool = False) -> None:
+        super().__init__(number, message, uri)
         self.outage = outage
 
     def __str__(self) -> str:
@@ -41,7 +41,8 @@ class StoreError(OSError):
 
 @contextmanager
 def writing(what: str) -> Iterator[None]:
-    """A disk that is full, or may not be written to, is the run's end, and not the fault of what was being read."""
+    """Converts an OSError while writing `what` to a RunError: a full or read-only disk ends the run, and is not an
+    error of the input."""
     try:
         yield
     except OSError as e:

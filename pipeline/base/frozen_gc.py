@@ -1,4 +1,4 @@
-"""What lasts as long as its process: the garbage collector need not look for it."""
+"""Excluding long-lived objects from garbage collection."""
 
 import gc
 from collections.abc import Iterator
@@ -7,9 +7,9 @@ from contextlib import contextmanager
 
 @contextmanager
 def frozen_gc() -> Iterator[None]:
-    """For imports and all that is kept to the end. Python's collector goes over everything there is again and again
-    while it grows, which takes a quarter of the time to import torch; and again at the end of the process. Within this
-    it rests, and what is there afterwards it never looks at."""
+    """For imports and other objects that live as long as the process. The collector would traverse all objects again
+    and again as their number grows, which takes a quarter of the time to import torch, and once more at exit. Within
+    the `with` it is off; afterwards it ignores all objects that exist by then."""
     gc.disable()
     try:
         yield

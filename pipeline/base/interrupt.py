@@ -1,5 +1,5 @@
-"""What ends a job from outside its loop, which asks for it: Ctrl-C and SIGTERM, whose exception Python drops where it
-comes up in a destructor, say; and what another thread finds, such as a lost lease."""
+"""What ends a job from outside of its loop, which checks for it: Ctrl-C and SIGTERM, since Python drops exceptions that
+are raised in a destructor; and what another thread finds out, such as a lost lease."""
 
 _pending: BaseException | None = None
 
@@ -10,6 +10,6 @@ def set_pending(interrupt: BaseException | None) -> None:
 
 
 def check() -> None:
-    """Raises what has come since the job began."""
+    """Raises the pending exception, if any."""
     if _pending is not None:
         raise _pending

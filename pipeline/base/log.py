@@ -1,7 +1,7 @@
-"""What a command says: text for people, or JSON objects, one a line, for programs that collect logs.
+"""A command's output: text, or JSON lines for log collectors.
 
-Commands print, and need not know which it is: where it is JSON, every line that is printed becomes an object. What has
-figures in it goes through `say`, so that they are numbers there.
+Commands print as usual. In JSON mode every printed line becomes an object. Lines with figures go through `say`, so that
+the figures become fields of the object.
 """
 
 import io
@@ -20,15 +20,15 @@ KEYS = {"time", "level", "event", "message"}  # of every line
 
 
 class Lines(io.TextIOBase):
-    """Writes each line as an object to `stream`: a message of `level`, where nothing else is said of it."""
+    """Writes each line to `stream` as an object: a message of `level`, unless `put` is called with other values."""
 
     def __init__(self, stream: TextIO, level: str, lock: threading.Lock) -> None:
         self.stream, self.level, self.lock = stream, level, lock
-        self.begun = threading.local()  # a line that is not whole yet, of each thread
+        self.partial = threading.local()  # the unfinished line of each thread
         self.figures: dict[str, Any] = {}  # for the last line
 
     def write(self, text: str) -> int:
-        *lines, self.begun.text = (getattr(self.begun, "text", "") + text).split("\n")
+        *lines, self.partial.text = (getattr(self.partial, "text", "") + text).split("\n")
         for line in lines:
             if line.strip():
                 self.put(line.strip("\r"), "message", self.level)
@@ -36,8 +36,8 @@ class Lines(io.TextIOBase):
 
     def put(self, message: str, event: str, level: str, **fields: Any) -> None:
         now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-        about = {"time": now, "level": level, "event": event, "message": message}
-        self.put_line(json.dumps(_plain({**about, **fields}), allow_nan=False))
+        record = {"time": now, "level": level, "event": event, "message": message}
+        self.put_line(json.dumps(_plain({**record, **fields}), allow_nan=False))
 
     def put_line(self, line: str) -> None:
         with self.lock:
@@ -52,8 +52,8 @@ class Lines(io.TextIOBase):
 
 
 def say(message: str, event: str, level: str = "info", stream: TextIO | None = None, **fields: Any) -> None:
-    """A line on `stream` (default: standard output, or standard error where the level is not info), with `fields` where
-    it is an object."""
+    """Prints a line to `stream` (default: standard output for level info, else standard error); in JSON mode, an object
+    with `fields`."""
     stream = stream or (sys.stdout if level == "info" else sys.stderr)
     if isinstance(stream, Lines):
         stream.put(message, event, level, **fields)
@@ -62,14 +62,14 @@ def say(message: str, event: str, level: str = "info", stream: TextIO | None = N
 
 
 def note(**figures: Any) -> None:
-    """Figures for the line with which a log of objects ends; lists of names stay behind."""
+    """Adds figures to the last line of a JSON log; lists of names are left out."""
     if isinstance(sys.stdout, Lines):
         sys.stdout.figures.update(_short(figures))
 
 
 def structured(job: str, run: Callable[[], int]) -> int:
-    """`run`, with all that it prints as objects: the end among them, and an error that nobody expected. Returns its
-    exit code."""
+    """Calls `run` with its output as JSON lines, including an unexpected error and the event `end`. Returns the exit
+    code."""
     lock, started = threading.Lock(), time.monotonic()
     out, err = Lines(sys.stdout, "info", lock), Lines(sys.stderr, "warning", lock)
     with redirect_stdout(out), redirect_stderr(err):
@@ -88,35 +88,35 @@ def structured(job: str, run: Callable[[], int]) -> int:
 
 @contextmanager
 def relay() -> Iterator[Callable[[str], None]]:
-    """Takes what a command of Palindrome has said elsewhere, in pieces, and says it here: objects as they are where
-    this command's lines are objects too, else as the text that they would have been."""
-    begun = ""
+    """Prints the output of a command that ran elsewhere, passed to the function in pieces. JSON lines are copied in
+    JSON mode, and else become the text that they would have been."""
+    partial = ""
 
     def add(text: str) -> None:
-        nonlocal begun
-        *lines, begun = (begun + text).split("\n")
+        nonlocal partial
+        *lines, partial = (partial + text).split("\n")
         for line in lines:
-            _say_again(line)
+            _relay_line(line)
 
     try:
         yield add
     finally:
-        if begun:
-            _say_again(begun)
+        if partial:
+            _relay_line(partial)
 
 
-def _say_again(line: str) -> None:
+def _relay_line(line: str) -> None:
     record = _record(line)
     if record is None:
         print(line, flush=True)
     elif isinstance(sys.stdout, Lines):
         sys.stdout.put_line(line)
-    elif record["event"] != "end":  # people are told of that by the exit code
+    elif record["event"] != "end":  # the exit code already tells it
         print(record.get("traceback", record["message"]).rstrip("\n"), flush=True)
 
 
 def _record(line: str) -> dict[str, Any] | None:
-    """The object that `Lines` wrote, None where it is another line."""
+    """The object that `Lines` wrote; None for another line."""
     try:
         found = json.loads(line) if line.startswith("{") else None
     except ValueError:
@@ -125,7 +125,7 @@ def _record(line: str) -> dict[str, Any] | None:
 
 
 def _plain(value: Any) -> Any:
-    """Without the numbers that JSON does not have."""
+    """The value as JSON can represent it: NaN and infinity become None, unknown types strings."""
     if isinstance(value, dict):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

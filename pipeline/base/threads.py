@@ -1,4 +1,4 @@
-"""Work on many items at once, in threads, for what waits for a store."""
+"""A bounded, ordered map in threads, for I/O."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -17,20 +17,20 @@ def in_threads(
     size: Callable[[T], float] = lambda item: 0,
     most: float = 1,
 ) -> Iterator[R]:
-    """The results in order, few of them waiting: `items` is read as they are taken, at most two a thread ahead, and
-    no more of them than have the size `most` together."""
-    waiting: deque[tuple[float, Future[R]]] = deque()
-    held = 0.0
+    """Yields `function(item)` in order. `items` is read lazily: at most two items per thread are in flight, and at most
+    a total size of `most`."""
+    in_flight: deque[tuple[float, Future[R]]] = deque()
+    total = 0.0
     with ThreadPoolExecutor(threads) as pool:
         try:
             for item in items:
-                while waiting and (len(waiting) >= 2 * threads or held + size(item) > most):
-                    weight, future = waiting.popleft()
-                    held -= weight
+                while in_flight and (len(in_flight) >= 2 * threads or total + size(item) > most):
+                    weight, future = in_flight.popleft()
+                    total -= weight
                     yield future.result()
-                waiting.append((size(item), pool.submit(function, item)))
-                held += size(item)
-            while waiting:
-                yield waiting.popleft()[1].result()
+                in_flight.append((size(item), pool.submit(function, item)))
+                total += size(item)
+            while in_flight:
+                yield in_flight.popleft()[1].result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)

@@ -1,4 +1,4 @@
-"""Charts: drawn by matplotlib as SVG, shown inline in a page, which gives them its colours and its font."""
+"""Charts: drawn by matplotlib as SVG, and inlined in a page with the page's colours and font."""
 
 import io
 import math
@@ -12,7 +12,7 @@ from markupsafe import Markup
 from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 
-WIDTH = 400  # points, of every chart: style.css sets font sizes for it, so that text stays readable on a phone
+WIDTH = 400  # points, of every chart; style.css sets font sizes for it, so that text stays readable on a phone
 COLOURS = {  # CSS variable -> light, dark
     "back": ("#ffffff", "#131517"),
     "panel": ("#f6f7f8", "#1c1f22"),
@@ -23,15 +23,15 @@ COLOURS = {  # CSS variable -> light, dark
     "p99": ("#b4560b", "#e8a25c"),
 }
 LIGHT = {name: light for name, (light, _) in COLOURS.items()}
-TITLE = "title: "  # how the id of an artist starts that has a tooltip
+TITLE = "title: "  # prefix of the id of an artist with a tooltip
 SVG, XLINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}"
 
 #: Decorates functions that draw; `new_figure` and `to_svg` are called inside them.
 styled = matplotlib.rc_context(
     {
-        "svg.hashsalt": "palindrome",  # same input, same bytes
+        "svg.hashsalt": "palindrome",  # makes the output reproducible
         "svg.fonttype": "none",
-        "font.size": 12.5,  # the largest that style.css sets: the layout has room for it
+        "font.size": 12.5,  # the largest size in style.css, so that the layout fits all of them
         "axes.titlesize": "medium",
         "legend.fontsize": "medium",
         "legend.frameon": False,
@@ -45,7 +45,7 @@ styled = matplotlib.rc_context(
 
 
 def new_figure(height: float) -> Figure:
-    """An empty figure, WIDTH by `height` points; its pixels are points."""
+    """An empty figure of WIDTH by `height` points, with 1 pixel per point."""
     return Figure(figsize=(WIDTH / 72, height / 72), dpi=72, layout="constrained")
 
 
@@ -56,15 +56,15 @@ def to_svg(figure: Figure) -> bytes:
     return sink.getvalue()
 
 
-def tooltip(artist: Artist, words: str) -> None:
-    """Words that `inline` shows where the pointer rests on the artist."""
-    artist.set_gid(TITLE + words)
+def tooltip(artist: Artist, text: str) -> None:
+    """Gives the artist a tooltip, which `inline` writes."""
+    artist.set_gid(TITLE + text)
 
 
 def inline(svg: bytes, label: str) -> Markup:
-    """A file of `to_svg` as an element of a page; `label` describes it to screen readers. The ids of several charts
-    would clash in one page, so none are left, nor what refers to them: markers are copied, clipping is dropped. Colours
-    become the page's variables, fonts are left to style.css."""
+    """The SVG of `to_svg` as an element of a page; `label` describes it to screen readers. Ids of several charts would
+    clash in one page, so ids and references to them are removed: markers are copied, clipping is dropped. Colours
+    become the page's CSS variables; style.css sets the fonts."""
     root = ElementTree.fromstring(svg)
     shapes = {f"#{path.get('id')}": path for path in root.iter(f"{SVG}path")}
     for element in root.iter():
@@ -96,20 +96,20 @@ def _variable(colour: re.Match[str]) -> str:
 
 
 def power(m: int, k: int) -> str:
-    """m * 10^k in words."""
+    """m * 10^k as text with a superscript: 5·10⁻³."""
     written = "10" + str(k).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
     return written if m == 1 else f"{m}·{written}"
 
 
 def number(m: int, k: int) -> str:
-    """m * 10^k as a number with commas."""
+    """m * 10^k as a number with thousands separators."""
     return f"{m * 10.0**k:,.10g}"
 
 
-def log_axis(axis: str, logs: Iterable[float], words: Callable[[int, int], str] = power) -> dict[str, Any]:
-    """What `Axes.set` takes for the axis "x" or "y" of values given as log10: limits around the finite ones at 1, 2 or
-    5 times a power of ten, and at most seven ticks. matplotlib's own log scale writes its labels as mathematics, whose
-    font size a page can't set, and fails for subnormal numbers. Raises ValueError where no value is finite."""
+def log_axis(axis: str, logs: Iterable[float], label: Callable[[int, int], str] = power) -> dict[str, Any]:
+    """Arguments of `Axes.set` for the axis "x" or "y" of values given as log10: limits around the finite ones at 1, 2
+    or 5 times a power of ten, and at most seven ticks. matplotlib's own log scale writes labels as mathtext, whose font
+    size CSS can't set, and fails for subnormal numbers. Raises ValueError if no value is finite."""
     finite = [value for value in logs if math.isfinite(value)]
     low, high = min(finite), max(finite)
     marks = [(m, k) for k in range(math.floor(low) - 1, math.ceil(high) + 2) for m in (1, 2, 5)]
@@ -120,5 +120,5 @@ def log_axis(axis: str, logs: Iterable[float], words: Callable[[int, int], str] 
     if len(ticks) > 7:
         decades = [(m, k) for m, k in ticks if m == 1]
         ticks = [(m, k) for m, k in decades if k % math.ceil(len(decades) / 7) == 0]
-    labels = [words(*mark) for mark in ticks]
+    labels = [label(*mark) for mark in ticks]
     return {f"{axis}lim": (start, stop), f"{axis}ticks": [at[mark] for mark in ticks], f"{axis}ticklabels": labels}

@@ -1,4 +1,4 @@
-"""Which rows of a reconstruction the report shows, and their pictures."""
+"""The rows of a reconstruct run that its report shows, and their images."""
 
 from collections import defaultdict
 
@@ -16,11 +16,11 @@ from palindrome.pipeline.runs.plan import read_plan
 from palindrome.pipeline.runs.summary import split_by_status
 from palindrome.pipeline.storage.folder import Folder
 
-EXAMPLES = 12  # pictures under each heading
+EXAMPLES = 12  # images under each heading
 
 
 def series_at(rows: pa.Table, steps: int, nfe_up: float) -> Series:
-    """The errors at a number of steps; `nfe_up` are the network evaluations that encoding took."""
+    """The errors at a number of steps; `nfe_up` is the mean number of network evaluations for encoding."""
     compared, uncompared = split_by_status(rows, steps)
     identical = pc.mean(compared["identical"]).as_py() or 0.0
     return Series(steps, round(nfe_up + steps), compared["mse"].to_numpy(), identical, uncompared)
@@ -29,7 +29,7 @@ def series_at(rows: pa.Table, steps: int, nfe_up: float) -> Series:
 def choose_examples(
     run: Folder, latents: Folder, collection: Collection, how: Preprocess, rows: pa.Table, steps: int
 ) -> dict[str, list[Example]]:
-    """Images at a number of steps, by heading: some spread evenly over the collection, the best and the worst."""
+    """Images at a number of steps, by heading: evenly spread over the collection, the best and the worst."""
     compared, _ = split_by_status(rows, steps)
     order = np.argsort(compared["mse"].to_numpy(), kind="stable")
     chosen = {
@@ -37,7 +37,7 @@ def choose_examples(
         "Best": order[:EXAMPLES],
         "Worst": order[::-1][:EXAMPLES],
     }
-    listed = {heading: compared.take(pa.array(places)).to_pylist() for heading, places in chosen.items()}
+    listed = {heading: compared.take(pa.array(indices)).to_pylist() for heading, indices in chosen.items()}
     shards: dict[str, set[str]] = defaultdict(set)
     for row in (row for group in listed.values() for row in group):
         shards[row["shard"]].add(row["image_id"])
@@ -54,7 +54,7 @@ def choose_examples(
 
 
 def _reconstructed(run: Folder, shards: dict[str, set[str]], steps: int) -> dict[str, np.ndarray]:
-    """id -> reconstruction, uint8 [H, W, C], of the ids wanted of each shard."""
+    """Reconstructions, uint8 [H, W, C], by id; `shards` has the wanted ids of each shard."""
     pictures: dict[str, np.ndarray] = {}
     for name, wanted in shards.items():
         with run.parquet_file(f"{RECONSTRUCTIONS}/{name}.parquet") as file:
@@ -68,7 +68,7 @@ def _reconstructed(run: Folder, shards: dict[str, set[str]], steps: int) -> dict
 def _originals(
     latents: Folder, collection: Collection, how: Preprocess, shards: dict[str, set[str]]
 ) -> dict[str, np.ndarray]:
-    """id -> original, uint8 [H, W, C], read again; those that are gone since are left out."""
+    """Originals, uint8 [H, W, C], by id, read again; without those that no longer exist."""
     pictures: dict[str, np.ndarray] = {}
     for shard in read_plan(latents):
         wanted = shards.get(shard.name, set())

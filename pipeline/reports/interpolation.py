@@ -1,4 +1,4 @@
-"""What an interpolation shows to people: strips of its first paths, and the latents' norms along the way."""
+"""The report of an interpolate run: strips of its first paths, and the norms of the latents along them."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -18,16 +18,18 @@ from palindrome.pipeline.storage.folder import Folder
 from palindrome.pipeline.tasks.interpolate import METHODS, paths_of
 
 SHOWN = 12  # paths
-LONGEST = 10 * ACROSS - 1  # frames of a path that is no grid, behind the first
+MAX_FRAMES = 10 * ACROSS - 1  # after the first one, of a path that is not a grid
 
 
 def put_report(run: Folder, facts: Mapping[str, str], shards: Iterable[str], dimensions: int) -> None:
-    """`strips.png`, the first paths, `norms.svg`, and `report.html` with both; of latents of so many values."""
+    """Writes `strips.png` with the first paths, `norms.svg`, and `report.html` with both; a latent has `dimensions`
+    values."""
     strips, norms = [], Markup()
     for _, rows in islice(paths_of(run, shards), SHOWN):
         first = next(rows)
         square = first["down"] is not None
-        frames = [pixels_of(row["image"]["bytes"]) for row in chain([first], islice(rows, None if square else LONGEST))]
+        others = islice(rows, None if square else MAX_FRAMES)
+        frames = [pixels_of(row["image"]["bytes"]) for row in chain([first], others)]
         pixels = strip(frames, square)
         ids = (" · " if square else " → ").join(first["ids"])
         width = max(1, min(3, 960 // pixels.shape[1])) * pixels.shape[1]
@@ -42,20 +44,21 @@ def put_report(run: Folder, facts: Mapping[str, str], shards: Iterable[str], dim
 
 @styled
 def norms_plot(run: Folder, dimensions: int) -> bytes:
-    """SVG: the mean of the latents' root mean squares against t, and the middle 98 % of them, for each method; behind
-    them the shell that holds 99.7 % of Gaussian noise of so many values. Same input, same bytes."""
+    """An SVG of the root mean square of the latents against t: the mean and the middle 98 % for each method, and the
+    range of 99.7 % of Gaussian noise with `dimensions` values. Reproducible byte by byte."""
     columns = ["t", "down", *(f"rms_{method}" for method in METHODS)]
     tables = [run.read_parquet(f"{IMAGES}/{s}.parquet", columns) for s in sorted(committed(run, IMAGES))]
     rows = pa.concat_tables([table.replace_schema_metadata() for table in tables])
-    rows = rows.filter(pc.is_in(rows["down"], pa.array([None, 0.0, 1.0])))  # within a grid t is not all
-    ts, place = np.unique(rows["t"].to_numpy(), return_inverse=True)
+    # Of a grid only the outer rows: the norm of inner frames does not depend on t alone.
+    rows = rows.filter(pc.is_in(rows["down"], pa.array([None, 0.0, 1.0])))
+    ts, index = np.unique(rows["t"].to_numpy(), return_inverse=True)
     figure = new_figure(380)
     axes = figure.subplots()
     wide = 3 / math.sqrt(2 * dimensions)
     axes.axhspan(1 - wide, 1 + wide, color=LIGHT["line"], label="99.7 % of Gaussian noise")
     for method in METHODS:
         rms = rows[f"rms_{method}"].to_numpy()
-        by_t = [rms[place == i] for i in range(len(ts))]
+        by_t = [rms[index == i] for i in range(len(ts))]
         (line,) = axes.plot(ts, [values.mean() for values in by_t], marker="o", markersize=3, label=method)
         low, high = np.array([np.quantile(values, (0.01, 0.99)) for values in by_t]).T
         label = f"{method}, the middle 98 %"

@@ -1,4 +1,4 @@
-"""What every HTML report is made of: one file that needs nothing else, no script, no font, no network."""
+"""HTML reports: self-contained files without scripts, fonts or network requests."""
 
 import base64
 import math
@@ -15,12 +15,12 @@ MISSING = "–"
 
 
 def render(template: str, facts: Mapping[str, str], **values: Any) -> str:
-    """A page of a template in templates/, which says what it needs in `values`. Same input, same bytes."""
+    """Renders a template of templates/, which documents the `values` it needs. Reproducible byte by byte."""
     return ENVIRONMENT.get_template(template).render(facts=facts, colours=COLOURS, **values)
 
 
 def put_page(run: Folder, template: str, facts: Mapping[str, str], **values: Any) -> None:
-    """`report.html` of a run."""
+    """Writes `report.html` of a run."""
     run.put("report.html", render(template, facts, **values).encode())
 
 
@@ -38,7 +38,7 @@ def fixed(value: float | None, digits: int = 2) -> str:
 
 
 def share(value: float | None) -> str:
-    """A share that is not 1 must not read as 100 %."""
+    """A fraction as a percentage; only 1 is shown as 100%."""
     if value is None or not math.isfinite(value):
         return MISSING
     return "100%" if value == 1 else f"{min(value, 0.9999):.2%}"
@@ -53,7 +53,7 @@ def count(value: int) -> str:
 
 
 def data_uri(pixels: Any) -> str:
-    """uint8 [H, W, C] as a PNG in a URI."""
+    """An image, uint8 [H, W, C], as a data URI of a PNG."""
     return f"data:image/png;base64,{base64.b64encode(png(pixels)).decode()}"
 
 

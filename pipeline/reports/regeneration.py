@@ -1,4 +1,4 @@
-"""The report of a regeneration: the first images, a row each, and how far each number of steps is from the longest."""
+"""The report of a regenerate run: the first images, and the distance of each number of steps to the largest."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,8 +17,8 @@ SHOWN = 12  # images in the report
 def put_report(
     run: Folder, facts: Mapping[str, str], by_steps: Sequence[Mapping[str, Any]], shards: Iterable[str]
 ) -> None:
-    """`images.png`, a row an image and a column for each number of steps or variation, and `report.html`, of the first
-    images of those shards."""
+    """Writes `images.png`, with one row per image and one column per number of steps or variation, and `report.html`,
+    for the first images of the shards."""
     sheet = None
     if pictures := _first(run, shards):
         sheet = grid([p for row in pictures.values() for p in row], len(next(iter(pictures.values()))))
@@ -27,7 +27,7 @@ def put_report(
 
 
 def _first(run: Folder, shards: Iterable[str]) -> dict[str, list[np.ndarray]]:
-    """The pictures of the first ids, uint8 [H, W, C], by variation and steps."""
+    """The images of the first ids, uint8 [H, W, C], sorted by variation and steps."""
     found: dict[str, dict[tuple[int, int], np.ndarray]] = defaultdict(dict)
     for shard in shards:
         with run.parquet_file(f"{IMAGES}/{shard}.parquet") as file:

@@ -1,4 +1,4 @@
-"""What a sweep shows to people: its table as CSV, the plot of error against network evaluations, and a page of both."""
+"""The report of a sweep: its table as CSV, a plot of error against network evaluations, and a page with both."""
 
 import io
 import textwrap
@@ -19,17 +19,17 @@ Row = Mapping[str, Any]  # of tasks.sweep.read_sweep
 
 
 def put_report(run: Folder, facts: Mapping[str, str], rows: Sequence[Row], rejects: Mapping[str, int]) -> None:
-    """`table.csv`, `error.svg`, and `report.html` with both. Same input, same bytes."""
+    """Writes `table.csv`, `error.svg`, and `report.html` with both. Reproducible byte by byte."""
     plot = error_plot(rows)
     run.put("table.csv", as_csv(rows))
     run.put("error.svg", plot)
-    refused = ", ".join(f"{count:,} {reason}" for reason, count in rejects.items())
-    words = "The round-trip error against the network evaluations; the table below has the figures."
-    put_page(run, "sweep.html", {**facts, "rejected": refused or "none"}, plot=inline(plot, words), rows=rows)
+    rejected = ", ".join(f"{count:,} {reason}" for reason, count in rejects.items())
+    label = "The round-trip error against the network evaluations; the table below has the figures."
+    put_page(run, "sweep.html", {**facts, "rejected": rejected or "none"}, plot=inline(plot, label), rows=rows)
 
 
 def as_csv(rows: Sequence[Row]) -> bytes:
-    """One line a setting, with a header."""
+    """One line per setting, with a header."""
     sink = io.BytesIO()
     csv.write_csv(pa.Table.from_pylist([dict(row) for row in rows]), sink)
     return sink.getvalue()
@@ -37,13 +37,14 @@ def as_csv(rows: Sequence[Row]) -> bytes:
 
 @styled
 def error_plot(rows: Sequence[Row]) -> bytes:
-    """SVG: mean MSE (p99 as a thin line) against network evaluations, up and down, log-log, a line for each ladder,
-    corrections, tolerance and dtype; the DDIM paper's Table 2 drawn in. Same input, same bytes."""
+    """An SVG of the mean MSE (p99 as a thin line) against the network evaluations of encoding and decoding, log-log,
+    with one line per ladder, corrections, tolerance and dtype, and the DDIM paper's Table 2. Reproducible byte by
+    byte."""
     lines: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
-        if row["mse_mean"]:  # none, and zero, have no logarithm
+        if row["mse_mean"]:  # None and 0 have no logarithm
             lines[textwrap.fill(_label(row), 46)].append(row)
-    figure = new_figure(290 + 20 * (sum(label.count("\n") + 1 for label in lines) + 2))  # and the legend's lines
+    figure = new_figure(290 + 20 * (sum(label.count("\n") + 1 for label in lines) + 2))  # 20 points per legend line
     axes = figure.subplots()
     for label, points in lines.items():
         mean, p99 = (
@@ -64,6 +65,7 @@ def error_plot(rows: Sequence[Row]) -> bytes:
 
 
 def _label(row: Row) -> str:
-    words = "plain" if not row["corrections"] else f"{row['corrections']} correction" + "s" * (row["corrections"] > 1)
-    words += f", tolerance {row['tolerance']:g}" if row["tolerance"] else ""
-    return f"{row['ladder']}, {words}" + ("" if row["dtype"] == "float32" else f", {row['dtype']}")
+    count = row["corrections"]
+    label = f"{count} correction" + "s" * (count > 1) if count else "plain"
+    label += f", tolerance {row['tolerance']:g}" if row["tolerance"] else ""
+    return f"{row['ladder']}, {label}" + ("" if row["dtype"] == "float32" else f", {row['dtype']}")

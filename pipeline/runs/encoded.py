@@ -1,4 +1,4 @@
-"""An encode run as the jobs find it that work from its latents."""
+"""An encode run, as input of the jobs that read its latents."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,27 +28,27 @@ class WrongModel(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class EncodeRun:
-    """An encode run: what its plan holds, the shards that are `done`, and what its run.json says of all latents."""
+    """An encode run: the totals of its plan, the committed shards `done`, and what run.json records of all latents."""
 
     folder: Folder
     manifest: Manifest
     planned: Totals
     done: frozenset[str]
     model: str
-    """The URI of the checkpoint folder, where encode used it."""
+    """The URI of the checkpoint folder that encode used."""
     ladder: str
-    """How its ladder was named: one of ladders.KINDS, timesteps, or a file."""
+    """The value of --ladder: one of ladders.KINDS, timesteps, or a file."""
     inversion: Inversion
     preprocess: Preprocess
 
     @classmethod
     def open(cls, folder: Folder) -> Self:
-        """Raises ManifestError where the folder is no encode run, or holds no latents yet."""
+        """Raises ManifestError if the folder is not an encode run, or has no latents yet."""
         if not folder.exists():
             raise ManifestError(f"{folder.uri} does not exist")
         manifest = read_manifest(folder)
         if manifest is None:
-            raise ManifestError(f"{folder.uri} is no run folder (it has no run.json)")
+            raise ManifestError(f"{folder.uri} is not a run folder (it has no run.json)")
         if manifest.job != "encode":
             raise ManifestError(f"{folder.uri} is a run of {manifest.job}, not of encode")
         check_ladder(manifest.levels, manifest.content["num_train_timesteps"])
@@ -65,32 +65,32 @@ class EncodeRun:
 
     @property
     def execution(self) -> Execution:
-        """How the network was evaluated that made the latents."""
+        """How the network was evaluated to make the latents."""
         return Execution(self.manifest.precision or FLOAT32.precision)
 
-    def load_model(self, asked: str | None, allow_pickle: bool = False) -> tuple[str, Checkpoint]:
-        """Where the model is and the model: the one that made the latents, at the place asked for or where encode found
-        it. Raises WrongModel where it is another."""
+    def load_model(self, uri: str | None, allow_pickle: bool = False) -> tuple[str, Checkpoint]:
+        """The URI of the model and the model, from `uri` or from where encode loaded it. Raises WrongModel if it is not
+        the model that made the latents."""
         digest = self.manifest.model_digest
-        where, model = load_model(asked or self.model, allow_pickle)
+        uri, model = load_model(uri or self.model, allow_pickle)
         if model.digest != digest:
             raise WrongModel(
                 f"the latents were made by another model: digest {digest[:12]}…, and this one's is {model.digest[:12]}…"
             )
-        return where, model.as_described(self.manifest.content)
+        return uri, model.as_described(self.manifest.content)
 
     def ladders(self, steps: Sequence[int], schedule: NoiseSchedule) -> tuple[Ladder, ...]:
-        """A ladder for each number of steps, of the run's kind and up to its top level; the run's own where its number
-        is named, or none is. Raises ValueError."""
+        """A ladder for each number of steps, of the run's kind and up to its top level. For its own number of steps, or
+        without `steps`, it is the run's own ladder. Raises ValueError."""
         own = self.inversion.levels
-        kind = self.ladder if self.ladder in KINDS else "logsnr"  # a list says nothing of other numbers of steps
+        kind = self.ladder if self.ladder in KINDS else "logsnr"  # a list defines no other numbers of steps
         if len(set(steps)) != len(steps):
-            raise ValueError("a number is named twice")
+            raise ValueError("a number is given twice")
         found = (own if count == len(own) - 1 else ladder_of_kind(kind, count, schedule, own[-1]) for count in steps)
         return tuple(found) or (own,)
 
     def rows(self) -> dataset.Dataset:
-        """The rows of the shards that are done, in the plan's order."""
+        """The rows of the committed shards, in the plan's order."""
         names = (shard.name for shard in read_plan(self.folder) if shard.name in self.done)
         files = [self.folder.path(f"{LATENTS}/{name}.parquet") for name in names]
         return dataset.dataset(files, filesystem=self.folder.arrow_fs, format="parquet")

@@ -1,4 +1,4 @@
-"""What lies right below a run's folder: one listing, with sizes and times."""
+"""Listing one folder of a run, with sizes and modification times."""
 
 import os
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from palindrome.pipeline.storage.folder import TEMPORARY, Folder
 
 
 class Entry(NamedTuple):
-    """A file, or a folder, right below a run's folder. `modified` (seconds since 1970) where the store tells it."""
+    """A file or a subfolder. `modified` is in seconds since 1970, None if the store does not report it."""
 
     name: str
     size: int
@@ -18,22 +18,22 @@ class Entry(NamedTuple):
 
     @property
     def shard(self) -> str | None:
-        """The shard of which this is a whole file."""
-        whole = self.is_file and self.name.endswith(".parquet") and not self.name.startswith(TEMPORARY)
-        return self.name.removesuffix(".parquet") if whole else None
+        """The shard's name, if this is a committed shard's file."""
+        committed = self.is_file and self.name.endswith(".parquet") and not self.name.startswith(TEMPORARY)
+        return self.name.removesuffix(".parquet") if committed else None
 
 
 def entries(run: Folder, below: str) -> Iterator[Entry]:
-    """Everything right below a folder, in no order; nothing if it is missing."""
-    if run.is_local:  # a quarter of the time of a listing by fsspec, and none of its memory
+    """The entries of a folder, unordered; none if it does not exist."""
+    if run.is_local:  # takes a quarter of the time of fsspec's listing, and holds no list in memory
         try:
             with os.scandir(run.path(below)) as found:
                 for file in found:
                     try:
-                        about = file.stat()
-                    except FileNotFoundError:  # a temporary file, gone since
+                        stat = file.stat()
+                    except FileNotFoundError:  # a temporary file that was removed meanwhile
                         continue
-                    yield Entry(file.name, about.st_size, about.st_mtime, file.is_file())
+                    yield Entry(file.name, stat.st_size, stat.st_mtime, file.is_file())
         except FileNotFoundError:
             pass
         return
@@ -44,7 +44,7 @@ def entries(run: Folder, below: str) -> Iterator[Entry]:
         return
     for info in infos:
         name = info["name"].rstrip("/").rsplit("/", 1)[-1]
-        if name and name != below:  # some stores keep an object that stands for the folder
+        if name and name != below:  # some stores have an object that represents the folder
             yield Entry(name, info.get("size") or 0, modified_of(info), info["type"] == "file")
 
 

@@ -1,4 +1,4 @@
-"""How a run's images become latents: the one place that says it, for commands, workers, run.json and the notebook."""
+"""The settings of DDIM inversion, as commands, workers, run.json and the notebook use them."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,10 +10,10 @@ from palindrome.pipeline.runs.manifest import Manifest
 
 @dataclass(frozen=True)
 class Inversion:
-    """DDIM inversion along `levels`. Each step is corrected by `corrections` further evaluations (0: the paper's plain
+    """DDIM inversion along `levels`. Each step is corrected by `corrections` further evaluations (0: the paper's
     inversion), or by fewer once the residual (root mean square, pixels in [-1, 1]) is expected below `tolerance` (0:
-    never). `exact` decodes each latent and spends more on those that do not come back to the bit. Latents are stored
-    as `dtype`, float16 or float32, and decoded by DDIM along the same levels."""
+    never). `exact` decodes each latent and spends more evaluations on images that are not recovered bit by bit. Latents
+    are stored as `dtype`, float16 or float32, and decoded by DDIM along the same levels."""
 
     levels: Ladder
     corrections: int = 3
@@ -27,7 +27,7 @@ class Inversion:
 
     @property
     def nfe_up(self) -> int:
-        """Network evaluations from an image to its latent, at most, but for the further tries of `exact`."""
+        """Network evaluations from an image to its latent, at most, without the further attempts of `exact`."""
         return evaluations(self.steps, self.corrections)
 
     @property
@@ -35,7 +35,7 @@ class Inversion:
         return "fixed point" if self.corrections else "ddim"
 
     def record(self) -> dict[str, Any]:
-        """`inversion` of run.json, which has `levels` and the dtype beside it."""
+        """The key `inversion` of run.json, which records `levels` and the dtype under other keys."""
         return {
             "method": self.method,
             "corrections": self.corrections,
@@ -45,7 +45,7 @@ class Inversion:
 
     @classmethod
     def of(cls, manifest: Manifest) -> "Inversion":
-        """That of an encode run, from its run.json; runs of the first versions have no tolerance."""
+        """The inversion of an encode run, from its run.json; runs of the first versions have no tolerance."""
         found = manifest.content["inversion"]
         tolerance = found.get("tolerance")
         exact = tolerance == "exact"

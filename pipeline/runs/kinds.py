@@ -1,4 +1,4 @@
-"""What a kind of run is, as data: a command that reads run folders asks here instead of comparing names of jobs."""
+"""The kinds of runs, as data: commands that read run folders look here instead of comparing job names."""
 
 import hashlib
 import json
@@ -20,11 +20,12 @@ from palindrome.pipeline.runs.schemas import (
 )
 
 LATENTS, REJECTS, RECONSTRUCTIONS, IMAGES, SWEPT = "latents", "rejects", "reconstructions", "images", "sweep"
-DATA, INDEX, PATHS = "data", "index", "paths"  # of export: tars or tables, what each picture is; of animate: its files
+DATA, INDEX = "data", "index"  # folders of export: tars or Parquet files; tables that describe the image files
+PATHS = "paths"  # the folder of animate
 
 
 class Plan(Enum):
-    """Where the list of a run's shards is."""
+    """Where a run's list of shards comes from."""
 
     OWN = "plan/ of the run"
     ENCODE = "the committed shards of the encode run that config.latents names"
@@ -34,54 +35,54 @@ class Plan(Enum):
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of run: what its folder holds and how it is read."""
+    """One kind of run: what its folder contains and how to read it."""
 
     name: str
-    """The command that writes it, as `job` in run.json."""
+    """The command that writes it: `job` in run.json."""
     folders: tuple[str, ...]
-    """Folders below the run's with one file per finished unit of work. The shards of a run that has a plan of its own
-    or an encode run's are in the first of them."""
+    """Subfolders with one file per finished unit of work. The first has the shards, if the run has its own plan or
+    follows an encode run's."""
     plan: Plan
     source: tuple[str, str]
-    """The two keys of run.json under which the URI of what the run reads is found."""
+    """The two nested keys of run.json with the URI of the run's input."""
     manifest_keys: tuple[str, ...] = ()
-    """What run.json must have besides `job` and `config`. None: `verify` does not know this kind."""
+    """The keys that run.json must have besides `job` and `config`. Empty if `verify` does not support the kind."""
     noun: str = "images"
-    """What is counted, plural: the rows, or the latents that they were made of."""
+    """What is counted, in the plural: the rows, or the latents that they were made from."""
     schema: Callable[[Mapping[str, Any]], pa.Schema] | None = None
-    """The columns that every shard has, by the content of run.json. Raises KeyError or TypeError where that is not as
-    the job writes it."""
+    """The columns of every shard, given the content of run.json. Raises KeyError or TypeError if that is not what the
+    job writes."""
     shard_keys: tuple[str, ...] = ("model_digest",)
-    """What every shard must say of itself in its schema's metadata, equal to run.json where that has it too."""
+    """Keys that every shard has in its schema's metadata, equal to those of run.json if it has them too."""
     row_count: str = "images"
-    """The key of the footer's counts that says how many rows there are, of each variant where there are several."""
+    """The key of the footer's counts with the number of rows, per variant if there are several."""
     variants: tuple[str, ...] = ()
-    """Columns that tell rows with the same image_id apart."""
+    """Columns that distinguish rows with the same image_id."""
     rejects: bool = False
-    """Whether there may be a rejects/SHARD.parquet for each shard."""
+    """Whether a shard may have a rejects/SHARD.parquet."""
     pictures: bool = False
-    """Whether the rows have PNGs in a column `image`, which `export` takes."""
+    """Whether the rows have PNGs in a column `image`, which `export` can read."""
     paths: bool = False
-    """Whether the rows are frames of paths, which `animate` takes."""
+    """Whether the rows are frames of paths, which `animate` can read."""
     per_setting: bool = False
-    """Whether a shard of the plan is done once for each of several settings, in files named SHARD-SETTING."""
+    """Whether each shard of the plan is processed once per setting, into files named SHARD-SETTING."""
     state_files: tuple[str, ...] = ()
-    """Files that say how far a run is, where no folder does."""
+    """Files with the progress of a run, if no folder shows it."""
 
     @property
     def folder(self) -> str:
-        """Where the shards are."""
+        """The folder of the shards."""
         return self.folders[0]
 
     def planned(self, file: str) -> str:
-        """The plan's shard that a file's name without its extension is of."""
+        """The plan's shard to which a file belongs, by its name without extension."""
         return file.partition("-")[0] if self.per_setting else file
 
 
 def setting_name(levels: Sequence[int], corrections: int, tolerance: float, dtype: str) -> str:
-    """SETTING in a sweep's files: by what it does, so that two names of one ladder are one setting."""
-    does = [list(levels), corrections, tolerance, dtype]
-    return hashlib.sha256(json.dumps(does).encode()).hexdigest()[:12]
+    """SETTING in the names of a sweep's files: a hash of the values, so two names of a ladder are one setting."""
+    content = [list(levels), corrections, tolerance, dtype]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
 
 
 def _latents(manifest: Mapping[str, Any]) -> pa.Schema:
@@ -134,9 +135,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
                 Plan.OWN,
                 ("config", "model"),
                 manifest_keys=("model_digest", "levels"),
-                schema=lambda _: sample_schema(
-                    (), None
-                ),  # run.json does not say the shape of latents, where it has some
+                schema=lambda _: sample_schema((), None),  # run.json has no shape of the optional latents
                 shard_keys=("model_digest", "levels"),
                 pictures=True,
             ),
@@ -186,11 +185,11 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
 )
 
 
-def _names(of: Callable[[Kind], object]) -> tuple[str, ...]:
-    return tuple(name for name, kind in KINDS.items() if of(kind))
+def _names(condition: Callable[[Kind], object]) -> tuple[str, ...]:
+    return tuple(name for name, kind in KINDS.items() if condition(kind))
 
 
-SHARDED = _names(lambda kind: kind.plan in (Plan.OWN, Plan.ENCODE))  # what `status` takes
+SHARDED = _names(lambda kind: kind.plan in (Plan.OWN, Plan.ENCODE))  # supported by `status`
 VERIFIED = _names(lambda kind: kind.manifest_keys)
 WITH_REJECTS = _names(lambda kind: kind.rejects)
 WITH_PICTURES = _names(lambda kind: kind.pictures)

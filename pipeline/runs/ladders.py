@@ -1,4 +1,4 @@
-"""Ladders as a person names them: a kind, a list of timesteps, or a file that `palindrome calibrate` wrote."""
+"""The values of --ladder: a kind, a list of timesteps, or a file that `palindrome calibrate` wrote."""
 
 import json
 from typing import Any
@@ -13,17 +13,18 @@ DEFAULT_STEPS = 20
 
 
 def ladder_of_kind(kind: str, steps: int, schedule: NoiseSchedule, top: int | None = None) -> Ladder:
-    """One of `KINDS`, of `steps` steps, up to `top`. Raises ValueError."""
+    """A ladder of one of `KINDS` with `steps` steps, up to `top`. Raises ValueError."""
     if kind == "logsnr":
         return logsnr_ladder(schedule, steps, top)
     return ladder(kind, steps, schedule.num_train_timesteps, top)
 
 
 def resolve(named: str, steps: int | None, schedule: NoiseSchedule) -> Ladder:
-    """`named` is one of `KINDS`, timesteps such as `0,3,11,800`, or the path or URI of a ladder file (`.json`).
+    """The ladder `named`: one of `KINDS`, timesteps such as `0,3,11,800`, or the path or URI of a ladder file
+    (`.json`).
 
-    `steps` is for kinds (default: DEFAULT_STEPS); a list or a file has its own number, which it may not contradict.
-    Raises ValueError, and OSError for a file that can't be read.
+    `steps` is the number of steps for kinds (default: DEFAULT_STEPS); it must match that of a list or a file. Raises
+    ValueError, and OSError for a file that can't be read.
     """
     T = schedule.num_train_timesteps
     if named in KINDS:
@@ -34,9 +35,11 @@ def resolve(named: str, steps: int | None, schedule: NoiseSchedule) -> Ladder:
         try:
             levels = check_ladder([CLEAN, *(int(level) for level in named.split(","))], T)
         except ValueError as e:
-            raise ValueError(f"{named!r} is none of {', '.join(KINDS)}, no .json file, no rising timesteps: {e}") from e
+            raise ValueError(
+                f"{named!r} is not one of {', '.join(KINDS)}, a .json file or ascending timesteps: {e}"
+            ) from e
     if steps not in (None, len(levels) - 1):
-        raise ValueError(f"{named} has {len(levels) - 1} steps, and --steps says {steps}")
+        raise ValueError(f"{named} has {len(levels) - 1} steps, but --steps is {steps}")
     return levels
 
 
@@ -46,7 +49,7 @@ def _read(uri: str) -> list[int]:
             content: Any = json.load(file)
             levels = content["levels"]
         except (ValueError, KeyError, TypeError) as e:
-            raise ValueError(f"{uri} is no ladder file: {type(e).__name__}: {e}") from e
+            raise ValueError(f"{uri} is not a ladder file: {type(e).__name__}: {e}") from e
     if not isinstance(levels, list) or not all(type(level) is int for level in levels):
-        raise ValueError(f"{uri} is no ladder file: its levels are no whole numbers")
+        raise ValueError(f"{uri} is not a ladder file: its levels are not integers")
     return levels

@@ -1,4 +1,4 @@
-"""`run.json`: what a run folder holds and which command may go on in it."""
+"""`run.json`: what a run folder contains and which command may resume it."""
 
 import json
 from collections.abc import Collection, Mapping
@@ -12,21 +12,21 @@ from palindrome.pipeline.runs.lease import NAME as LEASE
 from palindrome.pipeline.storage.folder import TEMPORARY, Folder, absolute
 
 NAME = "run.json"
-COMPLETE = "plan/complete.json"  # put when a plan is whole: one without it was cut short, and is made again
+COMPLETE = "plan/complete.json"  # written last: a plan without it was interrupted, and is made again
 LIBRARIES = ("palindrome", "torch", "ray", "pyarrow", "pillow", "numpy")
 Ladder = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """`run.json`, whose JSON is `content`. Properties raise KeyError or TypeError where it is not as the run's job
-    writes it."""
+    """The JSON of `run.json` in `content`. The properties raise KeyError or TypeError if it is not what the run's job
+    writes."""
 
     content: Mapping[str, Any]
 
     @property
     def job(self) -> str:
-        """The command that the run is of."""
+        """The command that made the run."""
         return str(self.content["job"])
 
     @property
@@ -40,12 +40,12 @@ class Manifest:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What was found when the run was made, such as the model's digest."""
+        """Properties of the inputs when the run was made, such as the model's digest."""
         return {k: v for k, v in self.content.items() if k not in ("job", "config", "versions", "fields")}
 
     @property
     def source(self) -> str:
-        """The URI of what the run reads; "None" where run.json does not say."""
+        """The URI of the run's input; "None" if run.json has none."""
         first, second = self.kind.source
         return str((self.content.get(first) or {}).get(second))
 
@@ -55,17 +55,17 @@ class Manifest:
 
     @property
     def levels(self) -> Ladder:
-        """The ladder, of a run that has one."""
+        """The ladder of a run with a single one."""
         return tuple(self.content["levels"])
 
     @property
     def ladders(self) -> tuple[Ladder, ...]:
-        """Those of a run that decodes on several; none of another."""
+        """The ladders of a run that decodes on several; else empty."""
         return tuple(tuple(levels) for levels in self.content.get("ladders", ()))
 
     @property
     def precision(self) -> str | None:
-        """What the network computed in, where the run says it."""
+        """The network's precision, None if the run does not record it."""
         return self.content.get("precision")
 
 
@@ -73,32 +73,31 @@ def claim(
     run: Folder,
     job: str,
     config: Mapping[str, Any],
-    free: Collection[str],
+    mutable: Collection[str],
     facts: Mapping[str, Any],
     defaults: Mapping[str, Any] | None = None,
     check_only: bool = False,
 ) -> bool:
-    """Writes `run.json`, or checks the one that is there; True if the run goes on from an earlier one. With
-    `check_only` nothing is written.
+    """Writes `run.json`, or checks the existing one; True if an earlier run is resumed. With `check_only` nothing is
+    written.
 
-    `config` are the command's settings, which must be the same again but for those named in `free`; `facts` what was
-    found (the model's digest), likewise. A setting that the run of an earlier version does not have had the value that
-    `defaults` names, if any. Raises ManifestError naming what differs.
+    `config` are the command's settings, which must not change except for those named in `mutable`; `facts` are
+    properties of the inputs, such as the model's digest, which must not change either. A setting that an earlier
+    version did not record has its value in `defaults`, if any. Raises ManifestError naming what differs.
     """
     wanted = json.loads(json.dumps({"job": job, "config": dict(config), **facts}))
     found = _content(run)
     names = {path.rpartition("/")[2] for path in run.fs.ls(run.path(), detail=False)} if run.exists() else set()
-    names = {name for name in names if not name.startswith(TEMPORARY)}  # a run killed at its first put leaves one
-    # Where nothing is done yet, a first try may have failed.
-    if names <= {NAME, LEASE, "plan"} and not run.exists(COMPLETE):
+    names = {name for name in names if not name.startswith(TEMPORARY)}  # a run killed in its first put leaves one
+    if names <= {NAME, LEASE, "plan"} and not run.exists(COMPLETE):  # no work was done; a first attempt may have failed
         if check_only:
             return False
-        meaning = {k: "may change" if k in free else "must be the same to resume" for k in config}
-        content = {**wanted, "versions": _versions(), "fields": meaning}
+        fields = {k: "may change" if k in mutable else "must be the same to resume" for k in config}
+        content = {**wanted, "versions": _versions(), "fields": fields}
         run.put(NAME, (json.dumps(content, indent=2) + "\n").encode())
         return False
     if found is None:
-        raise ManifestError(f"{run.uri} is not empty and is no run folder (it has no {NAME})")
+        raise ManifestError(f"{run.uri} is not empty and is not a run folder (it has no {NAME})")
     if found["job"] != job:
         raise ManifestError(f"{run.uri} belongs to another command: {found['job']}, not {job}")
     for key in ("config", *facts):
@@ -106,11 +105,11 @@ def claim(
         if isinstance(now, dict) and isinstance(before, dict):
             if key == "config":
                 before = {**json.loads(json.dumps(dict(defaults or {}))), **before}
-            for name in sorted((now.keys() | before.keys()) - set(free)):
+            for name in sorted((now.keys() | before.keys()) - set(mutable)):
                 if now.get(name) != before.get(name):
-                    what = f"--{name.replace('_', '-')}" if key == "config" else f"{key} {name}"
+                    label = f"--{name.replace('_', '-')}" if key == "config" else f"{key} {name}"
                     raise ManifestError(
-                        f"{run.uri} belongs to another command: {what} was {before.get(name)}, now {now.get(name)}"
+                        f"{run.uri} belongs to another command: {label} was {before.get(name)}, now {now.get(name)}"
                     )
         elif before != now:
             raise ManifestError(f"{run.uri} belongs to another command: {key} was {before}, now {now}")
@@ -118,7 +117,7 @@ def claim(
 
 
 def read_manifest(run: Folder) -> Manifest | None:
-    """`run.json`, or None where there is none. Raises ManifestError when it can't be parsed."""
+    """`run.json`, or None if there is none. Raises ManifestError if it can't be parsed."""
     content = _content(run)
     return None if content is None else Manifest(content)
 
@@ -133,12 +132,12 @@ def _content(run: Folder) -> dict[str, Any] | None:
     except ValueError as e:
         raise ManifestError(f"{run.uri}/{NAME} is not JSON: {e}") from e
     if not isinstance(content, dict) or "job" not in content or "config" not in content:
-        raise ManifestError(f"{run.uri}/{NAME} is not a run's")
+        raise ManifestError(f"{run.uri}/{NAME} is not a run's: it has no job or no config")
     return content
 
 
 def note(run: Folder, **found: Any) -> None:
-    """Adds to `run.json` what was found once there was a cluster to find it on."""
+    """Adds to `run.json` what is known only after the cluster has been reached, such as the precision."""
     content = {**(_content(run) or {}), **found}
     run.put(NAME, (json.dumps(content, indent=2) + "\n").encode())
 
@@ -156,13 +155,13 @@ def _versions() -> dict[str, str]:
 def open_run(uri: str, *jobs: str) -> tuple[Folder, Manifest]:
     """The folder of a run of one of `jobs`, and its `run.json`. Raises RunError."""
     run = Folder(absolute(uri))
-    exists = run.exists()  # an unknown scheme is said here
+    exists = run.exists()  # raises for an unknown scheme
     try:
         manifest = read_manifest(run)
     except ManifestError as e:
         raise RunError(str(e)) from e
     if manifest is None:
-        raise RunError(f"{run.uri} is no run folder (it has no {NAME})" if exists else f"{run.uri} is not there")
+        raise RunError(f"{run.uri} is not a run folder (it has no {NAME})" if exists else f"{run.uri} does not exist")
     if manifest.job not in jobs or not isinstance(manifest.content["config"], dict):
-        raise RunError(f"{run.uri} is a run of {manifest.job}; this takes one of {' or '.join(jobs)}")
+        raise RunError(f"{run.uri} is a run of {manifest.job}, not of {' or '.join(jobs)}")
     return run, manifest

@@ -1,4 +1,4 @@
-"""What came of a shard: committed, or given up on."""
+"""The outcome of a shard: committed, or failed."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from palindrome.pipeline.images.records import Shard
 
 @dataclass(frozen=True)
 class Receipt:
-    """What the driver learns of a committed shard: counts, seconds, bytes written."""
+    """A committed shard, as reported to the driver: counts, seconds, bytes written."""
 
     shard: str
     images: int
@@ -19,7 +19,7 @@ class Receipt:
 
 @dataclass(frozen=True)
 class Failure:
-    """A shard given up on, with the last error's words."""
+    """A shard that failed after all retries, with its last error in one line."""
 
     shard: Shard
     error: str

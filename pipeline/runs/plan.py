@@ -1,7 +1,7 @@
-"""References -> content-named shards, and the files of a plan.
+"""The plan of a run: pieces of the input, packed into shards that are named by their content.
 
-A plan is made once and only grows: images that are new in the collection come in shards of their own, behind those that
-are there, so that no shard changes its name. Each listing that added some is a *generation*.
+A plan is append-only: images that are new in the collection get shards of their own after the existing ones, so that no
+shard changes its name. Each listing that added shards is a *generation*.
 """
 
 import heapq
@@ -18,42 +18,43 @@ from palindrome.pipeline.runs.manifest import COMPLETE
 from palindrome.pipeline.runs.schemas import shard_of, shards_table
 from palindrome.pipeline.storage.folder import Folder
 
-SAMPLES, PATHS = "samples", "paths"  # kinds of shards that are not of an image collection
-NAMED = 10  # names said of the inputs that changed or are gone
+SAMPLES, PATHS = "samples", "paths"  # kinds of shards whose input is no image collection
+MAX_NAMES = 10  # of changed or removed files, in Changes
 
-PIECES_A_FILE = 100_000  # bounds what planning holds in memory
-SHARDS_A_GROUP = 64  # bounds what reading a plan does
+PIECES_PER_FILE = 100_000  # bounds the memory for writing a plan
+SHARDS_PER_ROW_GROUP = 64  # bounds the memory for reading it
 
 
 @dataclass(frozen=True)
 class Totals:
-    """What a complete plan holds."""
+    """The size of a complete plan."""
 
     shards: int
     images: int
 
     def part(self, shards: int) -> "Totals":
-        """Of so many of the shards, about."""
+        """The approximate size of a part with that many shards."""
         return Totals(shards, self.images * shards // self.shards)
 
 
 @dataclass
 class Changes:
-    """What a new listing says of a plan: images added, files that changed or are gone, the first of their names."""
+    """What a new listing changes: images added, files changed or removed since, and the first of those files' names."""
 
     added: int = 0
     changed: int = 0
     removed: int = 0
     names: list[str] = field(default_factory=list)
 
-    def lost(self, name: str, gone: bool) -> None:
-        self.removed, self.changed = self.removed + gone, self.changed + (not gone)
-        if len(self.names) < NAMED:
+    def add_lost(self, name: str, removed: bool) -> None:
+        """Counts a planned file that was removed, or has changed."""
+        self.removed, self.changed = self.removed + removed, self.changed + (not removed)
+        if len(self.names) < MAX_NAMES:
             self.names.append(name)
 
 
 def write_plan(run: Folder, collection: Collection, shard_size: int, limit: int | None = None) -> Totals:
-    """Lists the collection and writes `plan/*.parquet`. Raises SourceError when there is no image in it."""
+    """Lists the collection and writes `plan/*.parquet`. Raises SourceError if it has no images."""
     totals = add_pieces(run, collection.kind, list_pieces(collection, shard_size), shard_size, limit)
     if not totals.shards:
         raise SourceError(f"{collection.uri} holds no images")
@@ -61,20 +62,21 @@ def write_plan(run: Folder, collection: Collection, shard_size: int, limit: int 
 
 
 def extend_plan(run: Folder, collection: Collection, shard_size: int) -> tuple[Totals, Changes]:
-    """Lists the collection again and adds what is new. What changed or is gone stays in the plan: it is counted."""
+    """Lists the collection again and appends what is new. Files that changed or were removed stay in the plan and are
+    counted in the Changes."""
     changes = Changes()
     pieces = _new_pieces(list_pieces(collection, shard_size), _planned(run), changes)
     return add_pieces(run, collection.kind, pieces, shard_size), changes
 
 
 def _new_pieces(listed: Iterable[Piece], planned: Iterable[Piece], changes: Changes) -> Iterator[Piece]:
-    """Of the pieces listed, those of files that are not planned; both come by name. A file is the same as a whole or
-    not at all: rows of a Parquet file that was rewritten are no new ones."""
+    """The listed pieces of files that are not in the plan; both iterables are sorted by name. Files are compared as a
+    whole: the rows of a rewritten Parquet file are a change, not new pieces."""
     plan = groupby(planned, lambda piece: piece.name)
     known = next(plan, None)
     for name, group in groupby(listed, lambda piece: piece.name):
         while known is not None and known[0] < name:
-            changes.lost(known[0], gone=True)
+            changes.add_lost(known[0], removed=True)
             known = next(plan, None)
         if known is None or known[0] != name:
             for piece in group:
@@ -82,15 +84,15 @@ def _new_pieces(listed: Iterable[Piece], planned: Iterable[Piece], changes: Chan
                 yield piece
             continue
         if list(group) != list(known[1]):
-            changes.lost(name, gone=False)
+            changes.add_lost(name, removed=False)
         known = next(plan, None)
     while known is not None:
-        changes.lost(known[0], gone=True)
+        changes.add_lost(known[0], removed=True)
         known = next(plan, None)
 
 
 def _planned(run: Folder) -> Iterator[Piece]:
-    """Every piece of the plan, by name; each generation was listed in that order."""
+    """Every piece of the plan, sorted by name, as each generation already is."""
 
     def pieces(start: int, stop: int) -> Iterator[Piece]:
         return (piece for shard in _read_files(run, range(start, stop)) for piece in shard.pieces)
@@ -100,23 +102,23 @@ def _planned(run: Folder) -> Iterator[Piece]:
 
 
 def add_pieces(run: Folder, kind: str, pieces: Iterable[Piece], shard_size: int, limit: int | None = None) -> Totals:
-    """Writes the pieces as shards behind those of the plan, whose totals it returns."""
+    """Packs the pieces into shards and appends them to the plan. Returns the totals of the whole plan."""
     before = _complete(run)
     first = files = before["files"]
-    total, images, held = before["shards"], before["images"], 0
+    total, images, buffered = before["shards"], before["images"], 0
     shards: list[Shard] = []
 
     def flush() -> None:
-        nonlocal files, shards, held
+        nonlocal files, shards, buffered
         with writing(f"{run.uri}/plan"):
-            run.put_parquet(f"plan/{files:06d}.parquet", shards_table(shards), row_group_size=SHARDS_A_GROUP)
-        files, shards, held = files + 1, [], 0
+            run.put_parquet(f"plan/{files:06d}.parquet", shards_table(shards), row_group_size=SHARDS_PER_ROW_GROUP)
+        files, shards, buffered = files + 1, [], 0
 
     for group in pack(pieces, shard_size, limit):
         shard = Shard.of(kind, group)
         shards.append(shard)
-        total, images, held = total + 1, images + shard.images, held + len(group)
-        if held >= PIECES_A_FILE:
+        total, images, buffered = total + 1, images + shard.images, buffered + len(group)
+        if buffered >= PIECES_PER_FILE:
             flush()
     if shards:
         flush()
@@ -128,13 +130,14 @@ def add_pieces(run: Folder, kind: str, pieces: Iterable[Piece], shard_size: int,
 
 
 def plan_totals(run: Folder) -> Totals | None:
-    """None when there is no complete plan."""
+    """The size of the plan; None if there is no complete one."""
     found = _complete(run)
     return Totals(found["shards"], found["images"]) if found["files"] else None
 
 
 def read_plan(run: Folder) -> Iterator[Shard]:
-    """The shards in the plan's order, a few at a time in memory. Raises FileNotFoundError where there is no plan."""
+    """The shards in the plan's order, one row group in memory at a time. Raises FileNotFoundError if there is no
+    plan."""
     return _read_files(run, range(json.loads(run.read(COMPLETE))["files"]))
 
 
@@ -143,7 +146,7 @@ def _read_files(run: Folder, numbers: range) -> Iterator[Shard]:
         try:
             opened = run.parquet_file(f"plan/{i:06d}.parquet")
         except FileNotFoundError:
-            raise RunError(f"{run.uri}/plan/{i:06d}.parquet is missing: the run can't go on without its plan") from None
+            raise RunError(f"{run.uri}/plan/{i:06d}.parquet is missing: the run can't be resumed without it") from None
         with opened as file:
             for group in range(file.metadata.num_row_groups):
                 for row in file.read_row_group(group).to_pylist():
@@ -151,12 +154,12 @@ def _read_files(run: Folder, numbers: range) -> Iterator[Shard]:
 
 
 def _complete(run: Folder) -> dict[str, Any]:
-    """What is said of the plan as a whole; of an empty one where there is none."""
+    """The content of COMPLETE; that of an empty plan if there is none."""
     try:
         found = dict(json.loads(run.read(COMPLETE)))
     except FileNotFoundError:
         return {"shards": 0, "images": 0, "files": 0, "generations": []}
-    return {"generations": [found["files"]], **found}  # those of a first version have one
+    return {"generations": [found["files"]], **found}  # plans of the first version are one generation
 
 
 def sample_id(index: int) -> str:
@@ -170,7 +173,7 @@ def frame_id(path: str, frame: int) -> str:
 
 
 def ids_of(shard: Shard) -> Iterator[str]:
-    """The image ids that a shard stands for, in its order."""
+    """The image ids of a shard, in its order."""
     for piece in shard.pieces:
         if shard.kind in ONE_EACH:
             yield piece.name

@@ -1,4 +1,4 @@
-"""The Arrow schemas of what a run folder holds, and rows to and from their objects."""
+"""The Arrow schemas of a run folder's files, and conversion between rows and objects."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,8 +9,8 @@ import pyarrow as pa
 
 from palindrome.pipeline.images.records import Piece, Reject, Shard
 
-METADATA_KEY = b"palindrome"  # in the schema's metadata: one JSON object that says what the rows are
-SHARD_KEY = b"palindrome.shard"  # in the footer alone, since it is known last: counts and timings
+METADATA_KEY = b"palindrome"  # in the schema's metadata: a JSON object that describes the rows
+SHARD_KEY = b"palindrome.shard"  # only in the footer, as it is known last: counts and timings
 SHARD_SCHEMA = pa.schema(
     [
         ("name", pa.string()),
@@ -45,7 +45,7 @@ ERROR_SCHEMA = pa.schema(
         ("status", pa.string()),  # compared, or why not: missing, changed, or a reject's reason
         ("mse", pa.float64()),
         ("psnr", pa.float64()),
-        ("identical", pa.float64()),  # the share of 8-bit values that came back the same
+        ("identical", pa.float64()),  # the fraction of identical 8-bit values
         ("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
     ]
 )
@@ -64,7 +64,7 @@ def rejects_table(rejects: Iterable[Reject]) -> pa.Table:
     return pa.Table.from_pylist([asdict(reject) for reject in rejects], REJECT_SCHEMA)
 
 
-DTYPES = {"float16": pa.float16(), "float32": pa.float32()}  # that latents are stored in
+DTYPES = {"float16": pa.float16(), "float32": pa.float32()}  # of stored latents
 MEASURED = {
     "residual": pa.float32(),
     "nfe": pa.int32(),
@@ -75,9 +75,9 @@ MEASURED = {
 
 
 def latent_schema(shape: Sequence[int], dtype: str, kept: Sequence[pa.Field] = ()) -> pa.Schema:
-    """One row an image. `latent` is x at the ladder's top, [C, H, W] of float16 or float32, as Arrow's fixed-shape
-    tensor. `residual` is that of model.inversion, null for the paper's inversion; `nfe` the network evaluations spent;
-    `mse`, `psnr` and `identical`, the share of 8-bit values that come back the same, are null where not measured."""
+    """One row per image. `latent` is x at the ladder's top level, an Arrow fixed-shape tensor [C, H, W] of float16 or
+    float32. `residual` is that of model.inversion, null for the paper's inversion; `nfe` is the number of network
+    evaluations. `mse`, `psnr` and `identical`, the fraction of identical 8-bit values, are null if not measured."""
     return pa.schema(
         [
             pa.field("image_id", pa.string(), nullable=False),
@@ -101,12 +101,12 @@ def with_metadata(schema: pa.Schema, metadata: Mapping[str, Any]) -> pa.Schema:
 
 
 def metadata_of(schema: pa.Schema) -> dict[str, Any]:
-    """That object; {} where the file has none."""
+    """The object that `with_metadata` stored; {} if there is none."""
     return dict(json.loads((schema.metadata or {}).get(METADATA_KEY, b"{}")))
 
 
 def sample_schema(shape: tuple[int, ...], dtype: str | None) -> pa.Schema:
-    """One row a sample: `image_id` is its index in nine digits or more, `latent` x_T [C, H, W] where it is stored."""
+    """One row per sample: `image_id` is its index with at least nine digits, `latent` is x_T [C, H, W] if `dtype`."""
     latent = [("latent", pa.fixed_shape_tensor(DTYPES[dtype], shape))] if dtype else []
     image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     return pa.schema([("image_id", pa.string()), ("index", pa.int64()), ("image", image), *latent])
@@ -118,7 +118,7 @@ REGENERATED_SCHEMA = pa.schema(
         ("source", pa.string()),
         ("steps", pa.int32()),
         ("variation", pa.int32()),
-        ("to_longest", pa.float64()),  # mean squared error to the same at the most steps, pixels in [0, 1]
+        ("to_longest", pa.float64()),  # mean squared error to the image with the most steps, pixels in [0, 1]
         ("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
     ]
 )
@@ -128,10 +128,10 @@ FRAME_SCHEMA = pa.schema(
         ("image_id", pa.string()),  # path/frame
         ("path", pa.string()),
         ("frame", pa.int64()),
-        ("ids", pa.list_(pa.string())),  # of the images it lies between
-        ("t", pa.float64()),  # from the first of them, 0, to the second, 1; in a grid from left to right
-        ("down", pa.float64()),  # in a grid, from the upper row, 0, to the lower, 1; else null
-        ("rms_slerp", pa.float64()),  # root mean square of the latent's values, by each method
+        ("ids", pa.list_(pa.string())),  # of the images that it lies between
+        ("t", pa.float64()),  # 0 at the first of them, 1 at the second; in a grid, from left to right
+        ("down", pa.float64()),  # in a grid, 0 in the upper row, 1 in the lower; else null
+        ("rms_slerp", pa.float64()),  # root mean square of the latent's values, for each method
         ("rms_linear", pa.float64()),
         ("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
     ]
@@ -143,13 +143,13 @@ SWEEP_SCHEMA = pa.schema(
         ("source", pa.string()),
         ("mse", pa.float64()),  # of the round trip of the latent as stored, pixels in [0, 1]
         ("psnr", pa.float64()),
-        ("identical", pa.float64()),  # the share of 8-bit values that came back the same
-        ("residual", pa.float32()),  # of model.inversion, NaN for the paper's
-        ("nfe", pa.int32()),  # network evaluations of the way up
-        ("mean", pa.float64()),  # of the latent, and its further moments
+        ("identical", pa.float64()),  # the fraction of identical 8-bit values
+        ("residual", pa.float32()),  # of model.inversion, NaN for the paper's inversion
+        ("nfe", pa.int32()),  # network evaluations to encode the image
+        ("mean", pa.float64()),  # of the latent's values, like the next three
         ("std", pa.float64()),
         ("kurtosis", pa.float64()),
         ("correlation", pa.float64()),
-        ("noise_mse", pa.float64()),  # of x_T -> image -> x_T, null where it was not asked for
+        ("noise_mse", pa.float64()),  # of x_T -> image -> x_T, null without --recover-noise
     ]
 )

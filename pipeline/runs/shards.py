@@ -1,4 +1,4 @@
-"""Committed shards of latents: write and read."""
+"""Writing shards, and reading committed shards of latents and their rejects."""
 
 import json
 import math
@@ -29,14 +29,14 @@ from palindrome.pipeline.runs.schemas import (
 from palindrome.pipeline.runs.selection import Selection
 from palindrome.pipeline.storage.folder import Folder, TableWriter, open_ranges
 
-MADE = {"model_digest": "by model", "levels": "on the ladder", "preprocess": "of images prepared as"}
+MADE = {"model_digest": "by model", "levels": "on the ladder", "preprocess": "from images preprocessed as"}
 
 
 def latent_rows(
     schema: pa.Schema, images: Sequence[Image], latents: np.ndarray, measured: Mapping[str, Any]
 ) -> pa.Table:
-    """Rows of schemas.latent_schema: images of one batch, their latents [B, C, H, W], and columns of MEASURED, each of
-    length B (a NaN residual is none); those that are not given are null."""
+    """Rows of schemas.latent_schema: a batch of images, their latents [B, C, H, W], and columns of MEASURED, each of
+    length B. Missing columns and NaN residuals become null."""
 
     def column(field: pa.Field) -> pa.Array:
         if field.name == "latent":
@@ -53,15 +53,15 @@ def latent_rows(
 
 
 def tensor_array(tensor: pa.FixedShapeTensorType, values: np.ndarray) -> pa.Array:
-    """[B, ...] as a column of Arrow's fixed-shape tensors."""
+    """An array [B, ...] as a column of Arrow fixed-shape tensors."""
     flat = pa.array(np.ascontiguousarray(values).reshape(-1), tensor.value_type)
     return pa.ExtensionArray.from_storage(tensor, pa.FixedSizeListArray.from_arrays(flat, math.prod(tensor.shape)))
 
 
 class ShardWriter:
-    """A shard under way, written as its batches come: `<below>/<name>.parquet`, whose commit is the shard's, and its
-    rejects, which are written before that. `metadata` is what another program needs to understand the rows. A shard
-    that is written `once` stays as it is where another try has committed it meanwhile."""
+    """Writes a shard batch by batch: its rejects, and `<below>/<name>.parquet`, whose atomic put commits the shard.
+    `metadata` describes the rows to other programs. With `once`, a shard that another attempt has committed meanwhile
+    is kept."""
 
     def __init__(
         self,
@@ -96,13 +96,13 @@ class ShardWriter:
             self.refused += len(rejects)
 
     def commit(self, timings: Mapping[str, float], counts: Mapping[str, int] | None = None) -> int:
-        """Returns the bytes of the rows' file. `counts`, where rows are no latents, stand in for those of latents."""
+        """Returns the size of the rows' file in bytes. `counts` replaces the default counts, which are for latents."""
         if self.once and self.run.fs.isfile(self.run.path(self.path)):
             return int(self.run.fs.size(self.run.path(self.path)))
         if self.rejects is not None:
             self.rejects.commit({})
         else:
-            self.run.remove(f"{REJECTS}/{self.name}.parquet")  # of a try that could not read what this one could
+            self.run.remove(f"{REJECTS}/{self.name}.parquet")  # of an earlier attempt that rejected inputs
         found = {"images": self.rows + self.refused, "latents": self.rows, "rejects": self.refused}
         counts = found if counts is None else dict(counts)
         return self.table.commit({SHARD_KEY: json.dumps({"counts": counts, "timings": dict(timings)})})
@@ -111,40 +111,40 @@ class ShardWriter:
 def latent_writer(
     run: Folder, shard: str, schema: pa.Schema, metadata: Mapping[str, Any], once: bool = False
 ) -> ShardWriter:
-    """For rows of schemas.latent_schema."""
-    # Bytes split by significance compress better, but DuckDB (2.0) can't read that encoding of float16.
+    """A writer for rows of schemas.latent_schema."""
+    # BYTE_STREAM_SPLIT compresses better, but DuckDB (2.0) can't read it for float16.
     split = ["latent.list.element"] if schema.field("latent").type.value_type == pa.float32() else False
-    others = [f.name for f in schema if f.name != "latent"]  # the least and the most of a latent tell nothing
+    others = [f.name for f in schema if f.name != "latent"]  # statistics and dictionaries of latents are useless
     how = {"use_dictionary": others, "write_statistics": others, "use_byte_stream_split": split}
     return ShardWriter(run, LATENTS, shard, schema, metadata, once, **how)
 
 
 def committed(run: Folder, below: str = LATENTS) -> set[str]:
-    """The names of the shards that are done."""
+    """The names of the committed shards."""
     return {name.removesuffix(".parquet") for name in run.files(below) if name.endswith(".parquet")}
 
 
 def shard_metadata(run: Folder, shard: str, below: str = LATENTS) -> dict[str, Any]:
-    """What a committed shard's file says of itself, its counts and timings too; reads its footer only."""
+    """The metadata of a committed shard, with its counts and timings; reads only the footer."""
     with run.parquet_file(f"{below}/{shard}.parquet") as file:
         return {**metadata_of(file.schema_arrow), **json.loads(file.metadata.metadata.get(SHARD_KEY, b"{}"))}
 
 
 def check_made(run: Folder, shard: str) -> None:
-    """Raises ValueError where a shard's latents were made otherwise than the run's `run.json` says: by another model,
-    which decodes them to noise, on another ladder, or of images that were cut otherwise."""
+    """Raises ValueError if a shard's latents do not match `run.json`: made by another model, which would decode them to
+    noise, on another ladder, or from images preprocessed differently."""
     manifest = read_manifest(run)
-    made, wanted = shard_metadata(run, shard), manifest.facts if manifest else {}
-    for name, words in MADE.items():
-        if made[name] != wanted.get(name):
-            raise ValueError(f"the latents of shard {shard} were made {words} {made[name]}, not {wanted.get(name)}")
+    found, expected = shard_metadata(run, shard), manifest.facts if manifest else {}
+    for name, how in MADE.items():
+        if found[name] != expected.get(name):
+            raise ValueError(f"the latents of shard {shard} were made {how} {found[name]}, not {expected.get(name)}")
 
 
 def read_latents(
     run: Folder, shard: str, batch_size: int, which: Selection | None = None
 ) -> Iterator[tuple[list[dict[str, Any]], np.ndarray]]:
-    """Batches of a shard's rows without their latents, and the latents, float32 [B, C, H, W]. Row groups without any
-    of the selection are not read."""
+    """Batches of a shard's rows without latents, and their latents, float32 [B, C, H, W]. Row groups without a selected
+    row are not read."""
     which = None if which == Selection() else which
     for batch in _all(run, shard, batch_size) if which is None else _selected(run, shard, batch_size, which):
         latents = batch.column("latent").to_numpy_ndarray().astype(np.float32)
@@ -157,66 +157,66 @@ def _all(run: Folder, shard: str, batch_size: int) -> Iterator[pa.RecordBatch]:
 
 
 def _selected(run: Folder, shard: str, batch_size: int, which: Selection) -> Iterator[pa.RecordBatch]:
-    """Full batches of the rows wanted, however few there are of them in each row group."""
-    with _fragment(run, shard, which) as (fragment, wanted):
-        waiting: list[pa.RecordBatch] = []
-        for batch in fragment.to_batches(filter=wanted, batch_size=batch_size, use_threads=False):
-            waiting += [batch] if len(batch) else []
-            if sum(map(len, waiting)) >= batch_size:
-                *full, rest = pa.Table.from_batches(waiting).combine_chunks().to_batches(max_chunksize=batch_size)
+    """Full batches of the selected rows, even if each row group has only a few of them."""
+    with _fragment(run, shard, which) as (fragment, selected):
+        buffered: list[pa.RecordBatch] = []
+        for batch in fragment.to_batches(filter=selected, batch_size=batch_size, use_threads=False):
+            buffered += [batch] if len(batch) else []
+            if sum(map(len, buffered)) >= batch_size:
+                *full, rest = pa.Table.from_batches(buffered).combine_chunks().to_batches(max_chunksize=batch_size)
                 yield from full if len(rest) < batch_size else [*full, rest]
-                waiting = [rest] if len(rest) < batch_size else []
-        yield from waiting and pa.Table.from_batches(waiting).combine_chunks().to_batches()
+                buffered = [rest] if len(rest) < batch_size else []
+        yield from buffered and pa.Table.from_batches(buffered).combine_chunks().to_batches()
 
 
 def count_rows(run: Folder, shard: str, which: Selection) -> int:
-    """How many of a shard's rows are meant."""
-    with _fragment(run, shard, which) as (fragment, wanted):
-        return int(fragment.count_rows(filter=wanted, use_threads=False))
+    """The number of selected rows in a shard."""
+    with _fragment(run, shard, which) as (fragment, selected):
+        return int(fragment.count_rows(filter=selected, use_threads=False))
 
 
 def read_ids(run: Folder, shard: str, which: Selection) -> list[str]:
-    """The ids of the rows that are meant, in the file's order."""
-    with _fragment(run, shard, which) as (fragment, wanted):
-        return list(fragment.to_table(columns=["image_id"], filter=wanted, use_threads=False)["image_id"].to_pylist())
+    """The ids of the selected rows, in the file's order."""
+    with _fragment(run, shard, which) as (fragment, selected):
+        return list(fragment.to_table(columns=["image_id"], filter=selected, use_threads=False)["image_id"].to_pylist())
 
 
 @contextmanager
 def _fragment(
     run: Folder, shard: str, which: Selection
 ) -> Iterator[tuple[dataset.ParquetFileFragment, pc.Expression | None]]:
-    """A shard's file, and the rows wanted of it, for readers that skip row groups by them."""
+    """A shard's file as a dataset fragment, whose readers skip row groups, and the selection as its filter."""
     with open_ranges(run.fs, run.path(f"{LATENTS}/{shard}.parquet")) as file:
         fragment = dataset.ParquetFileFormat().make_fragment(file)
         yield fragment, which.expression(fragment.physical_schema)
 
 
 def read_rejects(run: Folder, done: Collection[str]) -> Iterator[dict[str, Any]]:
-    """The rejects of the shards that are done, as rows of schemas.REJECT_SCHEMA."""
+    """The rejects of the committed shards, as rows of schemas.REJECT_SCHEMA."""
     for name in run.files(REJECTS):
-        if name.removesuffix(".parquet") in done:  # else its shard was cut short, and will write them again
+        if name.removesuffix(".parquet") in done:  # a shard that is not committed will write its rejects again
             yield from run.read_parquet(f"{REJECTS}/{name}").to_pylist()
 
 
 def rejects(run: Folder, manifest: Manifest, reason: str | None = None) -> Iterator[dict[str, Any]]:
-    """The rejects of the shards that are done, shard by shard, as rows of schemas.REJECT_SCHEMA; those of a sweep
-    once, not under every setting. Raises RunError naming a file that can't be read."""
+    """The rejects of the committed shards, shard by shard, as rows of schemas.REJECT_SCHEMA. A sweep's rejects come
+    once, not once per setting. Raises RunError naming a file that can't be read."""
     kind = manifest.kind
     done = {entry.shard for entry in entries(run, kind.folder)}
-    before = None
+    previous = None
     for shard in sorted(entry.shard for entry in entries(run, REJECTS) if entry.shard and entry.shard in done):
-        of = kind.planned(shard)
-        if of == before:
+        planned = kind.planned(shard)
+        if planned == previous:
             continue
-        before, name = of, f"{REJECTS}/{shard}.parquet"
+        previous, name = planned, f"{REJECTS}/{shard}.parquet"
         try:
             with open_checked(run, name) as file:
                 for batch in file.iter_batches(1024, columns=["image_id", "source", "reason", "detail"]):
                     yield from (row for row in batch.to_pylist() if reason in (None, row["reason"]))
-        except (OSError, ValueError) as e:  # pyarrow's errors are one or the other
+        except (OSError, ValueError) as e:  # the base classes of pyarrow's errors
             raise RunError(f"{run.uri}/{name} can't be read: {one_line(e)}") from e
 
 
 def open_checked(run: Folder, name: str) -> pq.ParquetFile:
-    """A Parquet file of which every page that has a checksum is held to it."""
+    """Opens a Parquet file whose pages are checked against their checksums as they are read."""
     return pq.ParquetFile(run.fs.open(run.path(name), "rb"), pre_buffer=True, page_checksum_verification=True)

@@ -1,8 +1,8 @@
-"""What a run folder says of its run: how far it is, how fast it goes, what went wrong. No Ray and no model are needed.
+"""The state of a run, read from its folder: progress, speed, failures. Needs neither Ray nor the model.
 
-A listing gives the shards that are done, their bytes and when each was committed. Counts and seconds stand in the
-footers; of a run of very many shards only some are read, and the counts are estimates: shards are named by hashes, so
-the first so many by name are a fair sample.
+A listing gives the committed shards, their bytes and commit times. Counts and seconds are in the footers. Of a run with
+many shards only some footers are read, and the counts are estimates: shards are named by hashes, so the first ones by
+name are a random sample.
 """
 
 import heapq
@@ -23,30 +23,30 @@ from palindrome.pipeline.runs.plan import Totals, plan_totals
 from palindrome.pipeline.runs.shards import shard_metadata
 from palindrome.pipeline.storage.folder import Folder
 
-READ = 4096  # footers read, at most; of more shards these are a sample
-NEWEST = 32  # shards of which the pace is learnt
-SLOWEST = 5
-PATIENCE = 3  # times the longest recent shard's time: a run so long silent stands still
-WINDOW = 10  # times that: the pace is of the last so long
-AT_LEAST = 60.0  # seconds, both
+MAX_FOOTERS = 4096  # read at most; of more shards these are a sample
+NEWEST = 32  # shards whose longest time defines the two intervals below
+SLOWEST = 5  # shards listed
+STALLED_AFTER = 3  # times the longest recent shard's time without a commit
+WINDOW = 10  # times the longest recent shard's time, over which the pace is measured
+MIN_INTERVAL = 60.0  # seconds, for both
 
 
 @dataclass(frozen=True)
 class State:
-    """What `palindrome status` says; None is unknown."""
+    """The output of `palindrome status --json`; None means unknown."""
 
     run: str
     job: str
     collection: str
     complete: bool
     shards: int
-    shards_total: int | None  # of a sweep, the folder does not say under how many settings
-    settings: int | None  # of a sweep: those that have been begun
+    shards_total: int | None  # None for a sweep: its folder does not record the number of settings
+    settings: int | None  # for a sweep: those with a committed shard
     images_total: int | None
     latents: int | None
     rejects: int | None
     rejects_by_reason: dict[str, int]
-    exact: bool  # else the counts above are estimates
+    exact: bool  # otherwise the counts above are estimates
     bytes: int
     images_per_second: float | None
     eta_seconds: float | None
@@ -58,7 +58,7 @@ class State:
 
 
 class Footer(NamedTuple):
-    """Of one committed shard; `counts` is None where it can't be read."""
+    """The footer of a committed shard; `counts` is None if it can't be read."""
 
     counts: dict[str, int] | None
     seconds: float
@@ -66,24 +66,24 @@ class Footer(NamedTuple):
 
 
 class StateReader:
-    """Reads a run's state, again and again for one who watches: what was read of a shard is not read twice."""
+    """Reads a run's state, repeatedly for --watch: each footer is read once."""
 
-    def __init__(self, run: Folder, manifest: Manifest, most: int = READ) -> None:
-        self.run, self.manifest, self.most = run, manifest, most
+    def __init__(self, run: Folder, manifest: Manifest, max_footers: int = MAX_FOOTERS) -> None:
+        self.run, self.manifest, self.max_footers = run, manifest, max_footers
         self.kind = manifest.kind
         self.known: dict[Entry, Footer] = {}
 
     def read(self, now: float | None = None) -> State:
         shards = [entry for entry in entries(self.run, self.kind.folder) if entry.shard]
-        refused = {entry.shard: entry.size for entry in entries(self.run, REJECTS) if entry.shard}
+        with_rejects = {entry.shard: entry.size for entry in entries(self.run, REJECTS) if entry.shard}
         plan, collection = self._plan()
         total = plan.shards if plan and not self.kind.per_setting else None
         summary, current = self._summary(shards)
         complete = bool(shards) and (current if total is None else len(shards) >= total)
 
-        sample = heapq.nsmallest(self.most, shards) if len(shards) > self.most else shards
+        sample = heapq.nsmallest(self.max_footers, shards) if len(shards) > self.max_footers else shards
         newest = heapq.nlargest(NEWEST, (e for e in shards if e.modified is not None), key=lambda e: e.modified or 0.0)
-        footers = self._footers([*sample, *newest], refused.keys())
+        footers = self._footers([*sample, *newest], with_rejects.keys())
         read = [footers[e] for e in sample if footers[e].counts is not None]
         scale = len(shards) / len(read) if read else 0.0
         rejects = self._rejects(sample, footers)
@@ -101,7 +101,7 @@ class StateReader:
         times = sorted(entry.modified for entry in shards if entry.modified is not None)
         now = max([now or time.time(), *times[-1:]])
         longest = max((footers[e].seconds for e in newest), default=0.0)
-        rate, still = pace(times, times[-1] if complete and times else now, longest)
+        rate, stalled = pace(times, times[-1] if complete and times else now, longest)
         left = None if total is None else total - len(shards)
         timed = sorted(((f.seconds, e.shard) for e, f in footers.items() if f.counts), reverse=True)
         done = {entry.shard for entry in shards}
@@ -115,30 +115,30 @@ class StateReader:
             settings=len({str(e.shard).partition("-")[2] for e in shards}) if self.kind.per_setting else None,
             images_total=plan.images if plan else None,
             **counts,
-            bytes=sum(e.size for e in shards) + sum(refused.values()),
+            bytes=sum(e.size for e in shards) + sum(with_rejects.values()),
             images_per_second=rate * images / len(read) if rate and read else None,
             eta_seconds=left / rate if rate and left and not complete else None,
             idle_seconds=now - times[-1] if times else None,
-            standing_still=still and not complete,
+            standing_still=stalled and not complete,
             slowest=[{"shard": name, "seconds": seconds} for seconds, name in timed[:SLOWEST]],
             unreadable=sorted(str(e.shard) for e, f in footers.items() if f.counts is None),
             failed_shards=[s for s in summary.get("failed_shards", []) if s["shard"] not in done],
         )
 
     def _plan(self) -> tuple[Totals | None, str]:
-        """What there is to do, None where that is not known (yet), and of what."""
+        """The size of the plan, None if it is not known (yet), and the URI of the run's input."""
         uri = self.manifest.source
         if self.kind.plan is Plan.OWN:
             return plan_totals(self.run), uri
         latents = Folder(uri)
         try:
             plan, done = plan_totals(latents), sum(e.shard is not None for e in entries(latents, LATENTS))
-        except Exception:  # of whichever store: it may be one that this machine can't reach
+        except Exception:  # stores raise errors of many types; this machine may not reach the store
             return None, uri
         return plan.part(done) if plan and done else None, uri
 
     def _summary(self, shards: Sequence[Entry]) -> tuple[dict[str, Any], bool]:
-        """`summary.json`, {} where there is none, and whether it is of all the shards that are there now."""
+        """`summary.json`, {} if there is none, and whether it covers all the current shards."""
         try:
             summary = json.loads(self.run.read("summary.json"))
             modified = modified_of(self.run.fs.info(self.run.path("summary.json")))
@@ -147,16 +147,16 @@ class StateReader:
         if not isinstance(summary, dict):
             return {}, False
         newest = max((entry.modified or 0.0 for entry in shards), default=0.0)
-        of_all = summary.get("shards", len(shards)) == len(shards)
-        return summary, of_all and (modified is None or modified >= newest) and not summary.get("failed_shards")
+        all_shards = summary.get("shards", len(shards)) == len(shards)
+        return summary, all_shards and (modified is None or modified >= newest) and not summary.get("failed_shards")
 
-    def _footers(self, shards: Iterable[Entry], refused: Iterable[str | None]) -> dict[Entry, Footer]:
-        refused = set(refused)
+    def _footers(self, shards: Iterable[Entry], with_rejects: Iterable[str | None]) -> dict[Entry, Footer]:
+        with_rejects = set(with_rejects)
 
         def read(entry: Entry) -> Footer:
             found = self.known.get(entry)
-            if found is None or found.counts is None:  # a store that did not answer may do so now
-                found = _footer(self.run, self.kind.folder, str(entry.shard), entry.shard in refused)
+            if found is None or found.counts is None:  # retry after an error of the store
+                found = _footer(self.run, self.kind.folder, str(entry.shard), entry.shard in with_rejects)
             return found
 
         wanted = list(dict.fromkeys(shards))
@@ -164,7 +164,7 @@ class StateReader:
         return self.known
 
     def _rejects(self, sample: Sequence[Entry], footers: dict[Entry, Footer]) -> Counter[str]:
-        """By reason. A sweep meets each again under every setting: it counts once."""
+        """Rejects by reason. Each reject of a sweep recurs with every setting and is counted once."""
         by_shard = {self.kind.planned(str(e.shard)): e for e in sample}
         found: Counter[str] = Counter()
         for entry in by_shard.values():
@@ -172,40 +172,40 @@ class StateReader:
         return found
 
 
-def _footer(run: Folder, below: str, shard: str, refused: bool) -> Footer:
+def _footer(run: Folder, below: str, shard: str, has_rejects: bool) -> Footer:
     try:
-        about = shard_metadata(run, shard, below)
-        counts, seconds = dict(about["counts"]), float(about["timings"]["seconds"])
+        metadata = shard_metadata(run, shard, below)
+        counts, seconds = dict(metadata["counts"]), float(metadata["timings"]["seconds"])
         reasons: Counter[str] = Counter()
-        if refused and counts.get("rejects"):
+        if has_rejects and counts.get("rejects"):
             reasons.update(run.read_parquet(f"{REJECTS}/{shard}.parquet", ["reason"])["reason"].to_pylist())
         return Footer(counts, seconds, dict(reasons))
-    except Exception:  # damage shows as errors of many kinds; verify says what it is
+    except Exception:  # damaged files raise errors of many types; verify reports them
         return Footer(None, 0.0, {})
 
 
 def pace(times: Sequence[float], now: float, longest: float) -> tuple[float | None, bool]:
-    """Shards a second up to `now`, None where there is no telling yet, and whether the run stands still.
+    """Shards per second up to `now`, None if unknown, and whether the run is stalled.
 
-    `times` are the commits', sorted, and `longest` the time that one of the last shards took. Counted are those of the
-    last minutes, without what lies before a pause. As the time since the last commit counts, a run that slows down
-    shows it; many workers' shards, committed all at once, are no pace before a shard's time is over.
+    `times` are the sorted commit times, `longest` is the longest time of a recent shard. The pace is that of the
+    commits within WINDOW and after the last pause. It includes the time since the last commit, so it drops when a run
+    slows down; and it is unknown until `longest` has passed, since many workers commit their first shards at once.
     """
     if not times:
         return None, False
-    patience, window = max(AT_LEAST, PATIENCE * longest), max(AT_LEAST, WINDOW * longest)
-    if now - times[-1] > patience:
+    pause, window = max(MIN_INTERVAL, STALLED_AFTER * longest), max(MIN_INTERVAL, WINDOW * longest)
+    if now - times[-1] > pause:
         return None, True
     first = len(times) - 1
     oldest = bisect_left(times, now - window)
-    while first > oldest and times[first] - times[first - 1] <= patience:
+    while first > oldest and times[first] - times[first - 1] <= pause:
         first -= 1
     spent, shards = now - times[first], len(times) - 1 - first
     return (shards / spent if shards and spent > 0 and spent >= longest else None), False
 
 
 def describe(state: State) -> list[str]:
-    """The state in lines for people."""
+    """The state as lines of text."""
     kind = KINDS[state.job]
     about = "" if state.exact else "about "
     of = (
@@ -215,9 +215,9 @@ def describe(state: State) -> list[str]:
     )
     lines = [f"{state.job} of {state.collection}", f"{state.shards}{of} done, {size(state.bytes)} written"]
     if state.settings is not None:
-        lines[-1] += f", under {state.settings} settings so far"
+        lines[-1] += f", with {state.settings} settings so far"
     elif not state.shards_total:
-        lines[-1] += "; how many there are to do is not known" + (" yet" if kind.plan is Plan.OWN else "")
+        lines[-1] += "; the total is not known" + (" yet" if kind.plan is Plan.OWN else "")
     if state.latents is not None:
         reasons = ", ".join(f"{count} {reason}" for reason, count in state.rejects_by_reason.items())
         lines.append(
@@ -226,7 +226,7 @@ def describe(state: State) -> list[str]:
     if state.complete:
         lines.append("complete")
     elif state.standing_still:
-        lines.append(f"stands still: the last shard was committed {duration(state.idle_seconds or 0)} ago")
+        lines.append(f"stalled: the last shard was committed {duration(state.idle_seconds or 0)} ago")
     elif state.images_per_second is None:
         lines.append("no estimate yet")
     else:
@@ -243,5 +243,5 @@ def describe(state: State) -> list[str]:
 
 
 def as_json(state: State) -> str:
-    """One line."""
+    """The state as one line of JSON."""
     return json.dumps(asdict(state), allow_nan=False)

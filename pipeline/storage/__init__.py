@@ -1,1 +1,1 @@
-"""A folder on any store fsspec knows, and S3. Imports base."""
+"""A folder on any fsspec store, and the S3 client. Imports base."""

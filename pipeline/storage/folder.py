@@ -1,4 +1,4 @@
-"""A folder on any store that fsspec knows, by URI: list, read, and put a whole object atomically."""
+"""A folder on any fsspec store, named by URI: list, read, and put objects atomically."""
 
 import errno
 import os
@@ -23,26 +23,25 @@ from palindrome.pipeline.storage.uri import WEB, chained, is_chain, local_path, 
 from palindrome.pipeline.storage.uri import absolute as absolute
 
 AWS_FILES = ("~/.aws/credentials", "~/.aws/config")
-TEMPORARY = ".tmp-"  # how the name of a file begins that is not yet whole; readers never see one
+TEMPORARY = ".tmp-"  # prefix of the names of unfinished files, which readers ignore
 WEB_WAITS = {"total": 300, "sock_connect": 10, "sock_read": 20}  # seconds for a web server that does not answer
-GROUP_ROWS, GROUP_BYTES = 1024, 32 << 20  # a row group of a table that is written bit by bit
+GROUP_ROWS, GROUP_BYTES = 1024, 32 << 20  # a row group of TableWriter is written at either
 
-Options = Mapping[str, Mapping[str, Any]]  # of stores, by protocol: {"s3": {"endpoint_url": ...}}, as fsspec takes them
+Options = Mapping[str, Mapping[str, Any]]  # fsspec's storage options by protocol: {"s3": {"endpoint_url": ...}}
 ALIASES = {"s3a": "s3", "gcs": "gs", "https": "http", "local": "file"}  # protocols that share another's options
-CLIENTS = {"aiohttp", "aiobotocore", "botocore", "requests", "httpx", "httpcore", "urllib3"}  # of HTTP
-OBJECTS = {"s3", "gs"}  # whose puts can be made to depend on nothing being there
+CLIENTS = {"aiohttp", "aiobotocore", "botocore", "requests", "httpx", "httpcore", "urllib3"}  # HTTP clients
+CONDITIONAL_PUT = {"s3", "gs"}  # stores whose put can fail if the object exists
 
 for _protocol in ("s3", "s3a"):
-    fsspec.register_implementation(
-        _protocol, "palindrome.pipeline.storage.s3.S3", clobber=True
-    )  # imported where it is first used
+    # By name: the module is imported when it is first used.
+    fsspec.register_implementation(_protocol, "palindrome.pipeline.storage.s3.S3", clobber=True)
 
 _current: Options | None = None
 
 
 @contextmanager
 def using(options: Options) -> Iterator[None]:
-    """Within it, a Folder or Collection that is made opens its stores with these options, also where it is sent."""
+    """Folders and Collections created within the `with` open their stores with these options, also on other nodes."""
     global _current
     before, _current = _current, _resolved(options)
     try:
@@ -52,44 +51,45 @@ def using(options: Options) -> Iterator[None]:
 
 
 def current_options() -> Options:
-    """Those of `using`, and what this process's environment adds to them for processes that don't share it."""
+    """The options of `using`, with those of this process's environment, which other nodes do not share."""
     return _resolved({}) if _current is None else _current
 
 
 def _resolved(options: Options) -> Options:
     found: dict[str, Mapping[str, Any]] = {}
-    for source in (fsspec.config.conf, options):  # of fsspec's own files and FSSPEC_* variables; the options win
-        for name, given in source.items():
-            if isinstance(given, Mapping):
+    # fsspec.config.conf is from fsspec's config files and FSSPEC_* variables; `options` override it.
+    for source in (fsspec.config.conf, options):
+        for name, values in source.items():
+            if isinstance(values, Mapping):
                 protocol = ALIASES.get(name, name)
-                found[protocol] = {**found.get(protocol, {}), **given}
+                found[protocol] = {**found.get(protocol, {}), **values}
     if any(name.startswith("AWS_") for name in os.environ) or any(
         map(os.path.exists, map(os.path.expanduser, AWS_FILES))
     ):
-        from palindrome.pipeline.storage.s3 import for_other_nodes  # brings botocore and aiohttp
+        from palindrome.pipeline.storage.s3 import for_other_nodes  # imports botocore and aiohttp
 
         found["s3"] = for_other_nodes(found.get("s3", {}))
     return found
 
 
 def options_for(uri: str, options: Options | None = None) -> dict[str, dict[str, Any]]:
-    """Of the options (default: the current ones) those of the protocols in a URI, as fsspec takes them with it."""
+    """The options (default: the current ones) of the protocols in a URI, as keyword arguments of fsspec's functions."""
     options = current_options() if options is None else options
     chain = re.findall(r"(?:^|::)([a-z0-9+.-]+)(?=://|::)", uri) if is_chain(uri) else []
     protocols = chain or [scheme(uri) or "file"]
-    given = {name: dict(options.get(ALIASES.get(name, name), {})) for name in protocols}
-    return {name: of_it for name, of_it in given.items() if of_it}
+    found = {name: dict(options.get(ALIASES.get(name, name), {})) for name in protocols}
+    return {name: values for name, values in found.items() if values}
 
 
 def by_protocol(options: object) -> bool:
-    """Whether these are Options, of protocols that fsspec knows."""
+    """Whether the object is valid as Options, with protocols that fsspec supports."""
     if not isinstance(options, Mapping) or not options.keys() <= set(fsspec.available_protocols()):
         return False
-    return all(isinstance(given, Mapping) for given in options.values())
+    return all(isinstance(values, Mapping) for values in options.values())
 
 
 def open_fs(uri: str, options: Options) -> tuple[Any, str]:
-    """The store of a URI, as fsspec opens it with the options of its protocols, and the path on it."""
+    """The file system of a URI, opened with the options of its protocols, and the path on it."""
     if is_chain(uri):
         if (inside := chained(uri)) and "::" in inside[1]:  # fsspec would take it for another link
             return open_fs(inside[0], options)[0], inside[1]
@@ -109,12 +109,13 @@ def open_fs(uri: str, options: Options) -> tuple[Any, str]:
 
 
 def open_ranges(fs: Any, path: str) -> Any:
-    """A file of which a reader knows the ranges that it needs: a cache would bring megabytes of what follows each."""
+    """Opens a file for a reader that knows the ranges it needs. fsspec's read-ahead cache, which would fetch megabytes
+    after each range, is off."""
     return fs.open(path, "rb") if isinstance(fs, LocalFileSystem) else fs.open(path, "rb", cache_type="none")
 
 
 class _Ranges(FSSpecHandler):
-    """What pyarrow reads of a store: its files as `open_ranges` opens them."""
+    """Lets pyarrow open files with `open_ranges`."""
 
     def open_input_file(self, path: str) -> pa.PythonFile:
         return pa.PythonFile(open_ranges(self.fs, path), mode="r")
@@ -122,10 +123,10 @@ class _Ranges(FSSpecHandler):
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder named by URI (`runs/a`, `s3://bucket/runs/a`). Names below it are relative, with `/`.
+    """A folder named by URI (`runs/a`, `s3://bucket/runs/a`). Names of its files are relative to it, with `/`.
 
-    `storage_options`, by protocol, go to fsspec and are never written anywhere; they are the current ones where none
-    are given. A missing object raises FileNotFoundError, a store that refuses or fails another OSError.
+    `storage_options`, by protocol (default: the current ones), are passed to fsspec and never written to disk. A
+    missing object raises FileNotFoundError; a store that refuses or fails raises another OSError.
     """
 
     uri: str
@@ -142,7 +143,7 @@ class Folder:
 
     @property
     def arrow_fs(self) -> Any:
-        """The store for pyarrow's datasets."""
+        """The file system for pyarrow's datasets."""
         return ArrowLocalFileSystem() if self.is_local else PyFileSystem(_Ranges(self.fs))
 
     @property
@@ -159,29 +160,30 @@ class Folder:
         return bytes(self.fs.cat_file(self.path(name)))
 
     def read_parquet(self, name: str, columns: list[str] | None = None) -> pa.Table:
-        """A whole table; of some columns, only their bytes are read."""
+        """A table; with `columns`, reads only their bytes."""
         if columns is None:
             return pq.read_table(pa.BufferReader(self.read(name)))
         with self.parquet_file(name) as file:
             return file.read(columns)
 
     def parquet_file(self, name: str) -> pq.ParquetFile:
-        """Opened for range reads: the footer, or a part of the rows."""
+        """A Parquet file opened for range reads: of the footer, or of some rows."""
         return pq.ParquetFile(open_ranges(self.fs, self.path(name)), pre_buffer=True)
 
     def files(self, below: str) -> dict[str, int]:
-        """Names of the whole files right below a folder, without it, and their sizes in bytes; {} if it is missing."""
+        """Sizes in bytes, by name, of the finished files in a folder, not of its subfolders; {} if it is missing."""
         self.fs.invalidate_cache(self.path(below))
         try:
             infos = self.fs.ls(self.path(below), detail=True)
         except FileNotFoundError:
             return {}
         named = {info["name"].rsplit("/", 1)[1]: info for info in infos if info["type"] == "file"}
-        whole = ((name, info) for name, info in sorted(named.items()) if name and not name.startswith(TEMPORARY))
-        return {name: info["size"] for name, info in whole}  # some stores keep an object without a name for the folder
+        # Some stores have an object without a name that represents the folder.
+        finished = ((name, info) for name, info in sorted(named.items()) if name and not name.startswith(TEMPORARY))
+        return {name: info["size"] for name, info in finished}
 
     def put(self, name: str, content: bytes | pa.Buffer) -> None:
-        """Writes one object whole or not at all, over what was there."""
+        """Writes or replaces one object atomically."""
         if self.is_local:
             with self.create(name) as new:
                 new.file.write(content)
@@ -206,8 +208,8 @@ class Folder:
         return True
 
     def create(self, name: str, once: bool = False) -> "NewObject":
-        """An object to be written bit by bit, which is there once it is committed, over what was there; or, where it is
-        written `once` and the store can tell, not over it: who commits it second changes nothing."""
+        """An object to write in pieces. Its commit atomically creates or replaces it. With `once`, on stores with
+        conditional puts, a commit does not replace an existing object."""
         return NewLocalFile(self.path(name)) if self.is_local else NewUpload(self.fs, self.path(name), once)
 
     def put_parquet(self, name: str, table: pa.Table, **writer: Any) -> int:
@@ -219,28 +221,28 @@ class Folder:
         return int(content.size)
 
     def remove(self, name: str) -> None:
-        """Where it is there."""
+        """Removes an object if it exists."""
         with suppress(FileNotFoundError):
             self.fs.rm_file(self.path(name))
 
     def clear_unfinished(self) -> None:
-        """Removes what writers that were killed have left, in the folder and the ones right below."""
+        """Removes temporary files or uploads of killed writers, in the folder and its direct subfolders."""
         if self.is_local:
-            for half in [*Path(self.path()).glob(f"{TEMPORARY}*"), *Path(self.path()).glob(f"*/{TEMPORARY}*")]:
-                half.unlink(missing_ok=True)
+            for file in [*Path(self.path()).glob(f"{TEMPORARY}*"), *Path(self.path()).glob(f"*/{TEMPORARY}*")]:
+                file.unlink(missing_ok=True)
         elif hasattr(self.fs, "abort_uploads"):
-            with suppress(OSError):  # it may not be allowed to, and no reader ever sees them
+            with suppress(OSError):  # permission may be lacking; readers never see unfinished uploads
                 self.fs.abort_uploads(self.path())
 
 
 def file_at(uri: str) -> tuple[Folder, str]:
-    """The folder that a single file is in, and the file's name there."""
+    """The folder of a single file, and the file's name in it."""
     folder, _, name = absolute(uri).rpartition("/")
     return Folder(folder or "/"), name
 
 
 class NewObject(Protocol):
-    """An object under way: `file` takes its bytes. Without `commit` by the end of the `with`, nothing is there."""
+    """An object being written to `file`. Without `commit` by the end of the `with`, it is discarded."""
 
     file: Any
 
@@ -252,19 +254,20 @@ class NewObject(Protocol):
 
 
 class NewLocalFile:
-    """A temporary file, then fsync and rename."""
+    """Writes a temporary file; commit is fsync and rename."""
 
     def __init__(self, path: str) -> None:
         folder = os.path.dirname(path)
         os.makedirs(folder, exist_ok=True)
-        self.path, self.temporary = path, os.path.join(folder, f"{TEMPORARY}{uuid.uuid4().hex}")  # no *.parquet
+        # Without the extension, so that it never matches *.parquet.
+        self.path, self.temporary = path, os.path.join(folder, f"{TEMPORARY}{uuid.uuid4().hex}")
         self.file = open(self.temporary, "xb")  # noqa: SIM115, closed by __exit__
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
-        with suppress(OSError):  # a full disk says so at each flush; the first one was enough
+        with suppress(OSError):  # a full disk raises at each flush; the first error is already on its way
             self.file.close()
         Path(self.temporary).unlink(missing_ok=True)
 
@@ -272,22 +275,23 @@ class NewLocalFile:
         self.file.flush()
         os.fsync(self.file.fileno())
         if self.file.tell() >= GROUP_BYTES and hasattr(os, "posix_fadvise"):
-            # On the disk by now. A run writes more than memory holds: kept there, it would push out what is read.
+            # Drops the file from the page cache: a run writes more than fits, and would evict the input.
             os.posix_fadvise(self.file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         os.replace(self.temporary, self.path)
         directory = os.open(os.path.dirname(self.path), os.O_RDONLY)
         try:
-            os.fsync(directory)  # so that the rename, too, outlives a power cut
+            os.fsync(directory)  # makes the rename durable too
         finally:
             os.close(directory)
 
 
 class NewUpload:
-    """An upload in parts, which an object store shows once it is complete."""
+    """A multipart upload, which an object store shows once it is complete."""
 
     def __init__(self, fs: Any, path: str, once: bool = False) -> None:
         fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
-        once = once and bool(OBJECTS.intersection([fs.protocol] if isinstance(fs.protocol, str) else fs.protocol))
+        protocols = [fs.protocol] if isinstance(fs.protocol, str) else fs.protocol
+        once = once and bool(CONDITIONAL_PUT.intersection(protocols))
         self.file, self.committed = fs.open(path, "xb" if once else "wb"), False
 
     def __enter__(self) -> Self:
@@ -295,44 +299,44 @@ class NewUpload:
 
     def __exit__(self, *error: object) -> None:
         if not self.committed:
-            with suppress(OSError):  # an upload that can't be dropped now is never seen either
+            with suppress(OSError):  # readers never see an upload that could not be aborted
                 self.file.discard()
-            self.file.closed = True  # else its destructor completes the upload
+            self.file.closed = True  # otherwise the destructor would complete the upload
 
     def commit(self) -> None:
         try:
             self.file.close()
-        except FileExistsError:  # of another try, with the same content
+        except FileExistsError:  # another attempt has committed the same content
             return
         self.committed = True
 
 
 class TableWriter:
-    """A Parquet object written batch by batch, of which a row group is held in memory; there once it is committed."""
+    """Writes a Parquet object batch by batch, with one row group in memory. It exists once it is committed."""
 
     def __init__(self, folder: Folder, name: str, schema: pa.Schema, once: bool = False, **writer: Any) -> None:
         self.new = folder.create(name, once)
-        # Latents hardly compress, so that nothing but a checksum would notice a bit that has flipped.
+        # Latents hardly compress, so only a checksum detects flipped bits.
         options = {"compression": "zstd", "write_page_checksum": True, **writer}
         self.parquet = pq.ParquetWriter(self.new.file, schema, **options)
-        self.waiting: list[pa.Table] = []
+        self.buffered: list[pa.Table] = []
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
-        with suppress(OSError, ValueError, pa.ArrowException):  # what it still writes is dropped below
+        with suppress(OSError, ValueError, pa.ArrowException):  # the object is discarded below
             self.parquet.close()
         self.new.__exit__()
 
     def add(self, table: pa.Table) -> None:
-        self.waiting.append(table)
-        held = sum(t.num_rows for t in self.waiting), sum(t.nbytes for t in self.waiting)
-        if held[0] >= GROUP_ROWS or held[1] >= GROUP_BYTES:
+        self.buffered.append(table)
+        rows, size = sum(t.num_rows for t in self.buffered), sum(t.nbytes for t in self.buffered)
+        if rows >= GROUP_ROWS or size >= GROUP_BYTES:
             self._flush()
 
     def commit(self, footer: Mapping[bytes, str]) -> int:
-        """Puts key and value pairs into the footer, completes the object, and returns its size in bytes."""
+        """Adds key-value pairs to the footer, commits the object, and returns its size in bytes."""
         self._flush()
         self.parquet.add_key_value_metadata(dict(footer))
         self.parquet.close()
@@ -341,10 +345,10 @@ class TableWriter:
         return size
 
     def _flush(self) -> None:
-        if self.waiting:
-            group = pa.concat_tables(self.waiting)
+        if self.buffered:
+            group = pa.concat_tables(self.buffered)
             self.parquet.write_table(group, row_group_size=GROUP_ROWS)
-            self.waiting = []
+            self.buffered = []
 
 
 # What is wrong with the one file: its path, or that it may not be read.
@@ -356,9 +360,9 @@ MACHINE |= {errno.ENOTCONN, errno.EAGAIN, errno.ENODEV, errno.EHOSTDOWN, errno.E
 
 
 def is_outage(error: BaseException | None, fs: Any) -> bool:
-    """Whether an error says nothing of the object that was asked for: the store throttles, fails, can't be reached,
-    takes no such credentials; a disk or a mounted server fails; the machine lacks memory or file handles. False for
-    what is missing, archived, not for this user, or no readable path."""
+    """Whether an error does not concern the requested object: the store throttles, fails, can't be reached, or rejects
+    the credentials; a disk or a mounted server fails; the machine lacks memory or file handles. False for objects that
+    are missing, archived, or forbidden, and for what is no readable path."""
     while error is not None:
         if isinstance(error, StoreError):
             return error.outage

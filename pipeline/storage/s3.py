@@ -1,4 +1,4 @@
-"""S3 by s3fs: what a request waits for and how often it is tried, credentials for other nodes, errors in words."""
+"""S3 through s3fs: retries and timeouts, credentials for other nodes, readable errors."""
 
 import asyncio
 import errno
@@ -37,19 +37,20 @@ from s3fs import S3FileSystem
 from s3fs.errors import translate_boto_error
 
 from palindrome.pipeline.base.errors import StoreError
+from palindrome.pipeline.base.text import error_message, one_line, single_line
 
-TRIES = 10  # of a request, and of the body that it brings
-STRANGER = 4  # of one to an endpoint that refuses connections and has never answered: its name may be wrong
-LONGEST_WAIT = 20.0  # seconds between two tries; the first wait is up to 1 s, and each next up to twice as long
+ATTEMPTS = 10  # of a request, including reading its body
+ATTEMPTS_UNREACHED = 4  # of a request to an endpoint that has never answered: its name may be wrong
+MAX_BACKOFF = 20.0  # seconds; the backoff is random, up to 1 s at first, and its maximum doubles each time
 CONFIG: dict[str, Any] = {"connect_timeout": 5, "read_timeout": 20, "max_pool_connections": 96}
-WHOLE = 256 << 20  # bytes of a body, up to which it is read, and read again where it breaks off, with its request
-PART = 16 << 20  # bytes of an upload's parts
+MAX_BUFFERED = 256 << 20  # bytes of a body up to which it is read with its request, so that both are retried together
+PART = 16 << 20  # bytes per part of a multipart upload
 
-STATIC = ("env", "shared-credentials-file", "config-file")  # credentials that are the same on every node
-OWN_KEYS = ("key", "secret", "token", "username", "password", "anon", "session")  # options that are credentials
+STATIC = ("env", "shared-credentials-file", "config-file")  # providers of credentials that are valid on every node
+OWN_KEYS = ("key", "secret", "token", "username", "password", "anon", "session")  # s3fs options that are credentials
 
 MISSING = {"NoSuchKey", "NoSuchVersion", "NoSuchUpload", "404"}
-WORDS = {
+MESSAGES = {
     "NoSuchBucket": "there is no such bucket",
     "AccessDenied": "access is denied",
     "AllAccessDisabled": "access is denied",
@@ -69,55 +70,61 @@ WORDS = {
     "InternalError": "the store fails",
     "500": "the store fails",
 }
-OF_CREDENTIALS = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "TokenRefreshRequired", "InvalidToken"}
-OF_CREDENTIALS |= {"RequestTimeTooSkewed", "AuthFailure"}
-AGAIN = {"RequestTimeout", "SlowDown", "Throttling", "ThrottlingException", "RequestThrottled", "TooManyRequests"}
-AGAIN |= {"InternalError", "ServiceUnavailable", "OperationAborted", "ConditionalRequestConflict", "BadDigest"}
-BROKEN: tuple[type[BaseException], ...] = (
+BAD_CREDENTIALS = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "TokenRefreshRequired"}
+BAD_CREDENTIALS |= {"InvalidToken", "RequestTimeTooSkewed", "AuthFailure"}
+RETRYABLE = {"RequestTimeout", "SlowDown", "Throttling", "ThrottlingException", "RequestThrottled", "TooManyRequests"}
+RETRYABLE |= {"InternalError", "ServiceUnavailable", "OperationAborted", "ConditionalRequestConflict", "BadDigest"}
+CONNECTION_ERRORS: tuple[type[BaseException], ...] = (
     HTTPClientError,
     BotoConnectionError,
     IncompleteReadError,
     FlexibleChecksumError,
 )
-BROKEN += (ResponseParserError, CredentialRetrievalError, aiohttp.ClientError, TimeoutError, ConnectionError)
+CONNECTION_ERRORS += (
+    ResponseParserError,
+    CredentialRetrievalError,
+    aiohttp.ClientError,
+    TimeoutError,
+    ConnectionError,
+)
 NO_CREDENTIALS = (NoCredentialsError, PartialCredentialsError, ProfileNotFound, SSOError, TokenRetrievalError)
 
 
 class S3(S3FileSystem):
-    """s3fs with one loop that tries requests: s3fs and botocore nest theirs, up to 125 tries, and wait too little.
+    """s3fs with a single retry loop. Those of s3fs and botocore are nested, with up to 125 attempts and short backoff.
 
-    `config_kwargs` as for botocore's Config, of `retries` the number alone. Errors are FileNotFoundError,
-    FileExistsError, or a StoreError that names the object. Neither buckets nor folders are made: those need none.
+    `config_kwargs` are those of botocore's Config; of `retries`, only the number applies. Raises FileNotFoundError,
+    FileExistsError, or a StoreError that names the object. Creates neither buckets nor folders, which S3 does not need.
     """
 
     def __init__(self, *args: Any, config_kwargs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         config = {**CONFIG, **(config_kwargs or {})}
         retries = config.get("retries") or {}
-        self.tries = int(retries.get("total_max_attempts") or retries.get("max_attempts", TRIES - 1) + 1)
+        self.attempts = int(retries.get("total_max_attempts") or retries.get("max_attempts", ATTEMPTS - 1) + 1)
         config["retries"] = {"mode": "legacy", "total_max_attempts": 1}
         kwargs = {"default_block_size": PART, "fixed_upload_size": True, "use_listings_cache": False, **kwargs}
         super().__init__(*args, config_kwargs=config, **kwargs)
         self.answered = False
 
     async def _call_s3(self, method: str, *given: Mapping[str, Any], **kwargs: Any) -> Any:
-        of = (kwargs.get("Bucket"), (kwargs.get("Key") or kwargs.get("Prefix") or "").rstrip("/"))
-        uri = "s3://" + "/".join(filter(None, of))
-        tried = 0
+        parts = (kwargs.get("Bucket"), (kwargs.get("Key") or kwargs.get("Prefix") or "").rstrip("/"))
+        uri = "s3://" + "/".join(filter(None, parts))
+        attempts = 0
         while True:
-            tried += 1
+            attempts += 1
             try:
                 return await self._try_s3(method, *given, **kwargs)
             except (ClientError, BotoCoreError, aiohttp.ClientError, TimeoutError, ConnectionError) as e:
                 error = await self._error_of_head(e, **kwargs) if method.startswith("head_") else e
-            if tried > 1 and _code(error) == "NoSuchUpload" and await self._is_complete(**kwargs):
+            if attempts > 1 and _code(error) == "NoSuchUpload" and await self._is_complete(**kwargs):
                 return {}
             if _code(error) == "NotImplemented" and kwargs.pop("IfNoneMatch", None):
-                continue  # a store without conditions: the content is equal anyway
+                continue  # the store has no conditional puts; an existing object has the same content
             refused = isinstance(getattr(error, "kwargs", {}).get("error"), aiohttp.ClientConnectorError)
-            most = self.tries if self.answered or not refused else min(STRANGER, self.tries)
-            if not _worth_a_retry(error) or tried >= most:
-                raise _told(error, uri, self._endpoint(), "IfNoneMatch" in kwargs, tried) from error
-            await asyncio.sleep(random.random() * min(2.0 ** (tried - 1), LONGEST_WAIT))
+            most = self.attempts if self.answered or not refused else min(ATTEMPTS_UNREACHED, self.attempts)
+            if not _is_retryable(error) or attempts >= most:
+                raise _translated(error, uri, self._endpoint(), "IfNoneMatch" in kwargs, attempts) from error
+            await asyncio.sleep(random.random() * min(2.0 ** (attempts - 1), MAX_BACKOFF))
 
     call_s3 = sync_wrapper(_call_s3)
 
@@ -130,7 +137,7 @@ class S3(S3FileSystem):
             self.answered = True
             raise
         self.answered = True
-        if method == "get_object" and answer.get("ContentLength", 0) <= WHOLE:
+        if method == "get_object" and answer.get("ContentLength", 0) <= MAX_BUFFERED:
             body = answer["Body"]
             try:
                 answer["Body"] = _Body(await body.read())
@@ -139,7 +146,7 @@ class S3(S3FileSystem):
         return answer
 
     async def _is_complete(self, **kwargs: Any) -> bool:
-        """Whether an upload is what is there: an earlier try completed it, and the answer was lost."""
+        """Whether the object is this upload: an earlier attempt completed it, and the response was lost."""
         try:
             parts = [bytes.fromhex(part["ETag"].strip('"')) for part in kwargs["MultipartUpload"]["Parts"]]
             found = await self._try_s3("head_object", Bucket=kwargs["Bucket"], Key=kwargs["Key"])
@@ -148,7 +155,7 @@ class S3(S3FileSystem):
         return bool(found["ETag"].strip('"') == f"{hashlib.md5(b''.join(parts)).hexdigest()}-{len(parts)}")
 
     async def _error_of_head(self, error: Exception, **kwargs: Any) -> Exception:
-        """The answer to HEAD has no body that says why it is refused: that to a GET of the same does."""
+        """The response to HEAD has no body with the reason, so this gets it from a GET of the same object."""
         if _status(error) not in (400, 403):
             return error
         found = {k: kwargs[k] for k in ("Bucket", "Key", "VersionId") if k in kwargs}
@@ -159,24 +166,24 @@ class S3(S3FileSystem):
                 await self._try_s3("list_objects_v2", MaxKeys=1, **found)
         except ClientError as e:
             return e
-        except Exception:  # what was there to say is said of the HEAD
+        except Exception:  # the error of the HEAD is raised
             pass
         return error
 
     async def _cat_file(self, path: str, *args: Any, max_concurrency: int | None = None, **kwargs: Any) -> bytes:
-        """One GET; s3fs would ask for the size first."""
+        """One GET; s3fs would request the size first."""
         return bytes(await super()._cat_file(path, *args, max_concurrency=max_concurrency or 1, **kwargs))
 
     async def _mkdir(self, path: str, *args: Any, **kwargs: Any) -> None:
-        """Where a bucket can't be listed, s3fs would try to create it."""
+        """Does nothing. s3fs would try to create a bucket that it can't list."""
 
     async def _makedirs(self, path: str, exist_ok: bool = False) -> None:
-        """As _mkdir."""
+        """Does nothing, as _mkdir."""
 
     mkdir, makedirs = sync_wrapper(_mkdir), sync_wrapper(_makedirs)
 
     async def _abort_uploads(self, path: str) -> None:
-        """Drops the uploads below a path that nobody completed: no listing shows them, and they are paid for."""
+        """Aborts unfinished multipart uploads below a path: listings don't show them, but they are billed."""
         bucket, key, _ = self.split_path(path)
         found = await self._call_s3("list_multipart_uploads", Bucket=bucket, Prefix=f"{key}/")
         for upload in found.get("Uploads", []):
@@ -190,7 +197,7 @@ class S3(S3FileSystem):
 
 
 class _Body(io.BytesIO):
-    """A body that was read already."""
+    """A body that has been read."""
 
     async def read(self, size: int | None = -1) -> bytes:  # type: ignore[override]
         return super().read(size)
@@ -205,26 +212,27 @@ def _status(error: BaseException) -> int:
     return int(found.get("HTTPStatusCode", 0))
 
 
-def _worth_a_retry(error: BaseException) -> bool:
+def _is_retryable(error: BaseException) -> bool:
     if isinstance(error, ClientError):
         status = _status(error)
-        return _code(error) in AGAIN or status == 429 or (status >= 500 and status != 501)
-    return isinstance(error, BROKEN) and not isinstance(error, NO_CREDENTIALS)
+        return _code(error) in RETRYABLE or status == 429 or (status >= 500 and status != 501)
+    return isinstance(error, CONNECTION_ERRORS) and not isinstance(error, NO_CREDENTIALS)
 
 
-def of_the_store(error: BaseException) -> bool:
-    """Whether botocore's error says nothing of the object that was asked for."""
-    return _worth_a_retry(error) or isinstance(error, NO_CREDENTIALS) or _code(error) in OF_CREDENTIALS
+def concerns_store(error: BaseException) -> bool:
+    """Whether botocore's error concerns the store as a whole, not the requested object."""
+    return _is_retryable(error) or isinstance(error, NO_CREDENTIALS) or _code(error) in BAD_CREDENTIALS
 
 
-def _told(error: Exception, uri: str, endpoint: str, exclusive: bool, tried: int) -> Exception:
-    """The error as callers know it."""
-    outage = of_the_store(error)
+def _translated(error: Exception, uri: str, endpoint: str, exclusive: bool, attempts: int) -> Exception:
+    """The error to raise: FileNotFoundError, FileExistsError, a StoreError, or one that s3fs itself handles."""
+    outage = concerns_store(error)
     if not isinstance(error, ClientError):
-        words = _words(error, endpoint) + (f", {tried} times" if tried > 1 else "")
+        message = _message(error, endpoint) + (f", {attempts} times" if attempts > 1 else "")
         number = errno.EACCES if isinstance(error, NO_CREDENTIALS) else errno.EIO
-        return StoreError(errno.EINVAL if isinstance(error, ParamValidationError) else number, words, uri, outage)
-    code, message = _code(error), str(error.response.get("Error", {}).get("Message") or "")
+        number = errno.EINVAL if isinstance(error, ParamValidationError) else number
+        return StoreError(number, message, uri, outage)
+    code, answer = _code(error), str(error.response.get("Error", {}).get("Message") or "")
     if exclusive and (code == "PreconditionFailed" or _status(error) == 412):
         return FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), uri)
     if code in MISSING and "/" in uri.removeprefix("s3://"):
@@ -233,35 +241,35 @@ def _told(error: Exception, uri: str, endpoint: str, exclusive: bool, tried: int
         code = "NoSuchBucket"
     known = translate_boto_error(error, set_cause=False)
     number = getattr(known, "errno", None) or (errno.EACCES if isinstance(known, PermissionError) else errno.EIO)
-    if code in ("PreconditionFailed", "412", "InvalidRange", "416"):  # of the object; s3fs reads these itself
+    if code in ("PreconditionFailed", "412", "InvalidRange", "416"):  # s3fs handles these errors itself
         return known
     bucket = "/".join(uri.split("/")[:3])
-    words = f"{WORDS.get(code) or ' '.join(message.split()) or 'the store refuses'} ({code or _status(error)})"
-    words += f", {tried} times" if tried > 1 else ""
-    return StoreError(number, words, bucket if code == "NoSuchBucket" else uri, outage)
+    message = f"{MESSAGES.get(code) or single_line(answer) or 'the store refuses'} ({code or _status(error)})"
+    message += f", {attempts} times" if attempts > 1 else ""
+    return StoreError(number, message, bucket if code == "NoSuchBucket" else uri, outage)
 
 
-def _words(error: Exception, endpoint: str) -> str:
+def _message(error: Exception, endpoint: str) -> str:
     if isinstance(error, NO_CREDENTIALS):
-        return f"no credentials: {' '.join(str(error).split())}"
+        return f"no credentials: {error_message(error)}"
     if isinstance(error, ParamValidationError):
         return "no valid name of a bucket or an object"
     cause = getattr(error, "kwargs", {}).get("error")
     if isinstance(error, SSLError):
-        return " ".join(str(error).split())
+        return error_message(error)
     if isinstance(error, ConnectTimeoutError) or isinstance(cause, aiohttp.ClientConnectorError):
-        why = getattr(cause, "strerror", None)
-        return f"{endpoint} can't be reached" + (f": {why}" if why else "")
+        reason = getattr(cause, "strerror", None)
+        return f"{endpoint} can't be reached" + (f": {reason}" if reason else "")
     if isinstance(error, ReadTimeoutError | TimeoutError):
         return f"{endpoint} does not answer in time"
     if isinstance(error, EndpointConnectionError | HTTPClientError | aiohttp.ClientError | ConnectionError):
-        return f"{endpoint} breaks the connection off"
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+        return f"{endpoint} closes the connection"
+    return one_line(error)
 
 
 def for_other_nodes(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of S3 with what this machine's environment and profiles add to them: endpoint, region, and credentials
-    that don't change by themselves. Those of instance roles, SSO and assumed roles expire: each node finds its own."""
+    """S3's options, completed from this machine's environment and profiles for use on other nodes: endpoint, region,
+    and static credentials. Those of instance roles, SSO and assumed roles expire, so each node gets its own."""
     session = botocore.session.Session(profile=given.get("profile"))
     client, config = dict(given.get("client_kwargs", {})), dict(given.get("config_kwargs", {}))
     found: dict[str, Any] = {}
@@ -278,19 +286,19 @@ def for_other_nodes(given: Mapping[str, Any]) -> dict[str, Any]:
         config.setdefault("retries", {"total_max_attempts": int(tries)})
     merged = {**found, **given, "client_kwargs": client, "config_kwargs": config}
     if "key" in found:
-        merged.pop("profile", None)  # other nodes need not have it
+        merged.pop("profile", None)  # other nodes may not have it
     return {k: v for k, v in merged.items() if v != {}}
 
 
 def _static_credentials(session: botocore.session.Session) -> dict[str, Any]:
-    """{} where this machine has none, or such as expire."""
+    """The static credentials of this machine; {} if it has none, or uses credentials that expire."""
     for provider in session.get_component("credential_provider").providers:
         if provider.METHOD in STATIC:
             if (loaded := provider.load()) is not None:
                 keys = loaded.get_frozen_credentials()
                 named = {"key": keys.access_key, "secret": keys.secret_key, "token": keys.token}
                 return {k: v for k, v in named.items() if v}
-        elif provider.METHOD == "custom-process":  # to load it is to run it
+        elif provider.METHOD == "custom-process":  # loading it would run the process
             if session.get_scoped_config().get("credential_process"):
                 return {}
         elif provider.METHOD in ("iam-role", "container-role") or provider.load() is not None:
@@ -299,10 +307,10 @@ def _static_credentials(session: botocore.session.Session) -> dict[str, Any]:
 
 
 def _configured_endpoint(session: botocore.session.Session) -> str | None:
-    """As botocore finds it: of S3 before of any service, the environment before the profile."""
+    """The endpoint by botocore's rules: the environment before the profile, S3's own before that of all services."""
     if session.get_config_variable("ignore_configured_endpoint_urls"):
         return None
     profile = session.get_scoped_config()
     services = session.full_config.get("services", {}).get(profile.get("services"), {})
-    of_s3, of_any = services.get("s3", {}).get("endpoint_url"), profile.get("endpoint_url")
-    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or of_s3 or of_any
+    for_s3, for_all = services.get("s3", {}).get("endpoint_url"), profile.get("endpoint_url")
+    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or for_s3 or for_all

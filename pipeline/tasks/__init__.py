@@ -1,1 +1,1 @@
-"""What one shard becomes. Imports runtime and the rooms below."""
+"""The work of each job on one shard. Imports runtime and the rooms below."""

@@ -1,4 +1,4 @@
-"""The paths of an interpolation, each as one file: a strip of its frames, or a film."""
+"""The paths of an interpolate run, each as one file: a strip of its frames, or a video."""
 
 import io
 from collections.abc import Iterator, Sequence
@@ -13,21 +13,21 @@ from palindrome.pipeline.runs.plan import read_plan
 from palindrome.pipeline.storage.folder import Folder
 from palindrome.pipeline.tasks.interpolate import paths_of
 
-ENDS = {"strip": ".png", "gif": ".gif", "webp": ".webp", "mp4": ".mp4"}  # formats, and how their files end
-BT709, LIMITED = 1, 1  # as H.264 numbers them
-QUALITY = "16"  # x264's crf: what a codec loses at it is not seen
+ENDS = {"strip": ".png", "gif": ".gif", "webp": ".webp", "mp4": ".mp4"}  # file extensions by format
+BT709, LIMITED = 1, 1  # H.264's numbers of the colour space and the colour range
+QUALITY = "16"  # x264's crf, visually lossless
 
 
 @dataclass(frozen=True)
 class Film:
-    """How: a format of ENDS, frames a second, and how many pixels wide and high each pixel becomes."""
+    """A format of ENDS, frames per second, and the factor by which each pixel is enlarged."""
 
     form: str
     fps: float
     scale: int
 
     def encoded(self, frames: Sequence[np.ndarray], square: bool) -> bytes:
-        """Frames uint8 [H, W, C] of one size, those of a grid where they are a `square`, as a file's content."""
+        """The content of a file of frames, uint8 [H, W, C] of one size; `square` if they are those of a grid."""
         frames = [frame.repeat(self.scale, 0).repeat(self.scale, 1) for frame in frames]
         if self.form == "strip":
             return png(strip(frames, square))
@@ -35,11 +35,11 @@ class Film:
 
 
 def whole_paths(run: Folder, done: set[str]) -> tuple[Iterator[tuple[str, list[dict[str, Any]]]], int]:
-    """The rows of each path all of whose shards are done; and how many paths there are others."""
+    """The rows of each path whose shards are all committed, and the number of other paths."""
     plan = [(shard.name, {piece.name for piece in shard.pieces}) for shard in read_plan(run)]
-    broken: set[str] = set().union(*(names for shard, names in plan if shard not in done))
+    incomplete: set[str] = set().union(*(names for shard, names in plan if shard not in done))
     found = paths_of(run, (shard for shard, names in plan if shard in done))
-    return ((name, list(rows)) for name, rows in found if name not in broken), len(broken)
+    return ((name, list(rows)) for name, rows in found if name not in incomplete), len(incomplete)
 
 
 def pixels(rows: Sequence[dict[str, Any]]) -> list[np.ndarray]:
@@ -47,7 +47,7 @@ def pixels(rows: Sequence[dict[str, Any]]) -> list[np.ndarray]:
 
 
 def _animation(frames: Sequence[np.ndarray], form: str, fps: float) -> bytes:
-    """GIF, of 256 colours a frame, or lossless WebP; both go round and round."""
+    """A GIF with 256 colours per frame, or a lossless WebP; both loop forever."""
     first, *rest = map(to_pillow, frames)
     content = io.BytesIO()
     lossless = {"lossless": True} if form == "webp" else {}
@@ -56,9 +56,9 @@ def _animation(frames: Sequence[np.ndarray], form: str, fps: float) -> bytes:
 
 
 def _mp4(frames: Sequence[np.ndarray], fps: float) -> bytes:
-    """H.264 of yuv420p, which every player knows; an odd width or height grows by a pixel, as that takes even ones.
-    The colours are BT.709's, and the file says so, or players would guess by the size."""
-    import av  # an extra, which only films need
+    """H.264 in yuv420p, which every player supports; it requires even sizes, so an odd width or height grows by one
+    pixel. The file is tagged as BT.709; without the tag players would guess the colour space by the size."""
+    import av  # an optional dependency, for videos only
     from av.video.reformatter import Colorspace
 
     height, width, _ = frames[0].shape

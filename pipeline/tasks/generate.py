@@ -1,4 +1,4 @@
-"""New samples: a range of indices -> `images/<shard>.parquet`. Sample i depends on the seed, i and the model alone."""
+"""New samples: a range of indices -> `images/<shard>.parquet`. Sample i depends only on the seed, i and the model."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -23,14 +23,15 @@ KIND = SAMPLES
 
 
 def ranges(count: int, seed: int, shard_size: int) -> Iterator[Piece]:
-    """The indices from 0 to before `count`; a shard is named after its indices and the seed."""
+    """The indices 0 to `count` - 1 as pieces; a shard is named after its indices and the seed."""
     for start in range(0, count, shard_size):
         yield Piece("", KIND, 0, str(seed), start, min(start + shard_size, count))
 
 
 @dataclass(frozen=True)
 class Generate:
-    """`how` goes to model.ddim.sample; `dtype` is that of the latents, None where none are stored."""
+    """Generates the samples of a shard. `how` is passed to model.ddim.sample; `dtype` is that of the stored latents,
+    None to store none."""
 
     run: Folder
     seed: int

@@ -1,4 +1,4 @@
-"""Stored latents -> the images between them. `images/<shard>.parquet`, a row a frame."""
+"""Stored latents -> the images between them: `images/<shard>.parquet`, one row per frame."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ METHODS = {"slerp": slerp, "linear": lerp}
 
 @dataclass(frozen=True)
 class Interpolate:
-    """`frames` a leg, both ends included, by one of METHODS."""
+    """Decodes `frames` frames per leg, both ends included, interpolated by one of METHODS."""
 
     run: Folder
     latents: Folder
@@ -59,9 +59,9 @@ class Interpolate:
             return Receipt(shard.name, out.rows, out.refused, **seconds, bytes=written)
 
     def _read(self, model: Model, legs: Iterable[Leg]) -> dict[str, Tensor]:
-        """id -> latent [C, H, W]."""
+        """Latents [C, H, W] by image id."""
         found: dict[str, Tensor] = {}
-        images = (At(*place) for leg in legs for place in zip(leg.ids, leg.shards, strict=True))
+        images = (At(image_id, shard) for leg in legs for image_id, shard in zip(leg.ids, leg.shards, strict=True))
         for shard, ids in by_shard(images).items():
             check_made(self.latents, shard)
             for rows, latents in read_latents(self.latents, shard, self.batch_size, Selection(ids)):
@@ -71,7 +71,8 @@ class Interpolate:
     def _frames(
         self, out: ShardWriter, legs: Iterable[tuple[Piece, Leg]], found: Mapping[str, Tensor]
     ) -> Iterator[tuple[dict[str, Any], Tensor]]:
-        """Rows of FRAME_SCHEMA without their images, and latents [C, H, W]; what has no latents between is rejected."""
+        """Rows of FRAME_SCHEMA without their images, and latents [C, H, W]. Legs without a latent, or whose latents
+        have no unique arc, are rejected."""
         for piece, leg in legs:
             name = frame_id(piece.name, piece.start)
             if missing := [image_id for image_id in leg.ids if image_id not in found]:
@@ -86,21 +87,21 @@ class Interpolate:
             rms = {f"rms_{method}": _rms(x) for method, x in by_method.items()}
             for i, x in enumerate(by_method[self.method]):
                 frame = piece.start + i
-                place = {"image_id": frame_id(piece.name, frame), "path": piece.name, "frame": frame}
+                row = {"image_id": frame_id(piece.name, frame), "path": piece.name, "frame": frame}
                 down = leg.row / (leg.rows - 1) if leg.rows else None
-                place |= {"ids": leg.ids, "t": t[i].item(), "down": down}
-                yield {**place, **{column: values[i].item() for column, values in rms.items()}}, x
+                row |= {"ids": leg.ids, "t": t[i].item(), "down": down}
+                yield {**row, **{column: values[i].item() for column, values in rms.items()}}, x
 
 
 def between(method: str, corners: list[Tensor], t: Tensor, leg: Leg) -> Tensor:
-    """Latents [F, C, H, W] at t [F] of a leg whose images have the latents `corners`, [C, H, W] each. In a grid the
-    left and the right end of its row come first, each between two corners. Raises ValueError, as model.interpolate."""
-    move = METHODS[method]
+    """Latents [F, C, H, W] at t [F] on a leg between the latents `corners`, [C, H, W] each. In a grid, the ends of the
+    row are interpolated first, each between two corners. Raises ValueError as model.interpolate does."""
+    interpolate = METHODS[method]
     ends = torch.stack(corners)
     if leg.rows:
-        ends = move(ends[:2], ends[2:], torch.full((2,), leg.row / (leg.rows - 1), dtype=torch.float64))
+        ends = interpolate(ends[:2], ends[2:], torch.full((2,), leg.row / (leg.rows - 1), dtype=torch.float64))
     a, b = (end.expand(len(t), *end.shape) for end in ends)
-    return move(a, b, t)
+    return interpolate(a, b, t)
 
 
 def _rms(x: Tensor) -> Tensor:
@@ -108,7 +109,7 @@ def _rms(x: Tensor) -> Tensor:
 
 
 def paths_of(run: Folder, shards: Iterable[str]) -> Iterator[tuple[str, Iterator[dict[str, Any]]]]:
-    """The rows of a run path by path; `shards` come in the plan's order."""
+    """The rows of a run, grouped by path; `shards` must be in the plan's order."""
 
     def rows() -> Iterator[dict[str, Any]]:
         for shard in shards:

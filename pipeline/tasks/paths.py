@@ -1,7 +1,7 @@
-"""Which latents an interpolation leads through -> the pieces of its plan.
+"""The paths of an interpolation: choosing their images, and the pieces of the plan.
 
-A *path* is a list of images, a *leg* the way from one to the next. A piece is a leg, or a row of a grid: `name` is the
-path's number, `start` and `stop` are the frames of the path that are its own, and `kept` is a Leg as JSON.
+A *path* is a list of images, a *leg* is the part between two consecutive ones. A piece is a leg, or a row of a grid:
+`name` is the path's number, `start` and `stop` are its range of the path's frames, and `kept` is a Leg as JSON.
 """
 
 import csv
@@ -26,12 +26,12 @@ from palindrome.pipeline.storage.folder import Folder, options_for
 
 KIND = PATHS
 NUMBERED = re.compile(r"(.*?)(\d+)(\D*(?:\.[A-Za-z]\w{0,4})?)", re.DOTALL)  # the last number before the extension
-NAMED = 5  # ids named in an error
+MAX_NAMED = 5  # ids named in an error
 BATCH = 1024  # latents compared at once
 
 
 class At(NamedTuple):
-    """An image, and the shard that has its latent: None where none has."""
+    """An image and the shard with its latent, None if there is none."""
 
     image_id: str
     shard: str | None
@@ -39,8 +39,8 @@ class At(NamedTuple):
 
 @dataclass(frozen=True)
 class Leg:
-    """The way from the first of two images to the second; or of four, a row of the grid that has them at its corners:
-    upper left and right, lower left and right. `row` of `rows` is how far down."""
+    """A leg from the first of two images to the second; or row number `row` of a grid with `rows` rows between four
+    images: upper left, upper right, lower left, lower right."""
 
     ids: tuple[str, ...]
     shards: tuple[str | None, ...]
@@ -54,8 +54,8 @@ class Leg:
 
 
 def path_pieces(paths: Iterable[Sequence[At]], frames: int) -> Iterator[Piece]:
-    """Paths through two images or more, `frames` a leg, both ends included; where legs meet, the frame is the later
-    one's."""
+    """The pieces of paths through at least two images, with `frames` frames per leg, both ends included. The frame
+    where two legs meet belongs to the second."""
     for number, path in enumerate(paths):
         for leg, (a, b) in enumerate(pairwise(path)):
             last = leg == len(path) - 2
@@ -64,7 +64,7 @@ def path_pieces(paths: Iterable[Sequence[At]], frames: int) -> Iterator[Piece]:
 
 
 def grid_pieces(grids: Iterable[Sequence[At]], frames: int) -> Iterator[Piece]:
-    """Grids of `frames` by `frames` between four images each, row by row."""
+    """The pieces of grids of `frames` by `frames` frames between four images each, row by row."""
     for number, corners in enumerate(grids):
         ids, shards = tuple(at.image_id for at in corners), tuple(at.shard for at in corners)
         for row in range(frames):
@@ -76,16 +76,16 @@ def _piece(number: int, start: int, stop: int, leg: Leg) -> Piece:
 
 
 def ids_of(text: str, at_least: int, at_most: float = float("inf")) -> list[str]:
-    """The ids in one line of CSV; those with commas stand in double quotes. Raises ValueError."""
+    """The ids in one line of CSV; ids with commas are in double quotes. Raises ValueError."""
     [ids] = csv.reader([text], strict=True, skipinitialspace=True)
     if not at_least <= len(ids) <= at_most or not all(ids):
         wanted = f"{at_least}" if at_least == at_most else f"{at_least} or more"
-        raise ValueError(f"{text!r} is not {wanted} ids with commas between them")
+        raise ValueError(f"{text!r} is not {wanted} ids separated by commas")
     return ids
 
 
 def read_pairs(uri: str) -> list[list[str]]:
-    """The pairs of a CSV file, two ids a line. Raises ValueError, which names the line, and OSError."""
+    """The pairs of a CSV file with two ids per line. Raises ValueError naming the line, and OSError."""
     with fsspec.open(uri, "rb", **options_for(uri)) as file:
         lines = file.read().decode("utf-8-sig").splitlines()
     found = []
@@ -95,35 +95,34 @@ def read_pairs(uri: str) -> list[list[str]]:
         except (ValueError, csv.Error) as e:
             raise ValueError(f"line {number}: {e}") from e
     if not found:
-        raise ValueError("the file names no pair")
+        raise ValueError("the file has no pairs")
     return found
 
 
 def digest_of(pairs: Sequence[Sequence[str]]) -> str:
-    """Of what a file of pairs says."""
+    """A digest of the pairs of a file."""
     return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
 
 
 def located(run: Folder, shards: Iterable[str], paths: Sequence[Sequence[str]], must: bool = False) -> list[list[At]]:
-    """The paths with the shards of their images. Raises ValueError naming images without a latent where all `must`
-    have one."""
+    """The paths with the shards of their images. With `must`, raises ValueError naming images without a latent."""
     wanted = Selection(tuple({image_id for path in paths for image_id in path}))
-    where = {place.image_id: place.shard for place in every(run, shards, wanted)}
-    if must and (missing := [i for i in wanted.ids or () if i not in where]):
-        raise ValueError(f"there is no latent of {', '.join(map(repr, sorted(missing)[:NAMED]))}")
-    return [[At(image_id, where.get(image_id)) for image_id in path] for path in paths]
+    shard_of = {image.image_id: image.shard for image in every(run, shards, wanted)}
+    if must and (missing := [i for i in wanted.ids or () if i not in shard_of]):
+        raise ValueError(f"there is no latent of {', '.join(map(repr, sorted(missing)[:MAX_NAMED]))}")
+    return [[At(image_id, shard_of.get(image_id)) for image_id in path] for path in paths]
 
 
 def every(run: Folder, shards: Iterable[str], which: Selection) -> Iterator[At]:
-    """The images of a run that are meant, shard by shard."""
+    """The selected images of a run, shard by shard."""
     shards = list(shards)
     for shard, ids in zip(shards, in_threads(lambda shard: read_ids(run, shard, which), shards), strict=True):
         yield from (At(image_id, shard) for image_id in ids)
 
 
 def random_pairs(run: Folder, shards: Sequence[str], which: Selection, count: int, seed: int) -> list[list[At]]:
-    """Pairs of two different images, each pair drawn for itself, all alike probable. Raises ValueError where there are
-    no two images."""
+    """Pairs of two different images, drawn independently and uniformly. Raises ValueError if there are fewer than two
+    images."""
     counts = _counts(run, shards, which, 2)
     draw, total = np.random.default_rng(seed), int(counts.sum())
     first = draw.integers(total, size=count)
@@ -133,23 +132,23 @@ def random_pairs(run: Folder, shards: Sequence[str], which: Selection, count: in
 
 
 def nearest_pairs(run: Folder, shards: Sequence[str], which: Selection, count: int, seed: int) -> list[list[At]]:
-    """Different images, drawn at random, each with that one of the others whose latent has the least angle to its own.
-    All latents are read once. Raises ValueError where there are not so many images, or only one."""
+    """Different images, drawn at random, each paired with the image whose latent has the smallest angle to its own.
+    Reads all latents once. Raises ValueError if there are fewer than `count` images, or only one."""
     counts = _counts(run, shards, which, max(2, count))
     drawn = np.random.default_rng(seed).choice(int(counts.sum()), count, replace=False)
-    places = _at(run, shards, which, counts, drawn)
-    firsts = [places[place] for place in drawn.tolist()]
+    images = _at(run, shards, which, counts, drawn)
+    firsts = [images[position] for position in drawn.tolist()]
     units: dict[str, np.ndarray] = {}
     for shard, ids in by_shard(firsts).items():
         for rows, latents in read_latents(run, shard, BATCH, Selection(ids)):
             units |= {row["image_id"]: unit for row, unit in zip(rows, _unit(latents), strict=True)}
-    mine = np.stack([units[first.image_id] for first in firsts])
+    first_units = np.stack([units[first.image_id] for first in firsts])
     cosine, nearest = np.full(count, -np.inf), [firsts[0]] * count
     for shard in shards:
         for rows, latents in read_latents(run, shard, BATCH, which):
             found = [At(row["image_id"], shard) for row in rows]
-            index = {place: i for i, place in enumerate(found)}
-            cosines = np.nan_to_num(mine @ _unit(latents).T, nan=-np.inf)  # of a latent that is not finite
+            index = {image: i for i, image in enumerate(found)}
+            cosines = np.nan_to_num(first_units @ _unit(latents).T, nan=-np.inf)  # NaN: a latent that is not finite
             for i, first in enumerate(firsts):
                 if first in index:
                     cosines[i, index[first]] = -np.inf
@@ -160,8 +159,8 @@ def nearest_pairs(run: Folder, shards: Sequence[str], which: Selection, count: i
 
 
 def sequences(images: Iterable[At]) -> tuple[list[list[At]], int]:
-    """The images whose ids differ in their last number alone, in its order: a path for each such series of two or more.
-    And how many numbers are missing between the first and the last of each, where the others follow one another."""
+    """A path for each numbered sequence of at least two images: those whose ids differ only in their last number, in
+    its order. Also the number of images missing within the sequences, given the usual step of each."""
     found: dict[tuple[str, str], list[tuple[int, At]]] = defaultdict(list)
     for image in images:
         if parts := NUMBERED.fullmatch(image.image_id):
@@ -179,7 +178,7 @@ def sequences(images: Iterable[At]) -> tuple[list[list[At]], int]:
 
 
 def by_shard(images: Iterable[At]) -> dict[str, tuple[str, ...]]:
-    """shard -> the ids in it, of images that have a latent."""
+    """The ids by shard, of images that have a latent."""
     found: dict[str, dict[str, None]] = defaultdict(dict)
     for image in images:
         if image.shard is not None:
@@ -190,21 +189,23 @@ def by_shard(images: Iterable[At]) -> dict[str, tuple[str, ...]]:
 def _counts(run: Folder, shards: Sequence[str], which: Selection, at_least: int) -> np.ndarray:
     counts = np.array(list(in_threads(lambda shard: count_rows(run, shard, which), shards)), np.int64)
     if counts.sum() < at_least:
-        raise ValueError(f"the run holds {counts.sum()} latents that were asked for, fewer than {at_least}")
+        raise ValueError(f"the run has {counts.sum()} selected latents, fewer than {at_least}")
     return counts
 
 
-def _at(run: Folder, shards: Sequence[str], which: Selection, counts: np.ndarray, places: np.ndarray) -> dict[int, At]:
-    """The images at those places in the row of all that are meant; only the shards that have one are read."""
+def _at(
+    run: Folder, shards: Sequence[str], which: Selection, counts: np.ndarray, positions: np.ndarray
+) -> dict[int, At]:
+    """The images at these positions in the list of all selected images; reads only the shards that have one."""
     ends = counts.cumsum()
     wanted: dict[int, list[int]] = defaultdict(list)
-    for place in np.unique(places).tolist():
-        wanted[int(np.searchsorted(ends, place, "right"))].append(place)
+    for position in np.unique(positions).tolist():
+        wanted[int(np.searchsorted(ends, position, "right"))].append(position)
     read = in_threads(lambda number: read_ids(run, shards[number], which), wanted)
     found: dict[int, At] = {}
-    for (number, mine), ids in zip(wanted.items(), read, strict=True):
+    for (number, in_shard), ids in zip(wanted.items(), read, strict=True):
         first = int(ends[number] - counts[number])
-        found |= {place: At(ids[place - first], shards[number]) for place in mine}
+        found |= {position: At(ids[position - first], shards[number]) for position in in_shard}
     return found
 
 

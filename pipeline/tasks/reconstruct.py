@@ -55,21 +55,21 @@ class Reconstruct:
 
 
 class _Originals:
-    """The originals of a shard, read again in the plan's order, which is the order of the latents too."""
+    """The originals of a shard, read again. They come in the plan's order, as the latents do."""
 
     def __init__(self, batches: Iterator[Batch]) -> None:
         self.batches = batches
-        self.waiting: dict[str, Image | str] = {}
+        self.buffered: dict[str, Image | str] = {}
 
     def find(self, image_id: str, content_hash: str) -> Image | str:
-        """The image, or why there is none to compare with: `changed`, or a reject's reason."""
-        while image_id not in self.waiting:
+        """The image, or why there is none to compare with: `missing`, `changed`, or a reject's reason."""
+        while image_id not in self.buffered:
             batch = next(self.batches, None)
             if batch is None:
                 return "missing"
-            self.waiting |= {image.image_id: image for image in batch.images}
-            self.waiting |= {reject.image_id: reject.reason for reject in batch.rejects}
-        found = self.waiting.pop(image_id)
+            self.buffered |= {image.image_id: image for image in batch.images}
+            self.buffered |= {reject.image_id: reject.reason for reject in batch.rejects}
+        found = self.buffered.pop(image_id)
         return found if isinstance(found, str) or found.content_hash == content_hash else "changed"
 
 

@@ -1,4 +1,4 @@
-"""Stored latents -> images: on one ladder or several, as they were or as variations. `images/<shard>.parquet`."""
+"""Stored latents -> images on one or several ladders, the same or variations: `images/<shard>.parquet`."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +24,8 @@ from palindrome.pipeline.storage.folder import Folder
 
 @dataclass(frozen=True)
 class Regenerate:
-    """`how` goes to model.ddim.sample: with eta above 0 or sigma-hat, each of the variations has its own noise."""
+    """Decodes the selected latents of a shard. `how` is passed to model.ddim.sample; with eta above 0 or sigma-hat,
+    each variation has its own noise."""
 
     run: Folder
     latents: Folder
@@ -59,7 +60,8 @@ class Regenerate:
         indices = [noise_index(f"{variation}/{row['image_id']}") for row in stored]
         condition, longest = model.checkpoint.condition(stored), None
         for levels in sorted(self.ladders, key=len, reverse=True):
-            images = model.vary(x, levels, self.seed, indices, condition, **self.how).clamp(-1, 1)  # as they are seen
+            # Clamped as in the stored PNGs, whose distances are measured.
+            images = model.vary(x, levels, self.seed, indices, condition, **self.how).clamp(-1, 1)
             check_finite(images, [row["image_id"] for row in stored])
             longest = images if longest is None else longest
             distances = round_trip_error(longest, images)

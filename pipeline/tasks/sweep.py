@@ -1,4 +1,4 @@
-"""A sweep: every image there and back under each of several settings, one file a shard and setting."""
+"""A sweep: the round trip of every image with each of several settings, one file per shard and setting."""
 
 import math
 from collections import defaultdict
@@ -25,19 +25,20 @@ from palindrome.pipeline.runtime.reader import Reader
 from palindrome.pipeline.storage.folder import Folder
 from palindrome.pipeline.tasks.encode import measure
 
-TABLE_2 = {10: 0.014, 20: 0.0065, 50: 0.0023, 100: 0.0009, 200: 0.0004, 500: 0.0001, 1000: 0.0001}  # by steps
+# The DDIM paper's Table 2: reconstruction error by steps.
+TABLE_2 = {10: 0.014, 20: 0.0065, 50: 0.0023, 100: 0.0009, 200: 0.0004, 500: 0.0001, 1000: 0.0001}
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to encode and decode. `ladder` is its name for people."""
+    """The inversion of one setting; `ladder` is its name in tables and plots."""
 
     ladder: str
     how: Inversion
 
     @property
     def most_nfe(self) -> int:
-        """Network evaluations an image, up and down, where no tolerance saves some."""
+        """Network evaluations per image, encoding and decoding together, if no tolerance saves some."""
         return self.how.nfe_up + self.how.steps
 
     @property
@@ -45,7 +46,7 @@ class Setting:
         return setting_name(self.how.levels, self.how.corrections, self.how.tolerance, self.how.dtype)
 
     def record(self) -> dict[str, Any]:
-        """`setting` of the metadata of its files."""
+        """The key `setting` of its files' metadata."""
         return {"ladder": self.ladder, **{k: v for k, v in asdict(self.how).items() if k != "exact"}}
 
     @classmethod
@@ -57,14 +58,14 @@ class Setting:
 
 
 def units(shards: Iterable[Shard], setting: Setting) -> Iterator[Shard]:
-    """The shards as units of work of one setting, named after both."""
+    """The shards as units of work of one setting, each named after shard and setting."""
     for shard in shards:
         yield replace(shard, name=f"{shard.name}-{setting.name}")
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """Images -> `sweep/<shard>-<setting>.parquet`: there and back, and noise back and there where a seed is given."""
+    """Images -> `sweep/<shard>-<setting>.parquet`: their round trips, and with a noise seed those of noise too."""
 
     run: Folder
     reader: Reader
@@ -75,15 +76,15 @@ class Sweep:
     def process(self, model: Model, shard: Shard) -> Receipt:
         spent = stopwatch(model)
         setting = self.settings[shard.name.partition("-")[2]]
-        about = {**self.metadata, "setting": setting.record()}
+        metadata = {**self.metadata, "setting": setting.record()}
         round_trip = 0.0
-        with ShardWriter(self.run, SWEPT, shard.name, SWEEP_SCHEMA, about, once=True) as out:
+        with ShardWriter(self.run, SWEPT, shard.name, SWEEP_SCHEMA, metadata, once=True) as out:
             for batch in self.reader.batches(shard):
                 rows = None
                 if batch.images:
                     x = to_model(np.stack([image.pixels for image in batch.images]))
                     before = model.clock.seconds
-                    found = _there_and_back(model, x, setting.how, _condition(model, batch.images))
+                    found = _round_trip(model, x, setting.how, _condition(model, batch.images))
                     round_trip += model.clock.seconds - before
                     rows = self._rows(model, batch.images, found, setting)
                 out.add(rows, batch.rejects)
@@ -93,7 +94,7 @@ class Sweep:
             return Receipt(shard.name, out.rows, out.refused, **seconds, bytes=written)
 
     def _rows(self, model: Model, images: Sequence[Image], found: dict[str, Any], setting: Setting) -> pa.Table:
-        """Of SWEEP_SCHEMA, the noise's way among them."""
+        """Rows of SWEEP_SCHEMA, with the round trip of noise."""
         found["image_id"] = [image.image_id for image in images]
         found["source"] = [image.source for image in images]
         if self.noise_seed is None:
@@ -101,7 +102,7 @@ class Sweep:
         else:
             shape = model.checkpoint.latent_shape
             noise = torch.cat([sample_noise(self.noise_seed, noise_index(i), shape) for i in found["image_id"]])
-            found["noise_mse"] = _back_and_there(model, noise, setting.how, _condition(model, images))
+            found["noise_mse"] = _noise_error(model, noise, setting.how, _condition(model, images))
         return pa.table([pa.array(found[f.name], f.type) for f in SWEEP_SCHEMA], schema=SWEEP_SCHEMA)
 
 
@@ -109,24 +110,24 @@ def _condition(model: Model, images: Sequence[Image]) -> Condition | None:
     return model.checkpoint.condition([image.kept for image in images])
 
 
-def _there_and_back(model: Model, x: Tensor, how: Inversion, condition: Condition | None) -> dict[str, Any]:
-    """The columns that images [B, C, H, W] in [-1, 1] give."""
+def _round_trip(model: Model, x: Tensor, how: Inversion, condition: Condition | None) -> dict[str, Any]:
+    """Columns of SWEEP_SCHEMA for the round trip of images [B, C, H, W] in [-1, 1]."""
     latents, residual, nfe = model.encode(x, how.levels, how.corrections, how.tolerance, condition)
     stored = latents.to(getattr(torch, how.dtype)).float()
     found = measure(x, model.decode(stored, how.levels, condition))
     return {**found, **moments(stored), "residual": residual.numpy(), "nfe": nfe.numpy()}
 
 
-def _back_and_there(model: Model, noise: Tensor, how: Inversion, condition: Condition | None) -> np.ndarray:
-    """Mean squared error [B] of x_T [B, C, H, W] after decoding to an image, which is not rounded, and encoding it."""
+def _noise_error(model: Model, noise: Tensor, how: Inversion, condition: Condition | None) -> np.ndarray:
+    """Mean squared error [B] of x_T [B, C, H, W] after decoding it to an image, without rounding, and encoding that."""
     images = model.decode(noise, how.levels, condition)
     found, *_ = model.encode(images, how.levels, how.corrections, how.tolerance, condition)
     return (found - noise).double().square().flatten(1).mean(1).numpy()
 
 
 def read_sweep(run: Folder) -> list[dict[str, Any]]:
-    """A row for each setting in the folder, by ladder and NFE: what it is, how many images it was tried on, and the
-    figures over them. What has no finite value is None."""
+    """A row for each setting in the folder, sorted by ladder and NFE: its parameters, the number of images, and
+    statistics over them. Values that are not finite are None."""
     done: dict[str, list[str]] = defaultdict(list)
     for unit in sorted(committed(run, SWEPT)):
         done[unit.partition("-")[2]].append(unit)
@@ -135,15 +136,15 @@ def read_sweep(run: Folder) -> list[dict[str, Any]]:
 
 
 def _row(run: Folder, names: list[str]) -> dict[str, Any]:
-    """One setting over its shards, whose units are named."""
+    """The row of one setting, from the units `names`."""
     seconds = 0.0
     for name in names:
-        about = shard_metadata(run, name, SWEPT)
-        seconds += about["timings"]["round_trip_seconds"]
+        metadata = shard_metadata(run, name, SWEPT)
+        seconds += metadata["timings"]["round_trip_seconds"]
     columns = [field.name for field in SWEEP_SCHEMA if field.type != pa.string()]
     tables = [run.read_parquet(f"{SWEPT}/{name}.parquet", columns).replace_schema_metadata() for name in names]
     found = {name: column.to_numpy() for name, column in zip(columns, pa.concat_tables(tables).columns, strict=True)}
-    setting = Setting.of(about["setting"])
+    setting = Setting.of(metadata["setting"])
     how = setting.how
     count, steps = len(found["mse"]), how.steps
     plain = not how.corrections
@@ -172,7 +173,7 @@ def _row(run: Folder, names: list[str]) -> dict[str, Any]:
 
 
 def _mean(values: np.ndarray) -> float | None:
-    """Of the finite ones."""
+    """The mean of the finite values."""
     values = values[np.isfinite(values)]
     return float(values.mean()) if len(values) else None
 

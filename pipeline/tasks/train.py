@@ -1,4 +1,4 @@
-"""What each Ray Train worker does: it trains, and reports the states from which the run resumes."""
+"""The training loop of each Ray Train worker."""
 
 import json
 import os
@@ -24,14 +24,14 @@ from palindrome.pipeline.runs.plan import read_plan
 from palindrome.pipeline.storage.folder import Folder, options_for
 
 PROGRESS, RECORD = "progress.json", "training.json"
-PROGRESS_EVERY = 10  # seconds
+PROGRESS_INTERVAL = 10  # seconds
 SAMPLES = 16  # in a grid
 
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
-    """A training into the run folder `out`, whose plan says which images there are. `batch_size` is over all workers;
-    `precision` and `save_dtype` are as `palindrome train` takes them."""
+    """A training in the run folder `out`, on the images of its plan. `batch_size` is over all workers; `precision` and
+    `save_dtype` are flags of `palindrome train`."""
 
     out: Folder
     collection: Collection
@@ -48,15 +48,16 @@ class Train:
 
 
 def train(job: dict[str, Train]) -> None:
-    """Ray Train's function; `job` has the one entry "train". Rank 0 writes progress.json about every ten seconds,
-    samples/*.png, and at the end the checkpoint and then training.json, which says that the rest is there."""
+    """Ray Train's training function; `job` has the single key "train". Every rank reports the states from which the run
+    resumes. Rank 0 writes progress.json about every ten seconds, samples/*.png, and at the end the checkpoint, then
+    training.json, which commits the training."""
     task = job["train"]
     context = ray.train.get_context()
     rank, out, steps = context.get_world_rank(), task.out, task.how.steps
     device = ray.train.torch.get_device()
     bfloat16 = multiplies_bfloat16(device) if task.precision == "auto" else task.precision == "bfloat16"
     if device.type == "cpu":
-        # Ray reserves the CPUs but tells torch of one.
+        # Ray reserves the CPUs, but sets torch to one thread.
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // context.get_local_world_size()))
     training = Training(task.unet, task.schedule, task.how, device, bfloat16, rank, task.workers, _last_state(device))
     images = shuffled_batches(
@@ -68,15 +69,15 @@ def train(job: dict[str, Train]) -> None:
         rank,
         task.workers,
     )
-    printed, printed_at = training.step, time.monotonic()
+    logged, logged_at = training.step, time.monotonic()
     for step in training.steps(map(torch.from_numpy, images)):
         last = step == steps
-        if rank == 0 and (last or time.monotonic() - printed_at > PROGRESS_EVERY):
-            rate = (step - printed) / (time.monotonic() - printed_at)
+        if rank == 0 and (last or time.monotonic() - logged_at > PROGRESS_INTERVAL):
+            rate = (step - logged) / (time.monotonic() - logged_at)
             progress = {"step": step, "steps": steps, "loss": training.recent_loss()}
             progress |= {"images_per_second": rate * task.batch_size, "eta": (steps - step) / rate}
             out.put(PROGRESS, json.dumps(progress).encode())
-            printed, printed_at = step, time.monotonic()
+            logged, logged_at = step, time.monotonic()
         if rank == 0 and (last or step % task.sample_every == 0):
             out.put(f"samples/step-{step:07d}.png", png(grid(list(to_pixels(training.samples(SAMPLES))), columns=4)))
         if last or step % task.save_every == 0:
@@ -103,7 +104,7 @@ def _last_state(device: torch.device) -> dict[str, Any] | None:
 
 
 def _report(training: Training, rank: int) -> None:
-    """Every rank reports; rank 0 brings the state."""
+    """Ray Train requires a report from every rank; rank 0 attaches the state."""
     state = training.state()
     if rank != 0:
         ray.train.report(training.history[-1])

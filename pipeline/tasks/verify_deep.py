@@ -1,4 +1,4 @@
-"""Whether latents decode to their images: some are decoded again, and compared with originals and stored errors."""
+"""The check of `verify --deep`: decodes some latents and compares them with originals and stored errors."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -21,13 +21,13 @@ from palindrome.pipeline.runs.verify import Account, Finding
 from palindrome.pipeline.runtime.device import Model
 from palindrome.pipeline.storage.folder import Folder
 
-# Of the stored error; another device or batch size rounds otherwise, which is all there is where the error is nothing.
+# Tolerances relative to the stored error: another device or batch size rounds differently, which dominates tiny errors.
 RELATIVE, ABSOLUTE = 1e-2, 1e-8
 
 
 def verify_decoding(run: Folder, count: int, account: Account) -> Iterator[Finding]:
-    """What is wrong with `count` latents of an encode run, evenly over the shards that `verify`, which has filled
-    `account`, found well; their errors are added to it."""
+    """What is wrong with `count` latents of an encode run, spread evenly over the shards without findings. `verify` has
+    filled `account`; the latents' round-trip errors are added to it."""
     if not account.rows_of_shard:
         return
     encoded = EncodeRun.open(run)
@@ -35,16 +35,16 @@ def verify_decoding(run: Folder, count: int, account: Account) -> Iterator[Findi
     try:
         _, loaded = encoded.load_model(None)
     except WrongModel as e:
-        yield Finding("--deep", f"the model {uri} is another than the run's: {e}")
+        yield Finding("--deep", f"the model {uri} is not the run's: {e}")
         return
-    except Exception as e:  # of whichever store
+    except Exception as e:  # stores raise errors of many types
         yield Finding("--deep", f"the model {uri} can't be loaded: {one_line(e)}")
         return
     model, levels = Model(loaded, execution=encoded.execution), encoded.inversion.levels
     how, collection = encoded.preprocess, encoded.collection
-    for shard, places in _spread(run, account.rows_of_shard, count):
+    for shard, positions in _spread(run, account.rows_of_shard, count):
         file = f"{LATENTS}/{shard.name}.parquet"
-        for row in _rows(run, file, places):
+        for row in _rows(run, file, positions):
             image_id = row["image_id"]
             found = read_raw(collection, _only(shard, image_id))
             image = read_image(next(raw for raw in found if raw.image_id == image_id), how)
@@ -52,7 +52,7 @@ def verify_decoding(run: Folder, count: int, account: Account) -> Iterator[Findi
                 yield Finding(file, f"{image_id}: its original can't be read again: {image.reason}: {image.detail}")
                 continue
             if image.content_hash != row["content_hash"]:
-                yield Finding(file, f"{image_id}: its original is not what was encoded: content_hash differs")
+                yield Finding(file, f"{image_id}: its original has changed: content_hash differs")
                 continue
             x, latent = to_model(np.stack([image.pixels])), torch.from_numpy(np.stack([row["latent"]]))
             mse = float(round_trip_error(x, model.decode(latent, levels))[0])
@@ -65,41 +65,41 @@ def verify_decoding(run: Folder, count: int, account: Account) -> Iterator[Findi
 
 
 def _spread(run: Folder, of_shard: Mapping[str, int], count: int) -> Iterator[tuple[Shard, list[int]]]:
-    """Shards, and the rows of theirs that are drawn."""
+    """Shards, and the positions of the rows to decode in each."""
     total = sum(of_shard.values())
     if not total:
         return
     wanted = iter(sorted({(2 * i + 1) * total // (2 * count) for i in range(count)}))
-    place, before = next(wanted, None), 0
+    position, before = next(wanted, None), 0
     for shard in read_plan(run):
-        here, after = [], before + of_shard.get(shard.name, 0)
-        while place is not None and place < after:
-            here.append(place - before)
-            place = next(wanted, None)
+        in_shard, after = [], before + of_shard.get(shard.name, 0)
+        while position is not None and position < after:
+            in_shard.append(position - before)
+            position = next(wanted, None)
         before = after
-        if here:
-            yield shard, here
-        if place is None:
+        if in_shard:
+            yield shard, in_shard
+        if position is None:
             return
 
 
-def _rows(run: Folder, file: str, places: list[int]) -> Iterator[dict[str, Any]]:
-    """The rows that stand there."""
+def _rows(run: Folder, file: str, positions: list[int]) -> Iterator[dict[str, Any]]:
+    """The rows at these positions."""
     first = 0
     with open_checked(run, file) as opened:
         for group in range(opened.metadata.num_row_groups):
             rows = opened.metadata.row_group(group).num_rows
-            here = [place - first for place in places if first <= place < first + rows]
+            in_group = [position - first for position in positions if first <= position < first + rows]
             first += rows
-            if here:
-                table = opened.read_row_group(group, ["image_id", "content_hash", "latent", "mse"]).take(here)
+            if in_group:
+                table = opened.read_row_group(group, ["image_id", "content_hash", "latent", "mse"]).take(in_group)
                 latents = table["latent"].combine_chunks().to_numpy_ndarray().astype(np.float32)
                 for row, latent in zip(table.drop_columns(["latent"]).to_pylist(), latents, strict=True):
                     yield {**row, "latent": latent}
 
 
 def _only(shard: Shard, image_id: str) -> Shard:
-    """The shard of the piece that holds that image, and of a Parquet file's of its row alone."""
+    """A shard of only the piece with that image; of a Parquet file, only its row."""
     if shard.kind in ONE_EACH:
         return Shard.of(shard.kind, [piece for piece in shard.pieces if piece.name == image_id])
     name, _, number = image_id.rpartition("#")

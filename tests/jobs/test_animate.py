@@ -105,8 +105,8 @@ def test_a_path_that_lacks_frames_waits_for_them(palindrome, run, frames, tmp_pa
     assert said.code == 1 and "2 files written" in said.out and "1 paths lack frames" in said.err
     (tmp_path / "shard").rename(gone)
     said = palindrome(*flags)
-    assert said.code == 0 and "1 files written" in said.out and "2 were there" in said.out
+    assert said.code == 0 and "1 files written" in said.out and "2 existed before" in said.out
     said = palindrome(*flags, "--scale", 2)
     assert said.code == 2 and "belongs to another command: --scale was 1, now 2" in said.err
     said = palindrome("animate", tmp_path / "out", "--format", "strip", "--out", tmp_path / "b")
-    assert said.code == 1 and "is a run of animate; this takes one of interpolate" in said.err
+    assert said.code == 1 and "is a run of animate, not of interpolate" in said.err

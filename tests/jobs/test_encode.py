@@ -299,7 +299,7 @@ def test_a_collection_of_rejects_alone_fails(palindrome, corpus, model, tmp_path
     reasons = corpus.bad_images(tmp_path / "bad")
     said = palindrome("encode", "--images", tmp_path / "bad", "--model", model, "--out", tmp_path / "run", "--measure")
     assert said.code == 1
-    assert "not one image" in said.err
+    assert "no image could be encoded" in said.err
     found = json.loads((tmp_path / "run/summary.json").read_text())
     assert (found["latents"], found["rejects"]) == (0, len(reasons))
     [file] = (tmp_path / "run/latents").iterdir()
@@ -317,7 +317,7 @@ def test_a_shard_that_can_not_be_committed_fails_and_the_rest_is_done(palindrome
     said = palindrome(*command)
     assert said.code == 1
     assert f"shard {files[1].stem} failed: IsADirectoryError" in said.err
-    assert "1 shards failed; the same command tries them again" in said.err
+    assert "1 shards failed; repeat the command to retry them" in said.err
     [failed] = json.loads((tmp_path / "run/summary.json").read_text())["failed_shards"]
     assert (failed["shard"], failed["images"]) == (files[1].stem, 8)
     assert files[0].is_file() and files[2].is_file()
@@ -509,7 +509,7 @@ def test_more_rejects_than_may_be_end_the_run(palindrome, growing, model, tmp_pa
     command += ["--shard-size", 2]
     said = palindrome(*command, "--max-reject-fraction", 0.2)
     assert said.code == 1
-    assert re.search(r"given up: --max-reject-fraction: \d+ of 20 images are rejected, above 0.2", said.err)
+    assert re.search(r"aborted: --max-reject-fraction: \d+ of 20 images are rejected, above 0.2", said.err)
     assert 0 < len(list((tmp_path / "run/latents").iterdir())) < 10
     said = palindrome(*command, "--max-reject-fraction", 0.5)
     assert said.code == 0, said.err
@@ -528,12 +528,12 @@ def test_so_many_shards_may_fail(palindrome, growing, model, tmp_path, most, cod
         (path / "keep").touch()
     said = palindrome(*command, "--max-failed-shards", most)
     assert said.code == code, said.err
-    assert ("given up: --max-failed-shards: 2 shards failed, and 1 may" in said.err) == (code == 1)
+    assert ("aborted: --max-failed-shards: 2 shards failed, and 1 may" in said.err) == (code == 1)
 
 
 def test_a_reader_that_hangs_fails_its_shard_alone(palindrome, pngs, model, tmp_path, read_run, monkeypatch):
     """Images over HTTP, one of which the server begins to send and never ends, until it is let go."""
-    monkeypatch.setattr(scheduler, "RETRIES", 1)  # each takes as long as --stall says
+    monkeypatch.setattr(scheduler, "MAX_RETRIES", 1)  # each takes as long as --stall says
     let_go = threading.Event()
 
     class Handler(http.server.BaseHTTPRequestHandler):

@@ -156,10 +156,10 @@ def test_a_dry_run_of_a_training_looks_at_images(palindrome, pngs, tmp_path):
     (tmp_path / "images/0.png").write_text("no picture")
     said = palindrome(*command)
     assert said.code == 2
-    assert "--images: not one of the first 1 can be decoded: " in said.err and "0.png is " in said.err
+    assert "--images: none of the first 1 can be decoded: " in said.err and "0.png is " in said.err
     (tmp_path / "images/1.png").write_bytes(pngs[0])
     said = palindrome(*command)
-    assert said.code == 0 and "of the first 2 images 1 can be decoded; " in said.out
+    assert said.code == 0 and "1 of the first 2 images can be decoded; " in said.out
     assert not (tmp_path / "run").exists()
 
 

@@ -255,7 +255,7 @@ def test_shards_that_come_later_are_exported_then(palindrome, copy, tmp_path):
     shard.rename(tmp_path / "later")
     said = palindrome("export", copy, "--out", out, "--format", "png")
     assert said.code == 0
-    assert said.err == f"{copy} is not complete; the same command exports what comes\n"
+    assert said.err == f"{copy} is not complete; repeat the command to export further shards\n"
     assert pq.read_table(out / "images/metadata.parquet").num_rows == 16
     (tmp_path / "later").rename(shard)
     said = palindrome("export", copy, "--out", out, "--format", "png")
@@ -300,7 +300,7 @@ def test_what_holds_no_images(palindrome, run, made, tmp_path):
     out = tmp_path / "out"
     said = palindrome("export", run.parent / "encoded", "--out", out, "--format", "png")
     assert (said.code, said.out) == (1, "")
-    assert "is a run of encode; this takes one of reconstruct" in said.err
+    assert "is a run of encode, not of reconstruct" in said.err
     empty = made([])
     (empty / "reconstructions/one.parquet").unlink()
     said = palindrome("export", empty, "--out", out, "--format", "png")
@@ -329,7 +329,7 @@ def test_an_image_that_is_broken_is_named_and_nothing_else_is_lost(palindrome, c
     assert said.code == 1
     shown = image_id.replace("\n", "\\n")
     assert said.err.startswith(f"shard {shard} failed: {shown}: ") and words in said.err
-    assert said.err.endswith("\n1 shards failed; the same command tries them again\n") and said.err.count("\n") == 2
+    assert said.err.endswith("\n1 shards failed; repeat the command to retry them\n") and said.err.count("\n") == 2
     expected, found = files(whole), files(out)
     if form in ("png", "webp"):
         lost = {name for name in expected if name.startswith("images/") and name not in found}

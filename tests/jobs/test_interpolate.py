@@ -80,7 +80,7 @@ def test_pairs_of_a_file(palindrome, encoded, reconstructed, latents, model, tmp
     flags = ["--latents", encoded, "--pairs", tmp_path / "pairs.csv", "--frames", FRAMES]
     said = palindrome("interpolate", *flags, "--out", tmp_path / "out")
     assert said.code == 0 and "15 frames in" in said.out, said.err
-    assert "1 ways rejected as no_latent: the encode run has no latent of that image" in said.err
+    assert "1 paths rejected as no_latent: the encode run has no latent of that image" in said.err
     found = read(tmp_path / "out")
     assert sorted(found) == [(f"{path:06d}", frame) for path in (0, 1, 3) for frame in range(FRAMES)]
 
@@ -221,7 +221,7 @@ def test_opposite_latents_are_rejected_and_nothing_else_is_lost(palindrome, enco
     paths = [quoted(a, b), quoted(zero, c), quoted(b, c, zero, a)]
     flags = ["--latents", tmp_path / "run", "--frames", 2, "--path", *paths]
     said = palindrome("interpolate", *flags, "--out", tmp_path / "out")
-    assert said.code == 0 and "4 ways rejected as no_arc" in said.err
+    assert said.code == 0 and "4 paths rejected as no_arc" in said.err
     assert {tuple(row["ids"]) for row in read(tmp_path / "out").values()} == {(b, c)}
 
 
@@ -233,12 +233,12 @@ def test_what_is_wrong_is_named(palindrome, encoded, tmp_path):
         "--pairs: random:x is not random:N": ["--pairs", "random:x"],
         "--pairs: line 1: 'a' is not 2 ids": ["--pairs", tmp_path / "pairs.csv"],
         "--pairs: ": ["--pairs", tmp_path / "nosuch.csv"],
-        "--pairs: the run holds 24 latents that were asked for, fewer than 25": ["--pairs", "nearest:25"],
+        "--pairs: the run has 24 selected latents, fewer than 25": ["--pairs", "nearest:25"],
         "--path: 'a' is not 2 or more ids": ["--path", "a"],
         "--path: there is no latent of 'a', 'b'": ["--path", "a,b"],
         "--grid: 'a,b,c' is not 4 ids": ["--grid", "a,b,c"],
         "--where: --path names the images": ["--path", "a,b", "--where", "label == 3"],
-        "--where: 'nosuch' is no column": ["--pairs", "random:3", "--where", "nosuch == 3"],
+        "--where: 'nosuch' is not a column": ["--pairs", "random:3", "--where", "nosuch == 3"],
         "--frames: 1 is out of range": ["--pairs", "random:3", "--frames", 1],
         "--steps: ": ["--pairs", "random:3", "--steps", 10**6],
     }

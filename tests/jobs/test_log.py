@@ -72,7 +72,7 @@ def test_a_failed_shard_is_named_and_no_setting_has_changed(palindrome, images, 
     failed, left = records(said.err)
     assert (said.code, failed["event"], failed["level"], failed["shard"]) == (1, "shard_failed", "error", file.stem)
     assert "on the ladder [-1, 5, 800]" in failed["error"]
-    assert (left["level"], left["message"]) == ("warning", "1 shards failed; the same command tries them again")
+    assert (left["level"], left["message"]) == ("warning", "1 shards failed; repeat the command to retry them")
     end = records(said.out)[-1]
     assert (end["level"], end["exit_code"], end["failed_shards"]) == ("error", 1, 1)
     assert [row["count"] for row in end["summary"]["by_steps"]] == [16]

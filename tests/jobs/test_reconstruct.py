@@ -225,7 +225,7 @@ def test_an_encode_run_that_is_not_complete_is_gone_on_with(palindrome, copy, he
     [
         ({"model_digest": "f" * 64}, "by model ffff"),
         ({"levels": [-1, 5, 800]}, "on the ladder [-1, 5, 800], not [-1, "),
-        ({"preprocess": {"size": 16}}, "of images prepared as {'size': 16}, not {"),
+        ({"preprocess": {"size": 16}}, "from images preprocessed as {'size': 16}, not {"),
     ],
     ids=["model", "ladder", "preprocessing"],
 )
@@ -265,7 +265,7 @@ def test_a_model_that_moved_away_is_said(palindrome, copy):
 
 
 def test_a_number_of_steps_named_twice_is_refused(palindrome, here, tmp_path):
-    assert "--steps: a number is named twice" in refused(palindrome, here, tmp_path / "out", "--steps", 4, 4)
+    assert "--steps: a number is given twice" in refused(palindrome, here, tmp_path / "out", "--steps", 4, 4)
 
 
 def test_more_steps_than_levels_are_refused(palindrome, here, tmp_path):

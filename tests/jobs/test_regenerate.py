@@ -71,9 +71,9 @@ def test_ids_and_expressions(palindrome, encoded, tmp_path):
     assert palindrome("regenerate", "--latents", encoded, "--where", where, "--out", tmp_path / "b").code == 0
     assert {name for name, *_ in read(tmp_path / "b")} == {name for name, label, _ in rows if label in (3, 5, 8)}
     said = palindrome("regenerate", "--latents", encoded, "--where", "label > 99", "--out", tmp_path / "c")
-    assert said.code == 1 and "no latent is as was asked for" in said.err
+    assert said.code == 1 and "no latent matches --ids and --where" in said.err
     said = palindrome("regenerate", "--latents", encoded, "--where", "nosuch == 1", "--out", tmp_path / "d")
-    assert said.code == 2 and "--where: 'nosuch' is no column" in said.err
+    assert said.code == 2 and "--where: 'nosuch' is not a column" in said.err
     said = palindrome("regenerate", "--latents", encoded, "--ids", tmp_path / "none.txt", "--out", tmp_path / "d")
     assert said.code == 2 and "--ids: " in said.err and "none.txt" in said.err
     assert not (tmp_path / "d").exists()
@@ -101,7 +101,7 @@ def test_the_same_command_goes_on(palindrome, encoded, tmp_path, times):
     removed.unlink()
     before = times(tmp_path)
     said = palindrome(*command)
-    assert said.code == 0 and "5 shards of latents, 1 to go through" in said.out
+    assert said.code == 0 and "5 shards of latents, 1 to decode" in said.out
     changed = {name for name, when in times(tmp_path).items() if before.get(name) != when}
     assert changed == {f"images/{removed.name}", "images.png"}
     assert "5 of 5 shards" in palindrome("status", tmp_path).out

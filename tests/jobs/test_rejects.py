@@ -73,7 +73,7 @@ def test_none(palindrome, run, form, out):
 def test_an_unknown_reason_is_said_with_the_known_ones(palindrome, run):
     said = palindrome("rejects", run, "--reason", "ennui")
     assert said.code == 2
-    assert said.err.endswith(f"--reason: 'ennui' is none of {', '.join(REASONS)}\n")
+    assert said.err.endswith(f"--reason: must be one of {', '.join(REASONS)}; got 'ennui'\n")
 
 
 def test_a_damaged_file_is_named(palindrome, run, tmp_path):

@@ -195,7 +195,7 @@ def test_a_store_that_is_gone_ends_the_run_with_its_words(
         )
         thread.join()
         assert said.code == 1, said
-        words = "the store asks for fewer requests (SlowDown)" if fault == "503" else "breaks the connection off"
+        words = "the store asks for fewer requests (SlowDown)" if fault == "503" else "closes the connection"
         assert words in said.err and bucket.uri in said.err, said.err
         assert 0 < proxy.counts[fault] < 100, "it gives up"
     assert not bucket.files("run/rejects")  # an outage is no image's fault

@@ -96,7 +96,7 @@ def test_a_shard_that_fails_is_named_and_the_rest_is_done(tiny, tmp_path, capsys
     said = capsys.readouterr()
     assert "5 shards, 1 failed" in said.out
     assert "failed: ValueError: 13 is unlucky" in said.err
-    assert "1 shards failed; the same command tries them again" in said.err
+    assert "1 shards failed; repeat the command to retry them" in said.err
 
 
 def test_another_command_is_refused(tiny, tmp_path):

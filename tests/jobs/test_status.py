@@ -106,11 +106,14 @@ def test_a_reconstruction_and_a_sweep(palindrome, run, model, pictures, tmp_path
     assert palindrome("sweep", "--images", pictures, "--model", model, "--out", out, *flags).code == 0
     found = json.loads(palindrome("status", out, "--json").out)
     assert (found["shards"], found["settings"], found["complete"]) == (4, 2, True)
-    assert "under 2 settings" in palindrome("status", out).out
+    assert "with 2 settings" in palindrome("status", out).out
 
 
 def test_what_is_no_run(palindrome, model, tmp_path):
-    for place, words in {tmp_path / "none": "is not there", model: r"is no run folder \(it has no run.json\)"}.items():
+    for place, words in {
+        tmp_path / "none": "does not exist",
+        model: r"is not a run folder \(it has no run.json\)",
+    }.items():
         said = palindrome("status", place)
         assert (said.code, said.out) == (1, "")
         assert re.fullmatch(f"palindrome status: {place} {words}\n", said.err)

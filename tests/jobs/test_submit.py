@@ -158,11 +158,11 @@ def test_an_interrupted_client_leaves_the_job_and_stop_ends_it(cluster, client, 
     waits(lambda: files(bucket, "c/plan"), process)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "goes on; palindrome logs --follow" in err
+    assert process.returncode == 130 and "keeps running; palindrome logs --follow" in err
     [job] = running(said, cluster)
     assert job["status"] == "RUNNING"
     code, out, _ = said("stop", "--address", cluster.address, job["id"])
-    assert code == 0 and "is asked to stop" in out
+    assert code == 0 and "is stopping" in out
     code, out, _ = said("logs", "--follow", "--address", cluster.address, job["id"])
     assert code == 0 and f"interrupted; the same command resumes {bucket.uri}/c" in out
 
@@ -179,7 +179,7 @@ def test_on_a_terminal_it_asks_whether_to_stop(cluster, client, said, bucket, mo
         shown += os.read(ours, 1024)
     os.write(ours, b"s\n")
     assert process.wait(60) == 130
-    assert b"is asked to stop" in os.read(ours, 4096)
+    assert b"is stopping" in os.read(ours, 4096)
     until = time.monotonic() + 60
     while running(said, cluster):
         assert time.monotonic() < until
@@ -189,11 +189,11 @@ def test_a_cluster_that_can_t_be_used_is_named(cluster, said):
     _, _, err = said("jobs", "--address", cluster.address, RAY_AUTH_TOKEN="f" * 64)
     assert f"--address: {cluster.address} refuses the token of $RAY_AUTH_TOKEN" in err and "ffff" not in err
     code, _, err = said("jobs", "--address", cluster.address, RAY_AUTH_MODE="", RAY_AUTH_TOKEN="")
-    assert code == 2 and f"--address: {cluster.address} wants a token: set RAY_AUTH_MODE=token" in err
+    assert code == 2 and f"--address: {cluster.address} requires a token: set RAY_AUTH_MODE=token" in err
     code, _, err = said("jobs", "--address", "127.0.0.1:1")
     assert code == 2 and "--address: no Ray dashboard answers at http://127.0.0.1:1" in err
     code, _, err = said("logs", "--address", cluster.address, "nosuch")
-    assert code == 2 and f"JOB_ID: {cluster.address} knows no job nosuch" in err
+    assert code == 2 and f"JOB_ID: {cluster.address} has no job nosuch" in err
 
 
 def test_what_can_t_be_sent_is_named(cluster, said, palindrome, tmp_path, monkeypatch):
@@ -205,7 +205,7 @@ def test_what_can_t_be_sent_is_named(cluster, said, palindrome, tmp_path, monkey
     places = ["--images", "s3://b/x", "--out", "s3://b/y"]
     wrong = {
         "--ship: the package has 101.": (["--ship", "big"], ["encode", *places, "--model", "big"]),
-        "COMMAND: --model big is a place on this machine": ([], ["encode", *places, "--model", "big"]),
+        "COMMAND: --model big is a path on this machine": ([], ["encode", *places, "--model", "big"]),
         "COMMAND: --ids ids.txt is a place": ([], ["regenerate", "--latents", "/a", "--ids", "ids.txt", "--out", "/b"]),
         "--ship: nosuch does not exist": (["--ship", "nosuch"], ["encode", *places, "--model", "s3://b/m"]),
         "--env: NOSUCH_* is not set": (["--env", "NOSUCH_*"], ["encode", *places, "--model", "s3://b/m"]),
@@ -244,6 +244,6 @@ def test_the_package_is_the_code_and_what_was_asked_for(tmp_path, monkeypatch):
         with pytest.raises(PackageError):
             build(into, [name], {}, code=False)
     (tmp_path / "here" / ENVIRONMENT).write_text("mine")
-    with pytest.raises(PackageError, match="own files have that name"):
+    with pytest.raises(PackageError, match="name is reserved"):
         build(into, [ENVIRONMENT], {"A": "secret"}, code=False)
     assert (tmp_path / "here" / ENVIRONMENT).read_text() == "mine"

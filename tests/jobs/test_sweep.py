@@ -170,5 +170,5 @@ def test_a_collection_of_rejects_alone_fails(palindrome, model, tmp_path):
     flags = ["--steps", 2, "--corrections", 0]
     said = palindrome("sweep", "--images", tmp_path / "in", "--model", model, "--out", tmp_path / "out", *flags)
     assert said.code == 1
-    assert "not one image could be encoded" in said.err
+    assert "no image could be encoded" in said.err
     assert "no error measured" in said.out

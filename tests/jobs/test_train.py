@@ -160,8 +160,8 @@ def weights_in(folder):
 
 def test_a_dry_run_says_what_it_writes(dry, record, palindrome, command, out, times):
     assert dry.code == 0 and dry.out.endswith("dry run: nothing was done\n"), dry.err
-    assert "training tiny on 64 images for 6 steps\nof the first 32 images 32 can be decoded\n" in dry.out
-    assert "6 steps of 8 images, 48 images through the network and back, 0.8 epochs" in dry.out
+    assert "training tiny on 64 images for 6 steps\n32 of the first 32 images can be decoded\n" in dry.out
+    assert "6 steps of 8 images, 48 images forward and backward, 0.8 epochs" in dry.out
     weights, state = written(dry.out)
     *_, saved = (out / "train").rglob("state.pt")
     assert weights == pytest.approx(weights_in(out), rel=0.2)  # tiny: names weigh something beside the values

@@ -122,19 +122,19 @@ DAMAGE = {
     "text": (lambda p: p.write_text("no Parquet"), "{}: can't be read: "),
     "a bit of its data": (lambda p: (rewrite(p, write_page_checksum=True), flip(p, 9_000)), "{}: can't be read: "),
     "a latent short": (lambda p: rewrite(p, lambda t: t[1:]), "{}: lacks ID0: it is neither a latent nor a reject"),
-    "a doubled row": (lambda p: rewrite(p, lambda t: pa.concat_tables([t, t[:1]])), "{}: ID0 is there 2 times"),
+    "a doubled row": (lambda p: rewrite(p, lambda t: pa.concat_tables([t, t[:1]])), "{}: ID0 occurs 2 times"),
     "a foreign id": (lambda p: rewrite(p, changed("image_id", 0, "x\x1b[2Jy")), r"{}: x\x1b[2Jy is not in the plan"),
     "an id short": (lambda p: rewrite(p, changed("image_id", 0, "x")), "{}: lacks ID0: it is neither a latent nor"),
     "latents of NaN": (lambda p: rewrite(p, latent_with(np.nan)), "{}: ID1 has a latent that is not finite"),
     "infinite latents": (lambda p: rewrite(p, latent_with(-np.inf)), "{}: ID1 has a latent that is not finite"),
     "a count": (lambda p: rewrite(p, footer=lambda c: c | {"latents": 99}), "latents, and its footer says 99"),
-    "a count of images": (lambda p: rewrite(p, footer=lambda c: c | {"images": 15}), "{}: is of 15 images by its"),
+    "a count of images": (lambda p: rewrite(p, footer=lambda c: c | {"images": 15}), "has 15 images according to"),
     "a count of rejects": (lambda p: rewrite(p, footer=lambda c: c | {"rejects": 0}), "rejects, and {} says 0"),
     "no footer of ours": (lambda p: pq.write_table(pq.read_table(p), p), "{}: can't be read: KeyError"),
     "a foreign digest": (lambda p: rewrite(p, schema_says(model_digest="ab" * 32)), "{}: says model_digest abab"),
     "other levels": (lambda p: rewrite(p, schema_says(levels=[-1, 7])), "{}: says levels [-1, 7], and run.json [-1,"),
     "other preprocessing": (lambda p: rewrite(p, schema_says(preprocess={})), "{}: says preprocess {{}}, and run.json"),
-    "no metadata": (lambda p: rewrite(p, lambda t: t.replace_schema_metadata()), "{}: does not say its model_digest"),
+    "no metadata": (lambda p: rewrite(p, lambda t: t.replace_schema_metadata()), "{}: has no metadata model_digest"),
     "no column": (lambda p: rewrite(p, lambda t: t.drop_columns(["nfe"])), "{}: has no column nfe"),
     "no ids": (lambda p: rewrite(p, lambda t: t.drop_columns(["image_id"])), "{}: has no column image_id"),
     "other types": (lambda p: rewrite(p, lambda t: t.set_column(t.schema.get_field_index("nfe"), "nfe",
@@ -142,9 +142,9 @@ DAMAGE = {
     "an nfe": (lambda p: rewrite(p, changed("nfe", 0, 3)), "{}: ID0 has an nfe other than 2"),
     "no nfe": (lambda p: rewrite(p, changed("nfe", 0, None)), "{}: ID0 has an nfe below 2"),
     "a residual": (lambda p: rewrite(p, changed("residual", 0, 0.5)), "{}: ID0 has a residual, of an inversion that"),
-    "no mse": (lambda p: rewrite(p, changed("mse", 0, None)), "{}: ID0 has an mse that is no number of 0 or more"),
-    "a psnr": (lambda p: rewrite(p, changed("psnr", 0, 7.0)), "{}: ID0 has a psnr that is not that of its mse"),
-    "a share": (lambda p: rewrite(p, changed("identical", 0, 1.5)), "{}: ID0 has an `identical` that is no share"),
+    "no mse": (lambda p: rewrite(p, changed("mse", 0, None)), "{}: ID0 has an mse that is not a number of 0 or more"),
+    "a psnr": (lambda p: rewrite(p, changed("psnr", 0, 7.0)), "{}: ID0 has a psnr that does not match its mse"),
+    "a share": (lambda p: rewrite(p, changed("identical", 0, 1.5)), "{}: ID0 has an `identical` outside of 0 to 1"),
     "a width": (lambda p: rewrite(p, changed("width", 0, 0)), "{}: ID0 has a width or height below 1"),
     "a hash": (lambda p: rewrite(p, changed("content_hash", 0, "beef")), "{}: ID0 has no sha256"),
 }  # fmt: skip
@@ -189,9 +189,9 @@ def change_rejects(run, what):
         ("removed", "rejects/{0}: is missing: latents/{0} says that"),
         ("cut", "rejects/{0}: can't be read: ArrowInvalid"),
         ("short", "rejects, and latents/{0} says"),
-        ("no reason", "is rejected as ennui, which is no reason"),
+        ("no reason", "is rejected as ennui, which is not a reason"),
         ("other columns", "rejects/{0}: has columns"),
-        ("a latent", "is there 2 times"),
+        ("a latent", "occurs 2 times"),
     ],
 )
 def test_damaged_rejects_are_named(palindrome, run, what, words):
@@ -211,8 +211,8 @@ def test_a_file_of_no_shard_is_wrong_and_others_are_warned_of(palindrome, run):
     said = palindrome("verify", run)
     assert said.code == 1
     assert said.out.splitlines()[:2] == [
-        "latents/stray.parquet: is of no shard of the plan",
-        "rejects/lost.parquet: is of no shard of the plan",
+        "latents/stray.parquet: belongs to no shard of the plan",
+        "rejects/lost.parquet: belongs to no shard of the plan",
     ]
     assert said.err.count("warning: ") == 4
     assert "warning: latents/.tmp-2: is a temporary file" in said.err
@@ -284,7 +284,7 @@ def test_deep_sees_an_original_that_changed_or_is_gone(palindrome, model, pngs, 
     (images / "2.png").unlink()
     said = palindrome("verify", run, "--deep", 4)
     assert said.code == 1
-    assert "1.png: its original is not what was encoded: content_hash differs" in said.out
+    assert "1.png: its original has changed: content_hash differs" in said.out
     assert "2.png: its original can't be read again: missing: no such file" in said.out
     assert "2 latents decoded" in said.out
 
@@ -295,7 +295,7 @@ def test_deep_with_a_model_that_is_gone_or_another(palindrome, run, tiny, tmp_pa
     manifest = json.loads((run / "run.json").read_text())
     weights = {name: value * 2 for name, value in tiny.weights.items()}
     unet2d.save(unet2d.UNet2D(tiny.config, weights, tiny.schedule), str(tmp_path / "other"))
-    for place, words in {"none": "can't be loaded", "other": "is another than the run's"}.items():
+    for place, words in {"none": "can't be loaded", "other": "is not the run's"}.items():
         manifest["config"]["model"] = str(tmp_path / place)
         (run / "run.json").write_text(json.dumps(manifest))
         said = palindrome("verify", run, "--deep", 1)
@@ -483,10 +483,8 @@ def test_orphans_and_temporary_files_of_each_kind_are_named(palindrome, made, tm
     path.with_name(".tmp-1").touch()
     said = palindrome("verify", run)
     assert said.code == 1
-    assert re.match(rf"{KINDS[job].folder}/stray.parquet: is of no shard of ", said.out)
-    assert said.err == (
-        f"warning: {KINDS[job].folder}/.tmp-1: is a temporary file, of a writer at work or of one that was killed\n"
-    )
+    assert re.match(rf"{KINDS[job].folder}/stray.parquet: belongs to no shard of ", said.out)
+    assert said.err == (f"warning: {KINDS[job].folder}/.tmp-1: is a temporary file of an active or killed writer\n")
 
 
 def test_a_way_that_is_neither_made_nor_rejected(palindrome, made, tmp_path):
@@ -515,7 +513,7 @@ def test_a_run_whose_latents_are_out_of_reach_is_checked_alone(palindrome, made,
     (run / "run.json").write_text(json.dumps(manifest))
     said = palindrome("verify", run)
     assert (said.code, said.out) == (0, WELL[job])
-    assert said.err.startswith(f"warning: {tmp_path}/gone: can't be read, so what was made of it is checked alone")
+    assert said.err.startswith(f"warning: {tmp_path}/gone: can't be read, so the run is checked without it")
     assert said.err.count("\n") == 1
     path = with_rows(run, job)
     flip_in_a_page(path)
@@ -529,14 +527,14 @@ def test_latents_of_another_model_and_ids_that_are_others(palindrome, made, tmp_
     manifest["config"]["ids"] = str(tmp_path / "ids.txt")
     (run / "run.json").write_text(json.dumps(manifest))
     said = palindrome("verify", run)
-    assert said.code == 0 and "warning: " in said.err and "names other ids than when the run was made" in said.err
+    assert said.code == 0 and "warning: " in said.err and "has other ids than when the run was made" in said.err
     path = with_rows(run, "regenerate")
     rewrite(path, changed("image_id", 0, "x"))
     assert re.search(
         rf"images/{path.name}: has other ids at . steps in variation . than its latents", palindrome("verify", run).out
     )
     (run / "run.json").write_text(json.dumps({**manifest, "model_digest": "ab" * 32}))
-    assert "run.json: is of another model than the latents in " in palindrome("verify", run).out
+    assert "run.json: names another model than the latents in " in palindrome("verify", run).out
 
 
 FORMATS = {"png": ".png", "webp": ".webp", "jpeg": ".jpg"}
@@ -595,12 +593,12 @@ def again_in_index(run):
 DAMAGE_OF_EXPORTS = {
     "a picture removed": ("png", a_picture, Path.unlink, "is missing"),
     "a picture cut": ("webp", a_picture, lambda p: cut(p, -20), "that is no whole WEBP"),
-    "a picture of text": ("jpeg", a_picture, lambda p: p.write_text("text"), "has an image that is no whole JPEG"),
-    "a bit of a picture": ("png", a_picture, lambda p: flip(p, 60), "has an image that is no whole PNG"),
+    "a picture of text": ("jpeg", a_picture, lambda p: p.write_text("text"), "has an image that is not a whole JPEG"),
+    "a bit of a picture": ("png", a_picture, lambda p: flip(p, 60), "has an image that is not a whole PNG"),
     "a picture of another size": ("png", a_picture, lambda p: p.write_bytes(png_of(8, 8)), "and 3 channels, not "),
     "an index removed": ("png", lambda r: largest(r, INDEX), Path.unlink, "is missing: the shard is not exported"),
     "an index damaged": ("jpeg", lambda r: largest(r, INDEX), flip_in_a_page, "can't be read"),
-    "a row twice": ("png", again_in_index, lambda p: None, "is there 2 times"),
+    "a row twice": ("png", again_in_index, lambda p: None, "occurs 2 times"),
     "a picture too many": ("png", lambda r: r / "images/more.png", Path.touch, "is in no shard's index"),
     "the whole index removed": ("png", lambda r: r / "images/metadata.parquet", Path.unlink, "is missing"),
     "a tar removed": ("webdataset", lambda r: largest(r, "data"), Path.unlink, "is missing: the shard is not exported"),
@@ -611,7 +609,7 @@ DAMAGE_OF_EXPORTS = {
     "a bit of a table": ("parquet", lambda r: largest(r, "data"), flip_in_a_page, "can't be read"),
     "a row short": ("parquet", lambda r: largest(r, "data"),
                     lambda p: pq.write_table(pq.read_table(p)[1:], p), "has other images than "),
-    "a table too many": ("parquet", lambda r: r / "data/stray.parquet", Path.touch, "is of no shard of "),
+    "a table too many": ("parquet", lambda r: r / "data/stray.parquet", Path.touch, "belongs to no shard of "),
 }  # fmt: skip
 
 
@@ -644,4 +642,4 @@ def test_an_export_whose_source_is_out_of_reach_is_checked_alone(palindrome, exp
 def test_what_is_no_run(palindrome, tmp_path):
     said = palindrome("verify", tmp_path)
     assert (said.code, said.out) == (1, "")
-    assert said.err == f"palindrome verify: {tmp_path} is no run folder (it has no run.json)\n"
+    assert said.err == f"palindrome verify: {tmp_path} is not a run folder (it has no run.json)\n"

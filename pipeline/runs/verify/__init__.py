@@ -1,8 +1,8 @@
-"""Whether a run folder holds what its plan says, and nothing else. Every byte of the shards is read.
+"""Checks that a run folder contains what its plan requires, and nothing else. Every byte of the shards is read.
 
-A shard's ids are compared with those that its part of the plan makes, and the plan's ids with one another; so the ids
-of a run without findings are unique, and exactly the plan's. Held in memory are the shards' names, a row group of a few
-shards, the ids of those, and of all ids a 64-bit hash, `plans.PART` at a time: of more, the plan is read again.
+The ids of each shard are compared with those of its plan, and the ids of the plan with one another. So the ids of a run
+without findings are unique, and exactly the plan's. In memory are the shards' names, one row group of a few shards, the
+ids of those shards, and 64-bit hashes of all ids, at most `plans.MAX_HASHES` per pass over the plan.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,23 +17,23 @@ from palindrome.pipeline.storage.folder import Folder
 
 
 def verify(
-    run: Folder, manifest: Manifest, account: Account, each: Callable[[], None] = lambda: None
+    run: Folder, manifest: Manifest, account: Account, on_shard: Callable[[], None] = lambda: None
 ) -> Iterator[Finding]:
-    """What is wrong with a run of one of kinds.VERIFIED, as it is met; `account` is kept on the way, and `each` called
-    after each shard. Raises RunError where `run.json` is not as the run's job writes it."""
+    """Yields what is wrong with a run of one of kinds.VERIFIED. Updates `account` and calls `on_shard` after each
+    shard. Raises RunError if `run.json` is not what the run's job writes."""
     kind = manifest.kind
-    lacking = [name for name in kind.manifest_keys if name not in manifest.content]
-    if lacking:
-        raise RunError(f"{run.uri}/run.json lacks {', '.join(lacking)}")
+    missing = [name for name in kind.manifest_keys if name not in manifest.content]
+    if missing:
+        raise RunError(f"{run.uri}/run.json lacks {', '.join(missing)}")
     try:
         shards = CHECKS[kind.name](run, manifest)
     except (KeyError, TypeError) as e:
-        raise RunError(f"run.json is not as {kind.name} writes it: {one_line(e)}") from e
+        raise RunError(f"run.json is not what {kind.name} writes: {one_line(e)}") from e
     for checked in shards:
         account.shards += checked.shard is not None
         if checked.shard and checked.rows and not checked.findings:
             account.rows_of_shard[checked.shard] = checked.rows
         account.rows += checked.rows
         account.rejects += checked.rejects
-        each()
+        on_shard()
         yield from checked.findings

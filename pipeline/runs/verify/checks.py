@@ -1,4 +1,4 @@
-"""How each kind of run is checked: its plan, and what its shards must be."""
+"""The checks of each kind of run: its plan, and the requirements on its shards."""
 
 import re
 from collections import Counter
@@ -21,20 +21,28 @@ from palindrome.pipeline.runs.selection import Selection, listed_ids
 from palindrome.pipeline.runs.shards import read_ids
 from palindrome.pipeline.runs.verify.exports import check_export
 from palindrome.pipeline.runs.verify.findings import Checked, Finding
-from palindrome.pipeline.runs.verify.plans import EncodePlan, OwnPlan, Plan, Unit, about, names_in, reached
+from palindrome.pipeline.runs.verify.plans import (
+    EncodePlan,
+    OwnPlan,
+    Plan,
+    Unit,
+    expected_metadata,
+    names_in,
+    open_source,
+)
 from palindrome.pipeline.runs.verify.shards import Read, Shape, Variant, Wanted, check_shard, compare_ids
 from palindrome.pipeline.runs.verify.strays import strays
 from palindrome.pipeline.storage.folder import Folder
 
-THREADS = 4  # shards read at a time
-UNIT = re.compile(r"[0-9a-f]{24}-([0-9a-f]{12})")  # a file of a sweep: its shard and its setting
+THREADS = 4  # each reads one shard at a time
+UNIT = re.compile(r"[0-9a-f]{24}-([0-9a-f]{12})")  # SHARD-SETTING, a sweep's file
 
 
 def _in_shards(run: Folder, plan: Plan, wanted: Wanted) -> Iterator[Checked]:
-    """Every unit of the plan, then the plan itself, files that are of no unit, and what else lies in the folders."""
+    """Checks every unit of the plan, then the plan itself, files of no unit, and other files in the folders."""
     kind = wanted.kind
     present = names_in(run, kind.folder)
-    refused = names_in(run, REJECTS) if kind.rejects else set()
+    with_rejects = names_in(run, REJECTS) if kind.rejects else set()
     planned: set[str] = set()
 
     def units() -> Iterator[Unit]:
@@ -44,15 +52,15 @@ def _in_shards(run: Folder, plan: Plan, wanted: Wanted) -> Iterator[Checked]:
 
     def check(unit: Unit) -> Checked:
         if unit.name in present:
-            return check_shard(run, unit, wanted, unit.name in refused)
-        what = f"is missing: the shard's {unit.shard.images} images are not done" if unit.shard else "is missing"
-        return Checked([Finding(f"{kind.folder}/{unit.name}.parquet", what)], unit.name)
+            return check_shard(run, unit, wanted, unit.name in with_rejects)
+        message = f"is missing: the shard's {unit.shard.images} images are not done" if unit.shard else "is missing"
+        return Checked([Finding(f"{kind.folder}/{unit.name}.parquet", message)], unit.name)
 
     yield from in_threads(check, units(), THREADS)
-    findings, whole = plan.conclude()
-    if whole:
-        for below, found in ((kind.folder, present), (REJECTS, refused)):
-            findings += [Finding(f"{below}/{name}.parquet", plan.orphan) for name in sorted(found - planned)]
+    findings, complete = plan.conclude()
+    if complete:
+        for folder, found in ((kind.folder, present), (REJECTS, with_rejects)):
+            findings += [Finding(f"{folder}/{name}.parquet", plan.orphan) for name in sorted(found - planned)]
     yield Checked([*findings, *strays(run, ("plan", kind.folder, REJECTS))])
 
 
@@ -62,7 +70,7 @@ def _encode(run: Folder, manifest: Manifest) -> Iterator[Checked]:
     wanted = Wanted(
         kind,
         _schema(kind, manifest),
-        about(manifest),
+        expected_metadata(manifest),
         _latent_rows(
             steps=len(manifest.levels) - 1,
             most_nfe=inversion["nfe"],
@@ -81,29 +89,29 @@ def _sweep(run: Folder, manifest: Manifest) -> Iterator[Checked]:
     settings = sorted({match[1] for name in names_in(run, kind.folder) if (match := UNIT.fullmatch(name))})
 
     def compare(unit: Unit, read: Read) -> Iterator[str]:
-        said = read.about.get("setting")
-        if said is not None:
+        setting = read.metadata.get("setting")
+        if setting is not None:
             try:
-                name = setting_name(*(said[key] for key in ("levels", "corrections", "tolerance", "dtype")))
+                name = setting_name(*(setting[key] for key in ("levels", "corrections", "tolerance", "dtype")))
             except (KeyError, TypeError):
                 name = ""
             if not unit.name.endswith(f"-{name}"):
-                yield "says a setting that is not the one that it is named after"
+                yield "has a setting that does not match its name"
         yield from _compare_images(kind, unit, read, "it is neither measured nor a reject")
 
-    wanted = Wanted(kind, _schema(kind, manifest), about(manifest), _sweep_rows, compare)
+    wanted = Wanted(kind, _schema(kind, manifest), expected_metadata(manifest), _sweep_rows, compare)
     return _in_shards(run, OwnPlan(run, settings), wanted)
 
 
 def _generate(run: Folder, manifest: Manifest) -> Iterator[Checked]:
     kind, config = KINDS["generate"], manifest.config
-    said = {"eta": config.get("eta"), "use_sigma_hat": config.get("sigma_hat"), "clip": config.get("clip")}
-    said = {key: value for key, value in said.items() if value is not None}  # settings that are newer than the run
+    settings = {"eta": config.get("eta"), "use_sigma_hat": config.get("sigma_hat"), "clip": config.get("clip")}
+    settings = {key: value for key, value in settings.items() if value is not None}  # None: newer than the run
     dtype = None if config.get("latents", "none") == "none" else DTYPES[config["latents"]]
     wanted = Wanted(
         kind,
         _schema(kind, manifest),
-        about(manifest, seed=config["seed"], **said),
+        expected_metadata(manifest, seed=config["seed"], **settings),
         lambda batch: _sample_rows(batch, dtype),
         lambda unit, read: _compare_images(kind, unit, read, "there is no such sample"),
         kept=("latent",) if dtype else (),
@@ -113,10 +121,10 @@ def _generate(run: Folder, manifest: Manifest) -> Iterator[Checked]:
 
 def _interpolate(run: Folder, manifest: Manifest) -> Iterator[Checked]:
     kind, config = KINDS["interpolate"], manifest.config
-    said = {"method": config["method"], "frames": config["frames"]}
-    _, encoded, findings = reached(manifest.source, KINDS["encode"])
-    shape, others = _of_source(kind, manifest, encoded)
-    wanted = Wanted(kind, _schema(kind, manifest), about(manifest, **said), _frame_rows, _compare_frames, shape=shape)
+    metadata = expected_metadata(manifest, method=config["method"], frames=config["frames"])
+    _, encoded, findings = open_source(manifest.source, KINDS["encode"])
+    shape, others = _compare_source(manifest, encoded)
+    wanted = Wanted(kind, _schema(kind, manifest), metadata, _frame_rows, _compare_frames, shape=shape)
     return chain([Checked([*findings, *others])], _in_shards(run, OwnPlan(run), wanted))
 
 
@@ -128,20 +136,20 @@ def _reconstruct(run: Folder, manifest: Manifest) -> Iterator[Checked]:
 def _regenerate(run: Folder, manifest: Manifest) -> Iterator[Checked]:
     config, findings = manifest.config, []
     variants = list(product((len(levels) - 1 for levels in manifest.ladders), range(config["variations"])))
-    said = {"eta": config["eta"], "use_sigma_hat": config["sigma_hat"], "seed": config["seed"]}
+    settings = {"eta": config["eta"], "use_sigma_hat": config["sigma_hat"], "seed": config["seed"]}
     which: Selection | None = Selection(where=config.get("where"))
     if config.get("ids"):
         try:
             which = Selection(listed_ids(config["ids"]), config.get("where"))
             same = which.ids_digest == manifest.content.get("ids_digest")
-            why = "" if same else "names other ids than when the run was made"
-        except Exception as e:  # of whichever store
-            why = f"can't be read: {one_line(e)}"
-        if why:
+            problem = "" if same else "has other ids than when the run was made"
+        except Exception as e:  # stores raise errors of many types
+            problem = f"can't be read: {one_line(e)}"
+        if problem:
             which = None
-            what = f"{why}; whether all its ids are there is not checked"
-            findings.append(Finding(config["ids"], what, warning=True))
-    shards = _of_latents(KINDS["regenerate"], run, manifest, variants, _regenerated_rows, said, which)
+            message = f"{problem}; whether ids are missing is not checked"
+            findings.append(Finding(config["ids"], message, warning=True))
+    shards = _of_latents(KINDS["regenerate"], run, manifest, variants, _regenerated_rows, settings, which)
     return chain([Checked(findings)], shards)
 
 
@@ -151,22 +159,21 @@ def _of_latents(
     manifest: Manifest,
     variants: Sequence[Variant],
     check_rows: Callable[[pa.RecordBatch], Iterator[str]],
-    said: Mapping[str, Any],
+    settings: Mapping[str, Any],
     which: Selection | None,
 ) -> Iterator[Checked]:
-    """A run that decodes an encode run's latents, each to all variants; `which` is None where that is not known."""
+    """Checks a run that decodes an encode run's latents, each to all variants; `which` is None if it is not known."""
     plan = EncodePlan(manifest.source, names_in(run, kind.folder))
-    shape, findings = _of_source(kind, manifest, plan.manifest)
+    shape, findings = _compare_source(manifest, plan.manifest)
 
     def compare(unit: Unit, read: Read) -> Iterator[str]:
         if read.ids is None:
             return
         ids = {variant: read.ids.get(variant, []) for variant in (*variants, *read.ids)}
-        yield from (f"has rows {_at(kind, v)}, for which nobody asked" for v in sorted(ids.keys() - {*variants}))
+        yield from (f"has rows {_at(v)}, which the run does not make" for v in sorted(ids.keys() - {*variants}))
         for variant, found in ids.items():
             if len(found) != read.counts.get(kind.row_count):
-                at = _at(kind, variant)
-                yield f"has {len(found)} rows {at}, and its footer says {read.counts.get(kind.row_count)}"
+                yield f"has {len(found)} rows {_at(variant)}, and its footer says {read.counts.get(kind.row_count)}"
         total = sum(map(len, ids.values()))
         if kind.row_count != "images" and read.counts.get("images") != total:
             yield f"has {total} images, and its footer says {read.counts.get('images')}"
@@ -180,26 +187,27 @@ def _of_latents(
         first = Counter(ids[variants[0]])
         for variant, found in ids.items():
             have = Counter(found)
-            differ = (have - stored) + (stored - have if which else first - have)
-            if differ:
-                yield f"has other ids {_at(kind, variant)} than its latents: {', '.join(sorted(differ)[:3])}"
+            different = (have - stored) + (stored - have if which else first - have)
+            if different:
+                yield f"has other ids {_at(variant)} than its latents: {', '.join(sorted(different)[:3])}"
 
-    wanted = Wanted(kind, _schema(kind, manifest), about(manifest, **said), check_rows, compare, shape=shape)
+    metadata = expected_metadata(manifest, **settings)
+    wanted = Wanted(kind, _schema(kind, manifest), metadata, check_rows, compare, shape=shape)
     return chain([Checked(findings)], _in_shards(run, plan, wanted))
 
 
-def _at(kind: Kind, variant: Variant) -> str:
+def _at(variant: Variant) -> str:
     steps, *variation = variant
     return f"at {steps} steps" + "".join(f" in variation {number}" for number in variation)
 
 
-def _of_source(kind: Kind, manifest: Manifest, encoded: Manifest | None) -> tuple[Shape | None, list[Finding]]:
-    """The pictures' shape by the encode run's run.json, where it is known, and whether the models are the same."""
+def _compare_source(manifest: Manifest, encoded: Manifest | None) -> tuple[Shape | None, list[Finding]]:
+    """The images' shape according to the encode run, None if unknown; and a finding if the models differ."""
     if encoded is None:
         return None, []
     findings = []
     if encoded.content.get("model_digest") != manifest.model_digest:
-        findings = [Finding("run.json", f"is of another model than the latents in {manifest.source}")]
+        findings = [Finding("run.json", f"names another model than the latents in {manifest.source}")]
     how = encoded.content.get("preprocess") or {}
     return (how["size"], how["size"], how["channels"]) if {"size", "channels"} <= how.keys() else None, findings
 
@@ -209,17 +217,17 @@ def _schema(kind: Kind, manifest: Manifest) -> pa.Schema:
     return kind.schema(manifest.content)
 
 
-def _compare_images(kind: Kind, unit: Unit, read: Read, lacks: str) -> Iterator[str]:
-    """A row or a reject for each id that the shard stands for."""
+def _compare_images(kind: Kind, unit: Unit, read: Read, missing: str) -> Iterator[str]:
+    """Checks that there is a row or a reject for each id of the shard; `missing` is the message if there is not."""
     assert unit.shard is not None
     rows = None if read.ids is None else read.ids.get((), [])
     yield from _compare_count(kind, rows, read)
     if read.counts and read.counts.get("images") != unit.shard.images:
-        said, images = read.counts.get("images"), unit.shard.images
-        yield f"is of {said} images by its footer, and the plan has {images} in the shard"
+        counted, images = read.counts.get("images"), unit.shard.images
+        yield f"has {counted} images according to its footer, and the plan has {images} in the shard"
     if rows is not None:
-        known = read.rejects is not None  # else what is lacking may be among them
-        yield from compare_ids([*rows, *(read.rejects or ())], ids_of(unit.shard), lacks if known else None)
+        known = read.rejects is not None  # otherwise a missing id may be that of a reject
+        yield from compare_ids([*rows, *(read.rejects or ())], ids_of(unit.shard), missing if known else None)
 
 
 def _compare_count(kind: Kind, rows: list[str] | None, read: Read) -> Iterator[str]:
@@ -228,7 +236,7 @@ def _compare_count(kind: Kind, rows: list[str] | None, read: Read) -> Iterator[s
 
 
 def _compare_frames(unit: Unit, read: Read) -> Iterator[str]:
-    """All frames of a piece of the plan, or one reject that has the first one's id."""
+    """Checks that there are all frames of each piece of the plan, or one reject with the id of its first frame."""
     assert unit.shard is not None
     rows = None if read.ids is None else read.ids.get((), [])
     yield from _compare_count(KINDS["interpolate"], rows, read)
@@ -239,18 +247,18 @@ def _compare_frames(unit: Unit, read: Read) -> Iterator[str]:
     yield from (f"{image_id} is rejected {n} times" for image_id, n in sorted(rejected.items()) if n > 1)
     if rows is not None:
         planned = (frame for piece in pieces if piece[0] not in rejected for frame in piece)
-        lacks = "there is neither the frame nor a reject" if read.rejects is not None else None
-        yield from compare_ids(rows, planned, lacks)
+        missing = "there is neither the frame nor a reject" if read.rejects is not None else None
+        yield from compare_ids(rows, planned, missing)
 
 
 def _named(ids: pa.Array, wrong: Mapping[str, np.ndarray]) -> Iterator[str]:
-    """What is wrong with which rows, by id."""
-    for what, rows in wrong.items():
-        yield from (f"{ids[int(row)].as_py()} {what}" for row in np.flatnonzero(rows))
+    """Messages for the rows at fault: `wrong` has a boolean array [rows] by message."""
+    for message, rows in wrong.items():
+        yield from (f"{ids[int(row)].as_py()} {message}" for row in np.flatnonzero(rows))
 
 
 def _column(batch: pa.RecordBatch, name: str) -> np.ndarray:
-    """As float64; nulls are NaN."""
+    """The column as float64; nulls become NaN."""
     return batch.column(name).to_numpy(zero_copy_only=False).astype(np.float64)
 
 
@@ -280,7 +288,7 @@ def _latent_rows(
         wrong = {
             "has a latent that is not finite": ~_finite(batch.column("latent")),
             "has a width or height below 1": (_column(batch, "width") < 1) | (_column(batch, "height") < 1),
-            "has no sha256 as its content_hash": ~np.asarray(hashed),
+            "has a content_hash that is not a sha256": ~np.asarray(hashed),
             f"has an nfe below {steps}": ~(nfe >= steps),
         }
         if tolerance is None:
@@ -288,38 +296,38 @@ def _latent_rows(
         elif tolerance != "exact":
             wrong[f"has an nfe above {most_nfe}"] = nfe > most_nfe
         if corrected:
-            wrong["has a residual that is no number of 0 or more"] = ~_is_error(residual)
+            wrong["has a residual that is not a number of 0 or more"] = ~_is_error(residual)
         else:
-            wrong["has a residual, of an inversion that has none"] = ~_null(batch, "residual")
+            wrong["has a residual, though the run makes no corrections"] = ~_null(batch, "residual")
         if measured:
             psnr = _column(batch, "psnr")
-            wrong["has an mse that is no number of 0 or more"] = ~_is_error(mse)
-            wrong["has an `identical` that is no share"] = ~((identical >= 0) & (identical <= 1))
-            wrong["has a psnr that is not that of its mse"] = ~_null(batch, "mse") & ~_is_psnr(psnr, mse)
+            wrong["has an mse that is not a number of 0 or more"] = ~_is_error(mse)
+            wrong["has an `identical` outside of 0 to 1"] = ~((identical >= 0) & (identical <= 1))
+            wrong["has a psnr that does not match its mse"] = ~_null(batch, "mse") & ~_is_psnr(psnr, mse)
         else:
-            there = [~_null(batch, name) for name in ("mse", "psnr", "identical")]
-            wrong["has a measured error, of a run that measures none"] = np.logical_or.reduce(there)
+            present = [~_null(batch, name) for name in ("mse", "psnr", "identical")]
+            wrong["has a measured error, though the run measures none"] = np.logical_or.reduce(present)
         yield from _named(batch.column("image_id"), wrong)
 
     return check
 
 
 def _sweep_rows(batch: pa.RecordBatch) -> Iterator[str]:
-    """Errors may be infinite or no number: some settings fail, which is what a sweep shows."""
+    """Errors may be infinite or NaN: a sweep also shows settings that fail."""
     identical, mse = _column(batch, "identical"), _column(batch, "mse")
     wrong = {
         "has an nfe below 1": ~(_column(batch, "nfe") >= 1),
         "has a negative mse": mse < 0,
-        "has an `identical` that is no share": ~((identical >= 0) & (identical <= 1)),
-        "has a psnr that is not that of its mse": np.isfinite(mse) & ~_is_psnr(_column(batch, "psnr"), mse),
+        "has an `identical` outside of 0 to 1": ~((identical >= 0) & (identical <= 1)),
+        "has a psnr that does not match its mse": np.isfinite(mse) & ~_is_psnr(_column(batch, "psnr"), mse),
     }
     yield from _named(batch.column("image_id"), wrong)
 
 
 def _sample_rows(batch: pa.RecordBatch, dtype: pa.DataType | None) -> Iterator[str]:
     ids = batch.column("image_id")
-    named = [i == sample_id(n) for i, n in zip(ids.to_pylist(), _numbers(batch, "index"), strict=True)]
-    wrong = {"has the index of another sample": ~np.array(named, bool)}
+    matching = [i == sample_id(n) for i, n in zip(ids.to_pylist(), _numbers(batch, "index"), strict=True)]
+    wrong = {"has the index of another sample": ~np.array(matching, bool)}
     if dtype is not None:
         latents = batch.column("latent")
         if not isinstance(latents.type, pa.FixedShapeTensorType) or latents.type.value_type != dtype:
@@ -337,9 +345,9 @@ def _numbers(batch: pa.RecordBatch, name: str) -> list[int]:
 
 def _frame_rows(batch: pa.RecordBatch) -> Iterator[str]:
     ids, t = batch.column("image_id"), _column(batch, "t")
-    places = zip(ids.to_pylist(), batch.column("path").to_pylist(), _numbers(batch, "frame"), strict=True)
+    frames = zip(ids.to_pylist(), batch.column("path").to_pylist(), _numbers(batch, "frame"), strict=True)
     wrong = {
-        "has the path or the frame of another": np.array([i != frame_id(path, n) for i, path, n in places], bool),
+        "has the path or the frame of another": np.array([i != frame_id(path, n) for i, path, n in frames], bool),
         "has a t outside of 0 to 1": ~((t >= 0) & (t <= 1)),
         "has a latent that is not finite": ~np.isfinite(_column(batch, "rms_slerp") + _column(batch, "rms_linear")),
     }
@@ -347,7 +355,7 @@ def _frame_rows(batch: pa.RecordBatch) -> Iterator[str]:
 
 
 def _regenerated_rows(batch: pa.RecordBatch) -> Iterator[str]:
-    wrong = {"has a to_longest that is no number of 0 or more": ~_is_error(_column(batch, "to_longest"))}
+    wrong = {"has a to_longest that is not a number of 0 or more": ~_is_error(_column(batch, "to_longest"))}
     yield from _named(batch.column("image_id"), wrong)
 
 
@@ -355,9 +363,9 @@ def _error_rows(batch: pa.RecordBatch) -> Iterator[str]:
     for row in batch.select(["image_id", "steps", "status", "mse"]).to_pylist():
         at, mse = f"{row['image_id']} at {row['steps']} steps", row["mse"]
         if row["status"] not in {*REASONS, "compared", "missing", "changed"}:
-            yield f"{at} has the status {row['status']}, which is none"
+            yield f"{at} has the status {row['status']}, which is not a status"
         elif row["status"] == "compared" and not (mse is not None and np.isfinite(mse) and mse >= 0):
-            yield f"{at} has an mse that is no number of 0 or more"
+            yield f"{at} has an mse that is not a number of 0 or more"
 
 
 CHECKS: Mapping[str, Callable[[Folder, Manifest], Iterator[Checked]]] = {

@@ -1,4 +1,4 @@
-"""Whether an export has a whole picture for each image of the run that it was made of."""
+"""The checks of an export: one whole image file for each image of its source run."""
 
 import json
 import tarfile
@@ -19,17 +19,17 @@ from palindrome.pipeline.runs.manifest import Manifest
 from palindrome.pipeline.runs.shards import open_checked
 from palindrome.pipeline.runs.verify import plans
 from palindrome.pipeline.runs.verify.findings import Checked, Finding
-from palindrome.pipeline.runs.verify.plans import names_in, reached
+from palindrome.pipeline.runs.verify.plans import names_in, open_source
 from palindrome.pipeline.runs.verify.shards import BATCH_PICTURES, Pictures
 from palindrome.pipeline.runs.verify.strays import is_temporary, strays, temporary
 from palindrome.pipeline.storage.folder import Folder
 
-THREADS = 4  # shards read at a time
-FORMS = {"webp": "WEBP", "jpeg": "JPEG"}  # as Pillow calls them; the other exports hold PNGs
+THREADS = 4  # each reads one shard at a time
+FORMS = {"webp": "WEBP", "jpeg": "JPEG"}  # Pillow's names; all other exports contain PNGs
 
 
 def check_export(run: Folder, manifest: Manifest) -> Iterator[Checked]:
-    """Raises KeyError or TypeError where run.json is not as export writes it."""
+    """Raises KeyError or TypeError if run.json is not what export writes."""
     export = _Export.of(run, manifest)
     return export.check()
 
@@ -38,60 +38,59 @@ def check_export(run: Folder, manifest: Manifest) -> Iterator[Checked]:
 class _Export:
     run: Folder
     form: str
-    steps: int | None  # only the images of so many steps were exported
+    steps: int | None  # if not None, only the images of this number of steps were exported
     kind: Kind  # of the source
-    source: Folder | None  # None where it can't be read
-    orphan: str
+    source: Folder | None  # None if it can't be read
+    orphan: str  # the message for a file of no shard
     warnings: list[Finding]
 
     @classmethod
     def of(cls, run: Folder, manifest: Manifest) -> "_Export":
-        config, of = manifest.config, manifest.content["source"]
-        if config["format"] not in {*PICTURES, *TABLES} or of["job"] not in WITH_PICTURES:
+        config, facts = manifest.config, manifest.content["source"]
+        if config["format"] not in {*PICTURES, *TABLES} or facts["job"] not in WITH_PICTURES:
             raise KeyError(config["format"])
-        source, about, warnings = reached(config["run"], KINDS[of["job"]])
-        if about and about.content.get("model_digest") != of.get("model_digest"):
-            about = None
-            warnings = [Finding(source.uri, "is of another model than what was exported, and not compared", True)]
-        orphan = f"is of no shard of {source.uri}"
-        return cls(
-            run, config["format"], config.get("steps"), KINDS[of["job"]], source if about else None, orphan, warnings
-        )
+        source, source_manifest, warnings = open_source(config["run"], KINDS[facts["job"]])
+        if source_manifest and source_manifest.content.get("model_digest") != facts.get("model_digest"):
+            source_manifest = None
+            warnings = [Finding(source.uri, "is of another model than the exported images, and is not compared", True)]
+        orphan = f"belongs to no shard of {source.uri}"
+        readable, kind = source if source_manifest else None, KINDS[facts["job"]]
+        return cls(run, config["format"], config.get("steps"), kind, readable, orphan, warnings)
 
     def check(self) -> Iterator[Checked]:
-        below, end = commits_of(self.form)
-        present = {e.name.removesuffix(end) for e in entries(self.run, below) if _is_whole(e.name, end)}
+        folder, end = commits_of(self.form)
+        present = {e.name.removesuffix(end) for e in entries(self.run, folder) if _is_committed(e.name, end)}
         planned = names_in(self.source, self.kind.folder) if self.source else present
         yield Checked(self.warnings)
 
         def check(shard: str) -> Checked:
             if shard in present:
                 return self._shard(shard)
-            missing = Finding(f"{below}/{shard}{end}", "is missing: the shard is not exported")
+            missing = Finding(f"{folder}/{shard}{end}", "is missing: the shard is not exported")
             return Checked([missing], shard)
 
-        rows, whole = 0, True
+        rows, sound = 0, True
         for checked in in_threads(check, sorted(planned), THREADS):
-            rows, whole = rows + checked.rows, whole and not checked.findings
+            rows, sound = rows + checked.rows, sound and not checked.findings
             yield checked
-        others = [(f"{below}/{name}{end}", name) for name in sorted(present - planned)]
-        if self.form == "webdataset":  # an index without its tar is of a shard that was cut short
-            others += [(f"{INDEX}/{name}.parquet", name) for name in sorted(names_in(self.run, INDEX) - planned)]
-        findings = [Finding(file, self.orphan) for file, _ in others]
-        if whole and not findings:
+        others = [f"{folder}/{name}{end}" for name in sorted(present - planned)]
+        if self.form == "webdataset":  # an index without its tar is left by an interrupted shard
+            others += [f"{INDEX}/{name}.parquet" for name in sorted(names_in(self.run, INDEX) - planned)]
+        findings = [Finding(file, self.orphan) for file in others]
+        if sound and not findings:
             findings += self._merged(rows)
-            findings += self._pictures_of_no_shard(rows) if self.form in PICTURES else []
-        findings += strays(self.run, [below], end)
+            findings += self._orphaned_pictures(rows) if self.form in PICTURES else []
+        findings += strays(self.run, [folder], end)
         findings += strays(self.run, [INDEX]) if self.form == "webdataset" else []
         yield Checked(sorted(set(findings), key=lambda f: (f.warning, f.where)))
 
     def _shard(self, shard: str) -> Checked:
         checked = Checked(shard=shard)
-        below, end = commits_of(self.form)
-        file = f"{below}/{shard}{end}"
+        folder, end = commits_of(self.form)
+        file = f"{folder}/{shard}{end}"
 
-        def wrong(what: str, where: str = file) -> None:
-            checked.findings.append(Finding(where, what))
+        def wrong(message: str, where: str = file) -> None:
+            checked.findings.append(Finding(where, message))
 
         ids: Counter[str] = Counter()
         names: list[str] = []
@@ -111,17 +110,17 @@ class _Export:
                     wrong(fault, f"{IMAGES}/{row['file_name']}")
             for name, count in Counter(names).items():
                 if count > 1:
-                    wrong(f"{name} is there {count} times", reading)
+                    wrong(f"{name} occurs {count} times", reading)
             if self.form == "webdataset":
                 reading = file
-                for what in self._tar(file, names, pictures):
-                    wrong(what)
-        except Exception as e:  # damage shows as errors of many kinds
+                for message in self._tar(file, names, pictures):
+                    wrong(message)
+        except Exception as e:  # damaged files raise errors of many types
             wrong(f"can't be read: {one_line(e)}", reading)
             return checked
         checked.rows = ids.total()
-        for what in self._compare(shard, ids):
-            wrong(what)
+        for message in self._compare(shard, ids):
+            wrong(message)
         return checked
 
     def _rows(self, file: str) -> Iterator[dict[str, Any]]:
@@ -136,7 +135,7 @@ class _Export:
                     yield from batch.select(columns).to_pylist()
 
     def _key(self, row: dict[str, Any]) -> str:
-        """The id, and the variant where there are several."""
+        """The id, with the variant if there are several."""
         return " ".join([str(row["image_id"]), *(f"{name}-{row[name]}" for name in self.kind.variants)])
 
     def _picture(self, name: str, pictures: Pictures) -> str | None:
@@ -144,12 +143,12 @@ class _Export:
             content = self.run.read(f"{IMAGES}/{name}")
         except FileNotFoundError:
             return "is missing"
-        except Exception as e:  # of whichever store
+        except Exception as e:  # stores raise errors of many types
             return f"can't be read: {one_line(e)}"
         return pictures.fault(content)
 
     def _tar(self, file: str, names: list[str], pictures: Pictures) -> Iterator[str]:
-        """What is wrong with a tar that must hold the pictures of those names, each before its JSON."""
+        """What is wrong with a tar that must contain the image files `names`, each followed by its JSON."""
         wanted = [member for name in names for member in (name, f"{name.removesuffix('.png')}.json")]
         found: list[str] = []
         with self.run.fs.open(self.run.path(file), "rb") as opened, tarfile.open(fileobj=opened, mode="r|") as tar:
@@ -170,7 +169,7 @@ class _Export:
         yield from (f"lacks {name}, which the index names" for name in sorted(want - have))
 
     def _compare(self, shard: str, ids: Counter[str]) -> Iterator[str]:
-        """With the ids of the source's shard."""
+        """Compares with the ids of the source's shard."""
         if self.source is None:
             return
         stored: Counter[str] = Counter()
@@ -180,13 +179,13 @@ class _Export:
                     rows = batch.to_pylist()
                     stored.update(self._key(row) for row in rows if self.steps is None or row["steps"] == self.steps)
         except Exception as e:
-            yield f"what it was made of can't be read: {one_line(e)}"
+            yield f"its source shard can't be read: {one_line(e)}"
             return
-        if differ := (ids - stored) + (stored - ids):
-            yield f"has other images than {self.source.uri}: {', '.join(sorted(differ)[:3])}"
+        if different := (ids - stored) + (stored - ids):
+            yield f"has other images than {self.source.uri}: {', '.join(sorted(different)[:3])}"
 
     def _merged(self, rows: int) -> Iterator[Finding]:
-        """The index of all shards."""
+        """Checks the index of all shards."""
         name = merged_index(self.form)
         if name is None:
             return
@@ -202,9 +201,10 @@ class _Export:
         if count != rows:
             yield Finding(name, f"has {count} rows, and the shards have {rows} images")
 
-    def _pictures_of_no_shard(self, rows: int) -> Iterator[Finding]:
-        """Names are compared by hashes, some at a time: of more, the indexes are read again."""
-        parts = max(1, -(-rows // plans.PART))
+    def _orphaned_pictures(self, rows: int) -> Iterator[Finding]:
+        """Image files that no index names. Compares hashes of the names, at most MAX_HASHES per pass over the
+        indexes."""
+        parts = max(1, -(-rows // plans.MAX_HASHES))
         for part in range(parts):
             hashes = array("q")
             for name in self._named():
@@ -218,8 +218,8 @@ class _Export:
                 if is_temporary(inner.rsplit("/", 1)[-1]):
                     yield temporary(name)
                     continue
-                place = int(np.searchsorted(known, hash(inner)))
-                if place == len(known) or known[place] != hash(inner):
+                position = int(np.searchsorted(known, hash(inner)))
+                if position == len(known) or known[position] != hash(inner):
                     yield Finding(name, "is in no shard's index")
 
     def _named(self) -> Iterator[str]:
@@ -229,13 +229,13 @@ class _Export:
                     yield from batch.column(0).to_pylist()
 
 
-def _is_whole(name: str, end: str) -> bool:
+def _is_committed(name: str, end: str) -> bool:
     return name.endswith(end) and not is_temporary(name)
 
 
-def _files(run: Folder, below: str) -> Iterator[str]:
-    """Files in folders of any depth, one folder's listing at a time."""
-    folders = [below]
+def _files(run: Folder, top: str) -> Iterator[str]:
+    """The files in a folder and its subfolders, recursively; one folder's listing is in memory at a time."""
+    folders = [top]
     while folders:
         folder = folders.pop()
         for entry in entries(run, folder):

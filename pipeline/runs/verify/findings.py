@@ -1,11 +1,11 @@
-"""What `verify` reports."""
+"""The findings and totals of `verify`."""
 
 from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What is wrong, and where: a file, a shard, an id. A `warning` does not make the run a bad one."""
+    """Something wrong with a run, and where: a file, a shard, an id. A `warning` does not make `verify` fail."""
 
     where: str
     what: str
@@ -14,18 +14,18 @@ class Finding:
 
 @dataclass
 class Account:
-    """Totals, kept while the run is read. `rows` are counted once per image id, however many variants there are."""
+    """Totals, updated while the run is read. `rows` counts each image id once, regardless of variants."""
 
     shards: int = 0
     rows: int = 0
     rejects: int = 0
-    rows_of_shard: dict[str, int] = field(default_factory=dict)  # of shards without a finding
-    errors: list[float] = field(default_factory=list)  # round-trip errors of latents that were decoded again
+    rows_of_shard: dict[str, int] = field(default_factory=dict)  # only shards without a finding
+    errors: list[float] = field(default_factory=list)  # round-trip errors of the latents that --deep decoded
 
 
 @dataclass
 class Checked:
-    """The outcome for one shard, or for the plan where `shard` is None."""
+    """The result for one shard, or for the plan if `shard` is None."""
 
     findings: list[Finding] = field(default_factory=list)
     shard: str | None = None

@@ -1,4 +1,4 @@
-"""One shard of a run, read and held to what it must be."""
+"""Reading one shard of a run and checking it."""
 
 import io
 import json
@@ -24,7 +24,7 @@ from palindrome.pipeline.storage.folder import Folder
 
 BATCH_BYTES = 16 << 20  # of latents
 BATCH_PICTURES = 64
-BATCH_ROWS = 4096  # at most
+MAX_BATCH_ROWS = 4096
 
 Shape = tuple[int, int, int]
 Variant = tuple[int, ...]
@@ -32,50 +32,50 @@ Variant = tuple[int, ...]
 
 @dataclass
 class Read:
-    """What was read of a shard: image ids by variant, which is () where the kind has none; ids of rejects. None where
-    they could not be read."""
+    """What was read of a shard: image ids by variant, which is () if the kind has none; ids of rejects. None if they
+    could not be read."""
 
     ids: dict[Variant, list[str]] | None = None
     rejects: list[str] | None = field(default_factory=list)
     counts: dict[str, Any] = field(default_factory=dict)
-    about: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What every shard of a run must be."""
+    """The requirements on every shard of a run."""
 
     kind: Kind
     schema: pa.Schema
-    about: Mapping[str, Any]  # in the schema's metadata, as far as it is there
+    metadata: Mapping[str, Any]  # values that the schema's metadata must have under these keys, if it has them
     check_rows: Callable[[pa.RecordBatch], Iterator[str]]
-    compare: Callable[[Unit, Read], Iterator[str]]  # ids and counts with the plan; raises what reading a source raises
+    compare: Callable[[Unit, Read], Iterator[str]]  # ids and counts with the plan; raises the errors of its store
     kept: tuple[str, ...] = ()  # further columns
-    shape: Shape | None = None  # of pictures: height, width, channels. Unknown: alike within a shard
+    shape: Shape | None = None  # of images: height, width, channels. None: the same within a shard
 
 
-def check_shard(run: Folder, unit: Unit, wanted: Wanted, refused: bool) -> Checked:
-    """`refused` is whether there are rejects of the shard."""
+def check_shard(run: Folder, unit: Unit, wanted: Wanted, has_rejects: bool) -> Checked:
+    """Checks the shard of a unit; `has_rejects` is whether it has a file of rejects."""
     checked, read = Checked(shard=unit.name), Read()
     file, rejects = f"{wanted.kind.folder}/{unit.name}.parquet", f"{REJECTS}/{unit.name}.parquet"
 
-    def wrong(where: str, what: str) -> None:
-        checked.findings.append(Finding(where, what))
+    def wrong(where: str, message: str) -> None:
+        checked.findings.append(Finding(where, message))
 
     try:
         with open_checked(run, file) as opened:
             read.counts = dict(json.loads(opened.metadata.metadata[SHARD_KEY])["counts"])
-            read.about = metadata_of(opened.schema_arrow)
-            ids, found = _read_rows(opened, wanted, read.about)
-        checked.findings += [Finding(file, what) for what in found]
+            read.metadata = metadata_of(opened.schema_arrow)
+            ids, found = _read_rows(opened, wanted, read.metadata)
+        checked.findings += [Finding(file, message) for message in found]
         read.ids = ids
         checked.rows = max(map(len, (ids or {}).values()), default=0)
-    except Exception as e:  # damage shows as errors of many kinds
+    except Exception as e:  # damaged files raise errors of many types
         wrong(file, f"can't be read: {one_line(e)}")
-    if refused:
+    if has_rejects:
         try:
             with open_checked(run, rejects) as opened:
-                read.rejects = _check_rejects(opened, lambda what: wrong(rejects, what))
+                read.rejects = _check_rejects(opened, lambda message: wrong(rejects, message))
             checked.rejects = len(read.rejects)
             if read.counts and read.counts.get("rejects") != checked.rejects:
                 wrong(rejects, f"has {checked.rejects} rejects, and {file} says {read.counts.get('rejects')}")
@@ -85,35 +85,35 @@ def check_shard(run: Folder, unit: Unit, wanted: Wanted, refused: bool) -> Check
     elif read.counts.get("rejects"):
         read.rejects = None
         wrong(rejects, f"is missing: {file} says that {read.counts['rejects']} images were rejected")
-    for what in wanted.compare(unit, read):
-        wrong(file, what)
+    for message in wanted.compare(unit, read):
+        wrong(file, message)
     return checked
 
 
 def _read_rows(
-    file: pq.ParquetFile, wanted: Wanted, about: Mapping[str, Any]
+    file: pq.ParquetFile, wanted: Wanted, metadata: Mapping[str, Any]
 ) -> tuple[dict[Variant, list[str]] | None, list[str]]:
-    """The ids by variant, None where there are no columns of them, and what is wrong."""
-    found = list(_check_about(about, wanted))
+    """The ids by variant, None if the columns of variants are missing, and what is wrong."""
+    found = list(_check_metadata(metadata, wanted))
     schema, kind = file.schema_arrow, wanted.kind
     if schema.names.count("image_id") != 1:
         return {}, [*found, "has no column image_id"]
-    fit = True
+    matches = True
     for name in (*wanted.schema.names, *wanted.kept):
         if name not in schema.names:
-            fit = False
+            matches = False
             found.append(f"has no column {name}")
         elif name in wanted.schema.names and schema.field(name).type != wanted.schema.field(name).type:
-            fit = False
+            matches = False
             found.append(f"column {name} is {schema.field(name).type}, not {wanted.schema.field(name).type}")
     if {*kind.variants} - {*schema.names}:
         return None, found
     ids: dict[Variant, list[str]] = {}
     pictures = Pictures(wanted.shape)
     for group in range(file.metadata.num_row_groups):
-        columns = None if fit else ["image_id", *kind.variants]
+        columns = None if matches else ["image_id", *kind.variants]
         for batch in file.iter_batches(_batch_rows(schema), row_groups=[group], columns=columns):
-            if fit:
+            if matches:
                 nulls = [f.name for f in wanted.schema if not f.nullable and batch.column(f.name).null_count]
                 found += [f"column {name} has nulls" for name in nulls[:1]] or wanted.check_rows(batch)
                 if kind.pictures:
@@ -125,23 +125,23 @@ def _read_rows(
 
 
 def _batch_rows(schema: pa.Schema) -> int:
-    """So many rows at a time that little of the columns that are large is held."""
+    """The number of rows per batch, which bounds the memory for large columns."""
     if "image" in schema.names:
         return BATCH_PICTURES
     tensor = schema.field("latent").type if "latent" in schema.names else None
     if not isinstance(tensor, pa.FixedShapeTensorType):
-        return BATCH_ROWS
+        return MAX_BATCH_ROWS
     size = int(np.prod(tensor.shape)) * tensor.value_type.bit_width // 8
-    return min(BATCH_ROWS, max(1, BATCH_BYTES // max(1, size)))
+    return min(MAX_BATCH_ROWS, max(1, BATCH_BYTES // max(1, size)))
 
 
-def _check_about(about: Mapping[str, Any], wanted: Wanted) -> Iterator[str]:
-    must = wanted.kind.shard_keys
-    for name in (*must, *sorted(about.keys() & wanted.about.keys() - {*must})):
-        if name not in about:
-            yield f"does not say its {name}"
-        elif name in wanted.about and about[name] != wanted.about[name]:
-            yield f"says {name} {short(about[name])}, and run.json {short(wanted.about[name])}"
+def _check_metadata(metadata: Mapping[str, Any], wanted: Wanted) -> Iterator[str]:
+    required = wanted.kind.shard_keys
+    for name in (*required, *sorted(metadata.keys() & wanted.metadata.keys() - {*required})):
+        if name not in metadata:
+            yield f"has no {name} in its metadata"
+        elif name in wanted.metadata and metadata[name] != wanted.metadata[name]:
+            yield f"says {name} {short(metadata[name])}, and run.json {short(wanted.metadata[name])}"
 
 
 def short(value: Any) -> str:
@@ -150,13 +150,13 @@ def short(value: Any) -> str:
 
 
 class Pictures:
-    """Whether pictures can be decoded and all have one shape: that given, else the first one's."""
+    """Checks that images can be decoded and have the same shape: `shape`, or else the first image's."""
 
     def __init__(self, shape: Shape | None, form: str = "PNG") -> None:
         self.shape, self.form = shape, form
 
     def check(self, names: Iterable[Any], contents: Iterable[Any]) -> Iterator[str]:
-        """What is wrong with pictures, by name. Takes Arrow's scalars, too, so that few copies are held at a time."""
+        """What is wrong with images, by name. Also accepts Arrow scalars, so that few copies are in memory."""
         for name, content in zip(names, contents, strict=True):
             if fault := self.fault(_plain(content)):
                 yield f"{_plain(name)} {fault}"
@@ -166,15 +166,15 @@ class Pictures:
             return "has no image"
         try:
             if self.form == "PNG":
-                check_png(content)  # Pillow reads no further than the last pixel
+                check_png(content)  # Pillow ignores what follows the last pixel
             with PIL.open(io.BytesIO(content), formats=[self.form]) as image:
                 image.load()
                 shape = (image.height, image.width, len(image.getbands()))
-        except Exception as e:  # Pillow raises errors of many kinds
-            return f"has an image that is no whole {self.form}: {one_line(e)}"
+        except Exception as e:  # Pillow raises errors of many types
+            return f"has an image that is not a whole {self.form}: {one_line(e)}"
         self.shape = self.shape or shape
         if shape != self.shape:
-            return f"has an image of {_words(shape)}, not {_words(self.shape)}"
+            return f"has an image of {_described(shape)}, not {_described(self.shape)}"
         return None
 
 
@@ -182,26 +182,26 @@ def _plain(value: Any) -> Any:
     return value.as_py() if isinstance(value, pa.Scalar) else value
 
 
-def _words(shape: Shape) -> str:
+def _described(shape: Shape) -> str:
     height, width, channels = shape
     return f"{width} x {height} pixels and {channels} channels"
 
 
-def compare_ids(found: Iterable[str], planned: Iterable[str], lacks: str | None) -> Iterator[str]:
-    """What is wrong with a shard's ids; `lacks` is said of those that are not there, if anything."""
+def compare_ids(found: Iterable[str], planned: Iterable[str], missing: str | None) -> Iterator[str]:
+    """What is wrong with a shard's ids; `missing` is the message for missing ones, None to ignore them."""
     have, want = Counter(found), set(planned)
     for image_id in sorted(have.keys() | want):
         if image_id not in want:
             yield f"{image_id} is not in the plan of this shard"
         elif image_id not in have:
-            if lacks:
-                yield f"lacks {image_id}: {lacks}"
+            if missing:
+                yield f"lacks {image_id}: {missing}"
         elif have[image_id] > 1:
-            yield f"{image_id} is there {have[image_id]} times"
+            yield f"{image_id} occurs {have[image_id]} times"
 
 
 def _check_rejects(file: pq.ParquetFile, wrong: Callable[[str], None]) -> list[str]:
-    """The ids."""
+    """Checks a shard's rejects and returns their ids."""
     ids: list[str] = []
     if not file.schema_arrow.equals(REJECT_SCHEMA):
         wrong(f"has columns {short(file.schema_arrow.names)} of other names or types than rejects have")
@@ -209,6 +209,6 @@ def _check_rejects(file: pq.ParquetFile, wrong: Callable[[str], None]) -> list[s
         found = [(str(row["image_id"]), row["reason"]) for row in batch.to_pylist()]
         for image_id, reason in found:
             if reason not in REASONS:
-                wrong(f"{image_id} is rejected as {reason}, which is no reason")
+                wrong(f"{image_id} is rejected as {reason}, which is not a reason")
         ids += [image_id for image_id, _ in found]
     return ids

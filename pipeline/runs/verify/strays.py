@@ -1,4 +1,4 @@
-"""Files in a run's folders that are of no shard."""
+"""Files in a run's folders that belong to no shard."""
 
 from collections.abc import Iterator, Sequence
 
@@ -8,20 +8,20 @@ from palindrome.pipeline.storage.folder import TEMPORARY, Folder
 
 
 def strays(run: Folder, folders: Sequence[str], end: str = ".parquet") -> Iterator[Finding]:
-    """What lies in the folders besides the files of shards, which end in `end`; and what writers that were killed have
-    left right below the run, where people may keep files of their own. It does no harm."""
+    """Warnings for files in `folders` other than those of shards, which end in `end`, and for temporary files of killed
+    writers in the run's own folder, where users may keep files of their own."""
     found: list[tuple[str, Entry]] = [(entry.name, entry) for entry in entries(run, "") if is_temporary(entry.name)]
     for folder in folders:
-        kept = {"plan": "complete.json"}.get(folder)
+        expected = {"plan": "complete.json"}.get(folder)
         for entry in entries(run, folder):
-            whole = entry.is_file and entry.name.endswith(end) and not is_temporary(entry.name)
-            if not whole and entry.name != kept:
+            committed = entry.is_file and entry.name.endswith(end) and not is_temporary(entry.name)
+            if not committed and entry.name != expected:
                 found.append((f"{folder}/{entry.name}", entry))
     for name, entry in sorted(found):
         if is_temporary(entry.name):
             yield temporary(name)
         else:
-            yield Finding(name, "is nothing that a run writes", warning=True)
+            yield Finding(name, "is not a file that a run writes", warning=True)
 
 
 def is_temporary(name: str) -> bool:
@@ -29,4 +29,4 @@ def is_temporary(name: str) -> bool:
 
 
 def temporary(name: str) -> Finding:
-    return Finding(name, "is a temporary file, of a writer at work or of one that was killed", warning=True)
+    return Finding(name, "is a temporary file of an active or killed writer", warning=True)

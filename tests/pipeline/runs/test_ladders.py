@@ -26,7 +26,7 @@ def test_a_file_is_read(tmp_path):
     (tmp_path / "l.json").write_text(json.dumps({"levels": [-1, 0, 9], "kind": "fitted"}))
     assert resolve(f"{tmp_path}/l.json", None, SCHEDULE) == (-1, 0, 9)
     assert resolve(f"file://{tmp_path}/l.json", 2, SCHEDULE) == (-1, 0, 9)
-    with pytest.raises(ValueError, match="has 2 steps, and --steps says 3"):
+    with pytest.raises(ValueError, match="has 2 steps, but --steps is 3"):
         resolve(f"{tmp_path}/l.json", 3, SCHEDULE)
 
 

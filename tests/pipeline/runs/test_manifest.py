@@ -19,9 +19,9 @@ def run(request, tmp_path):
     return Folder(str(tmp_path / "run") if request.param == "disk" else f"memory://{uuid.uuid4().hex}/run")
 
 
-def begin(run, job="encode", facts=FACTS, free=MUTABLE, **changes):
+def begin(run, job="encode", facts=FACTS, mutable=MUTABLE, **changes):
     """Claims the folder and does a first piece of work in it."""
-    resumed = claim(run, job, {**CONFIG, **changes}, free, facts)
+    resumed = claim(run, job, {**CONFIG, **changes}, mutable, facts)
     run.put("plan/complete.json", b"{}")
     return resumed
 
@@ -72,7 +72,7 @@ def test_resume_writes_nothing(run):
 def test_free_fields_may_change(run):
     begin(run)
     assert begin(run, workers=16, address="ray://elsewhere")
-    assert "--workers was 2, now 16" in refused(run, free=(), workers=16)
+    assert "--workers was 2, now 16" in refused(run, mutable=(), workers=16)
 
 
 @pytest.mark.parametrize(

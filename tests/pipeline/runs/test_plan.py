@@ -192,14 +192,14 @@ def test_plan_is_read_by_duckdb_and_polars(tmp_path, pictures):
 def test_long_plan_is_split_over_files(run, pictures, monkeypatch):
     collection = open_collection(str(pictures))
     whole = [Shard.of(collection.kind, group) for group in pack(list_pieces(collection, 2), 2)]
-    monkeypatch.setattr(plan, "PIECES_A_FILE", 6)
+    monkeypatch.setattr(plan, "PIECES_PER_FILE", 6)
     assert write_plan(run, collection, 2) == Totals(13, 25)
     assert list(run.files("plan")) == [f"{i:06d}.parquet" for i in range(5)] + ["complete.json"]
     assert list(read_plan(run)) == whole
 
 
 def test_file_that_ends_with_the_plan_is_not_followed_by_an_empty_one(run, pictures, monkeypatch):
-    monkeypatch.setattr(plan, "PIECES_A_FILE", 5)
+    monkeypatch.setattr(plan, "PIECES_PER_FILE", 5)
     assert write_plan(run, open_collection(str(pictures)), 5) == Totals(5, 25)
     assert len(run.files("plan")) == 5 + 1
 
@@ -218,7 +218,7 @@ def test_plan_without_its_last_file_is_none(run, pictures):
 
 def test_remains_of_a_longer_plan_are_not_read(run, pictures, monkeypatch):
     """A plan that was cut short, made again from a folder that had shrunk meanwhile."""
-    monkeypatch.setattr(plan, "PIECES_A_FILE", 5)
+    monkeypatch.setattr(plan, "PIECES_PER_FILE", 5)
     write_plan(run, open_collection(str(pictures)), 5)
     run.fs.rm_file(run.path("plan/complete.json"))
     totals = write_plan(run, open_collection(str(pictures / "0")), 5)
@@ -227,7 +227,7 @@ def test_remains_of_a_longer_plan_are_not_read(run, pictures, monkeypatch):
 
 
 def test_listing_that_fails_completes_no_plan(run, tmp_path, sample, monkeypatch):
-    monkeypatch.setattr(plan, "PIECES_A_FILE", 1)
+    monkeypatch.setattr(plan, "PIECES_PER_FILE", 1)
     (tmp_path / "in").mkdir()
     pq.write_table(pq.read_table(sample).slice(0, 8), tmp_path / "in" / "0.parquet")
     (tmp_path / "in" / "1.parquet").write_bytes(b"no Parquet file")

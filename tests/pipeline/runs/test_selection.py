@@ -54,9 +54,9 @@ def test_any_nesting(text):
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        ("nosuch == 1", "'nosuch' is no column"),
-        ("mse <", "is no expression"),
-        ("", "is no expression"),
+        ("nosuch == 1", "'nosuch' is not a column"),
+        ("mse <", "is not an expression"),
+        ("", "is not an expression"),
         ("__import__('os').system('true') == 0", "__import__"),
         ("mse.__class__ == 1", "mse.__class__"),
         ("(lambda: 1)() == mse", "lambda"),
@@ -64,8 +64,8 @@ def test_any_nesting(text):
         ("mse", "is not true or false"),
         ("mse == 'text'", "mse == 'text'"),
         ("label is 3", "is not None"),
-        ("3 in label", "is no column"),
-        ("(" * 500 + "mse < 1" + ")" * 500, "is no expression"),
+        ("3 in label", "is not a column"),
+        ("(" * 500 + "mse < 1" + ")" * 500, "is not an expression"),
     ],
 )
 def test_what_is_no_such_expression_is_refused_by_name(text, named):

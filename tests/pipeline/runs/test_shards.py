@@ -245,7 +245,7 @@ def test_a_row_group_is_written_as_soon_as_it_is_full(run, tmp_path):
             out.add(latent_rows(schema, images(512), draw(512, "float32"), {}))
         [half] = (tmp_path / "run/latents").iterdir()
         assert half.stat().st_size > 0 and half.name.startswith(".tmp-")
-        assert sum(table.num_rows for table in out.table.waiting) == 512
+        assert sum(table.num_rows for table in out.table.buffered) == 512
         out.commit(TIMINGS)
     assert pq.read_metadata(tmp_path / "run/latents/s.parquet").num_rows == 2560
 

@@ -95,7 +95,7 @@ def test_one_that_stands_still_promises_nothing(run):
     found = read(run, NOW + 3600)
     assert found.standing_still
     assert (found.images_per_second, found.eta_seconds) == (None, None)
-    assert "stands still: the last shard was committed 1:00:05 ago" in describe(found)
+    assert "stalled: the last shard was committed 1:00:05 ago" in describe(found)
 
 
 def test_a_clock_that_is_behind_the_store_s(run):
@@ -140,9 +140,9 @@ def test_rejects_of_a_shard_that_is_not_committed_do_not_count(run):
 
 def test_a_summary_of_all_shards_spares_their_footers(run):
     run.put("summary.json", json.dumps({"shards": 5, "latents": 7, "rejects": 9, "rejects_by_reason": {}}).encode())
-    assert (read(run, NOW, most=2).latents, read(run, NOW, most=2).exact) == (7, True)
+    assert (read(run, NOW, max_footers=2).latents, read(run, NOW, max_footers=2).exact) == (7, True)
     os.utime(run.path("summary.json"), (NOW - 6, NOW - 6))  # before the last shard
-    assert (read(run, NOW, most=2).latents, read(run, NOW, most=2).exact) == (20, False)
+    assert (read(run, NOW, max_footers=2).latents, read(run, NOW, max_footers=2).exact) == (20, False)
 
 
 def test_shards_that_failed_and_are_not_done_since(run):
@@ -185,7 +185,7 @@ def test_of_many_shards_a_sample_is_read(large, monkeypatch):
     found = state.shard_metadata
     monkeypatch.setattr(state, "shard_metadata", lambda *args: asked.append(args[1]) or found(*args))
     seen = read(large)
-    assert len(asked) <= state.READ + state.NEWEST
+    assert len(asked) <= state.MAX_FOOTERS + state.NEWEST
     assert (seen.shards, seen.shards_total, seen.exact) == (20_000, 25_000, False)
     assert seen.rejects == pytest.approx(5_000, rel=0.1)
     assert seen.latents + seen.rejects == pytest.approx(100_000, abs=2)
@@ -245,10 +245,10 @@ def test_a_reconstruction_whose_latents_are_out_of_reach(tmp_path):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (None, "is no run folder (it has no run.json)"),
+        (None, "is not a run folder (it has no run.json)"),
         ("{", "is not JSON"),
         ("[]", "is not a run's"),
-        ('{"job": "train", "config": {}}', "is a run of train; this takes one of encode or sweep"),
+        ('{"job": "train", "config": {}}', "is a run of train, not of encode or sweep"),
     ],
 )
 def test_what_is_no_run_is_said(tmp_path, content, words):

@@ -50,20 +50,20 @@ def test_a_good_plan(tmp_path):
 
 @pytest.mark.parametrize("part", [1, 2, 1000])
 def test_an_id_in_two_shards_is_named_however_many_passes_it_takes(tmp_path, monkeypatch, part):
-    monkeypatch.setattr(plans, "PART", part)
+    monkeypatch.setattr(plans, "MAX_HASHES", part)
     run = plan(tmp_path, [files("a", "b"), files("c", "b", "d"), files("e", "a")])
-    assert sorted(said(run)) == ["plan: a is there 2 times", "plan: b is there 2 times"]
+    assert sorted(said(run)) == ["plan: a occurs 2 times", "plan: b occurs 2 times"]
 
 
 def test_row_ranges_that_overlap(tmp_path):
     piece = Piece("file:///x/p.parquet", "p.parquet", 1, "1", 0, 10)
     run = plan(tmp_path, [Shard.of("parquet", [piece]), Shard.of("parquet", [replace(piece, start=9, stop=12)])])
-    assert said(run) == ["plan: p.parquet#9 is there 2 times"]
+    assert said(run) == ["plan: p.parquet#9 occurs 2 times"]
 
 
 def test_a_shard_twice(tmp_path):
     shard = files("a")
-    assert said(plan(tmp_path, [shard, shard])) == [f"plan: shard {shard.name} is there twice"]
+    assert said(plan(tmp_path, [shard, shard])) == [f"plan: shard {shard.name} occurs twice"]
 
 
 def test_a_shard_that_is_named_wrongly(tmp_path):
@@ -87,7 +87,7 @@ def test_plan_files_that_are_gone_or_damaged(tmp_path):
     (tmp_path / "plan/complete.json").write_text("{")
     assert [line.split(":")[0] for line in said(run)] == ["plan/complete.json"]
     (tmp_path / "plan/complete.json").unlink()
-    assert said(run) == ["plan: is not complete: the run was cut short while it listed the images"]
+    assert said(run) == ["plan: is not complete: the run was interrupted while it listed the images"]
 
 
 @pytest.mark.parametrize("lacking", ["levels", "preprocess", "inversion"])
@@ -136,9 +136,9 @@ def test_a_plan_of_samples(tmp_path):
     pieces = list(ranges(5, 0, 2))
     shards = [Shard.of(SAMPLES, [piece]) for piece in pieces]
     assert said(plan(tmp_path, shards), manifest) == []
-    assert said(plan(tmp_path, shards[:2]), manifest) == ["plan: is of 4 images, and run.json asks for 5"]
+    assert said(plan(tmp_path, shards[:2]), manifest) == ["plan: has 4 images, and run.json asks for 5"]
     again = Shard.of(SAMPLES, [replace(pieces[2], start=3)])
-    assert said(plan(tmp_path, [*shards[:2], again]), manifest)[-1] == "plan: 000000003 is there 2 times"
+    assert said(plan(tmp_path, [*shards[:2], again]), manifest)[-1] == "plan: 000000003 occurs 2 times"
 
 
 def test_a_plan_of_paths(tmp_path):
@@ -149,7 +149,7 @@ def test_a_plan_of_paths(tmp_path):
     [line] = said(plan(tmp_path, [whole, Shard.of(PATHS, [third])]), manifest)
     assert line.startswith("nowhere: can't be read")
     _, *wrong = said(plan(tmp_path, [whole, Shard.of(PATHS, [replace(second, start=3)])]), manifest)
-    assert wrong == ["plan: 000000/000003 is there 2 times", "plan: 000000/000004 is there 2 times"]
+    assert wrong == ["plan: 000000/000003 occurs 2 times", "plan: 000000/000004 occurs 2 times"]
 
 
 def test_a_sweep_is_under_the_settings_that_were_begun(tmp_path):

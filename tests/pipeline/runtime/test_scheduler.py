@@ -65,6 +65,7 @@ class Work:
             time.sleep(60)
         if kind == "stop-once" and not before:
             os.kill(os.getpid(), signal.SIGSTOP)
+            time.sleep(60)  # the signal may reach this thread late, which would then return
         if kind == "busy":
             for _ in range(12):
                 time.sleep(0.5)

@@ -76,7 +76,7 @@ def test_ids_with_commas_and_quotes_stand_in_quotes():
 def test_a_file_of_pairs_names_the_line_that_is_none(tmp_path):
     (tmp_path / "pairs.csv").write_text('\ufeffa,b\r\n\n"c,d",e\n')
     assert read_pairs(str(tmp_path / "pairs.csv")) == [["a", "b"], ["c,d", "e"]]
-    for content, words in {"a,b\nc\n": "line 2: 'c' is not 2 ids", 'a,"b\n': "line 1", "\n": "names no pair"}.items():
+    for content, words in {"a,b\nc\n": "line 2: 'c' is not 2 ids", 'a,"b\n': "line 1", "\n": "has no pairs"}.items():
         (tmp_path / "bad.csv").write_text(content)
         with pytest.raises(ValueError, match=words):
             read_pairs(str(tmp_path / "bad.csv"))
@@ -105,7 +105,7 @@ def test_random_pairs_are_two_images_and_all_alike_probable(run):
     assert {image.image_id for pair in random_pairs(run, shards, some, 99, 0) for image in pair} == {
         "a03", "a04", "c03", "c04",
     }  # fmt: skip
-    with pytest.raises(ValueError, match="holds 1 latents that were asked for, fewer than 2"):
+    with pytest.raises(ValueError, match="has 1 selected latents, fewer than 2"):
         random_pairs(run, shards, Selection(("b00", "x")), 1, 0)
 
 
