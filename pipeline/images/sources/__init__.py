@@ -159,6 +159,7 @@ def read_raw(collection: Collection, shard: Shard) -> Iterator[RawImage]:
 
 
 def _read(fs: Any, collection: Collection, shard: Shard) -> Iterator[RawImage]:
+    zips.prepare(fs)
     if shard.kind == LIST:
         yield from lists.read(collection, shard.pieces)
     elif shard.kind == FILES:

@@ -1,9 +1,12 @@
 """A ZIP archive as a folder: its files are read where they stand in it."""
 
 import errno
+import threading
 import zipfile
 import zlib
 from typing import Any
+
+from fsspec.archive import AbstractArchiveFileSystem
 
 from palindrome.pipeline.base.errors import SourceError, StoreError
 from palindrome.pipeline.images.sources.listing import open_store
@@ -11,6 +14,8 @@ from palindrome.pipeline.storage.folder import Options
 
 ENDING = ".zip"
 DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError)  # the last: it is encrypted
+
+_preparing = threading.Lock()
 
 
 def inside(uri: str, options: Options) -> str:
@@ -25,6 +30,13 @@ def inside(uri: str, options: Options) -> str:
     except DAMAGE as e:
         raise SourceError(f"{uri} is not a ZIP archive: {e}") from e
     return found
+
+
+def prepare(fs: Any) -> None:
+    """Reads an archive's names once, before threads ask for them: fsspec shows them those that it has so far."""
+    if isinstance(fs, AbstractArchiveFileSystem):
+        with _preparing:
+            fs.ls("", detail=False)
 
 
 class Files:

@@ -1,10 +1,12 @@
 """ZIP archives as collections, written by zipfile."""
 
 import zipfile
+from dataclasses import replace
 
 import pytest
 
 from palindrome.pipeline.images.sources import FILES, LIST, PARQUET, WEBDATASET, open_collection
+from palindrome.pipeline.storage.folder import open_fs
 
 
 def pack(path, contents, how=zipfile.ZIP_DEFLATED):
@@ -25,6 +27,17 @@ def test_pictures_in_an_archive_are_read_as_in_a_folder(name, how, tmp_path, png
     assert {raw.image_id: raw.data for raw in rows(tmp_path / name, 2)} == contents
     assert names(tmp_path / name) == names(tmp_path / "in")
     assert names(tmp_path / name, extensions=["jpg"]) == ["in/a ü.JPG"]
+
+
+def test_threads_that_read_a_large_archive_at_once_find_every_file(tmp_path, shards, accounted):
+    """Its names take a while to read, and a worker has not listed it."""
+    pack(tmp_path / "x.zip", {f"{i:05d}.png": b"%d" % i for i in range(20_000)}, zipfile.ZIP_STORED)
+    collection = open_collection(str(tmp_path / "x.zip"))
+    planned = shards(collection, 20_000)[0]
+    ends = replace(planned, pieces=planned.pieces[-64:], images=64)
+    for _ in range(5):
+        open_fs(collection.uri, {})[0].clear_instance_cache()
+        assert all(raw.data for raw in accounted(collection, [ends]))
 
 
 def test_other_kinds_in_an_archive(tmp_path, pngs, sample, tar_of, fill, rows):
