@@ -75,7 +75,7 @@ WRONG = {
     "a ladder of other steps": (f"{ENCODE} --ladder 5,9 --steps 3", "5,9 has 2 steps, but --steps is 3"),
     "a tolerance of nothing": (f"{ENCODE} --tolerance 0", "--tolerance: '0' is neither a number above 0 nor exact"),
     "a tolerance that is no number": (f"{ENCODE} --tolerance some", "--tolerance: 'some' is neither"),
-    "a tolerance of plain inversion": (f"{ENCODE} --tolerance exact --corrections 0", "--tolerance: --corrections 0"),
+    "a tolerance of plain inversion": (f"{ENCODE} --tolerance exact --corrections 0", "--tolerance: with"),
     "a calibration that is no file": ("calibrate --images SAMPLE --model MODEL --steps 3 --out OUT", "--out: "),
     "a calibration above the schedule": ("calibrate --images SAMPLE --model MODEL --steps 3 --top 1000 --out OUT.json",
                                          "--top: 3 steps do not fit"),
@@ -121,7 +121,7 @@ WRONG = {
     "no number of samples": ("generate --model MODEL --count 0 --out OUT", "--count: 0 is out of range"),
     "an eta above 1": ("generate --model MODEL --count 1 --eta 1.5 --out OUT", "--eta: 1.5 is out of range"),
     "clipped DDIM": ("generate --model MODEL --count 1 --clip --out OUT", "--clip: requires --eta above 0"),
-    "two kinds of noise": ("generate --model MODEL --count 1 --eta 1 --sigma-hat --out OUT", "--sigma-hat: it stands"),
+    "two kinds of noise": ("generate --model MODEL --count 1 --eta 1 --sigma-hat --out OUT", "--sigma-hat: can"),
     "more steps to generate than timesteps": ("generate --model MODEL --count 1 --steps 1001 --out OUT", "--steps: "),
     "variations that would be alike": ("regenerate --latents IN/none --variations 2 --out OUT", "--variations: "),
     "latents that are none": ("regenerate --latents IN/pictures --out OUT", "IN/pictures is not a run folder"),
@@ -248,8 +248,8 @@ def test_help_names_every_flag_with_words_and_default(palindrome, job):
         return
     assert "--out" in flags and "--address" in flags
     if job != "calibrate":  # whose one file is written anew
-        assert "The same command again resumes." in text
-    assert "(default: 64)" in text or job in ("train", "calibrate")
+        assert "Repeating the command resumes it." in text
+    assert "(default: 64; " in text or job in ("train", "calibrate")
 
 
 @pytest.fixture(scope="module")

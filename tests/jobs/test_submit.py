@@ -206,7 +206,7 @@ def test_what_can_t_be_sent_is_named(cluster, said, palindrome, tmp_path, monkey
     wrong = {
         "--ship: the package has 101.": (["--ship", "big"], ["encode", *places, "--model", "big"]),
         "COMMAND: --model big is a path on this machine": ([], ["encode", *places, "--model", "big"]),
-        "COMMAND: --ids ids.txt is a place": ([], ["regenerate", "--latents", "/a", "--ids", "ids.txt", "--out", "/b"]),
+        "COMMAND: --ids ids.txt is a path": ([], ["regenerate", "--latents", "/a", "--ids", "ids.txt", "--out", "/b"]),
         "--ship: nosuch does not exist": (["--ship", "nosuch"], ["encode", *places, "--model", "s3://b/m"]),
         "--env: NOSUCH_* is not set": (["--env", "NOSUCH_*"], ["encode", *places, "--model", "s3://b/m"]),
         "COMMAND: status does not run on a cluster": ([], ["status", "s3://b/x"]),

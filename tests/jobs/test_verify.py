@@ -141,12 +141,12 @@ DAMAGE = {
                                                                t["nfe"].cast("int64"))), "column nfe is int64, not"),
     "an nfe": (lambda p: rewrite(p, changed("nfe", 0, 3)), "{}: ID0 has an nfe other than 2"),
     "no nfe": (lambda p: rewrite(p, changed("nfe", 0, None)), "{}: ID0 has an nfe below 2"),
-    "a residual": (lambda p: rewrite(p, changed("residual", 0, 0.5)), "{}: ID0 has a residual, of an inversion that"),
+    "a residual": (lambda p: rewrite(p, changed("residual", 0, 0.5)), "{}: ID0 has a residual, though"),
     "no mse": (lambda p: rewrite(p, changed("mse", 0, None)), "{}: ID0 has an mse that is not a number of 0 or more"),
     "a psnr": (lambda p: rewrite(p, changed("psnr", 0, 7.0)), "{}: ID0 has a psnr that does not match its mse"),
     "a share": (lambda p: rewrite(p, changed("identical", 0, 1.5)), "{}: ID0 has an `identical` outside of 0 to 1"),
     "a width": (lambda p: rewrite(p, changed("width", 0, 0)), "{}: ID0 has a width or height below 1"),
-    "a hash": (lambda p: rewrite(p, changed("content_hash", 0, "beef")), "{}: ID0 has no sha256"),
+    "a hash": (lambda p: rewrite(p, changed("content_hash", 0, "beef")), "{}: ID0 has a content_hash that is"),
 }  # fmt: skip
 
 
@@ -311,7 +311,7 @@ def test_a_run_that_is_corrected_and_of_half_precision(palindrome, model, pictur
         assert said.code == 0, said.out
     path = next((tmp_path / "fixed/latents").iterdir())
     rewrite(path, changed("residual", 0, None))
-    assert "000.png has a residual that is no number" in palindrome("verify", tmp_path / "fixed").out
+    assert "000.png has a residual that is not a number" in palindrome("verify", tmp_path / "fixed").out
 
 
 def test_a_reconstruction(palindrome, run, tmp_path):
@@ -331,7 +331,7 @@ def test_a_reconstruction(palindrome, run, tmp_path):
     assert re.search(rf"reconstructions/{first.name}: has other ids at \d steps than its latents", said.out)
     assert f"reconstructions/{second.name}: can't be read" in said.out
     assert f"reconstructions/{third.name}: is missing" in said.out
-    assert "reconstructions/stray.parquet: is of no shard of" in said.out
+    assert "reconstructions/stray.parquet: belongs to no shard of" in said.out
 
 
 @pytest.fixture(scope="module")
@@ -429,7 +429,7 @@ DAMAGE_OF_PICTURES = {
     "a picture of another size": (lambda p: rewrite(p, picture(png_of(8, 8))), "^{}: .* pixels and 3 channels, not "),
 }
 DAMAGE_OF_ONE = [
-    ("sweep", lambda p: rewrite(p, schema_says(setting={})), "^{}: says a setting that is not the one"),
+    ("sweep", lambda p: rewrite(p, schema_says(setting={})), "^{}: has a setting that does not match"),
     ("sweep", lambda p: rewrite(p, changed("nfe", 0, 0)), "^{}: .* has an nfe below 1"),
     ("generate", lambda p: rewrite(p, changed("index", 0, 19)), "^{}: 00000000. has the index of another sample"),
     ("generate", lambda p: rewrite(p, schema_says(seed=7)), "^{}: says seed 7, and run.json 0"),

@@ -98,7 +98,7 @@ def test_a_manifest_that_lacks_something(tmp_path, lacking):
 
 
 def test_a_manifest_of_other_types(tmp_path):
-    with pytest.raises(RunError, match=r"run\.json is not as encode writes it"):
+    with pytest.raises(RunError, match=r"run\.json is not what encode writes"):
         list(verify(plan(tmp_path, [files("a")]), Manifest({**MANIFEST, "preprocess": {}}), Account()))
 
 
@@ -125,7 +125,7 @@ def test_a_manifest_of_each_kind_that_lacks_something(tmp_path, job, lacking):
         with pytest.raises(RunError, match=f"run.json lacks {KINDS[job].manifest_keys[0]}"):
             list(verify(run, Manifest(manifest), Account()))
     elif lacking == "settings" and job not in ("reconstruct", "sweep"):  # which need none
-        with pytest.raises(RunError, match=rf"run\.json is not as {job} writes it"):
+        with pytest.raises(RunError, match=rf"run\.json is not what {job} writes"):
             list(verify(run, Manifest({**manifest, "config": {}}), Account()))
     else:
         list(verify(run, Manifest(manifest), Account()))
@@ -160,7 +160,7 @@ def test_a_sweep_is_under_the_settings_that_were_begun(tmp_path):
     found = list(verify(run, Manifest({**MANIFEST, "job": "sweep"}), Account()))
     missing = {f"sweep/{shards[i].name}-{s * 12}.parquet" for i, s in ((1, "a"), (0, "b"), (1, "b"))}
     assert {f.where for f in found if "is missing" in f.what} == missing
-    assert {f.where for f in found if "is of no shard" in f.what} == {
+    assert {f.where for f in found if "belongs to no shard" in f.what} == {
         "sweep/stray.parquet",
         f"sweep/{'0' * 24}-{'b' * 12}.parquet",
     }
