@@ -134,7 +134,7 @@ DAMAGE = {
     "a foreign digest": (lambda p: rewrite(p, schema_says(model_digest="ab" * 32)), "{}: says model_digest abab"),
     "other levels": (lambda p: rewrite(p, schema_says(levels=[-1, 7])), "{}: says levels [-1, 7], and run.json [-1,"),
     "other preprocessing": (lambda p: rewrite(p, schema_says(preprocess={})), "{}: says preprocess {{}}, and run.json"),
-    "no metadata": (lambda p: rewrite(p, lambda t: t.replace_schema_metadata()), "{}: has no metadata model_digest"),
+    "no metadata": (lambda p: rewrite(p, lambda t: t.replace_schema_metadata()), "{}: has no model_digest in"),
     "no column": (lambda p: rewrite(p, lambda t: t.drop_columns(["nfe"])), "{}: has no column nfe"),
     "no ids": (lambda p: rewrite(p, lambda t: t.drop_columns(["image_id"])), "{}: has no column image_id"),
     "other types": (lambda p: rewrite(p, lambda t: t.set_column(t.schema.get_field_index("nfe"), "nfe",
@@ -425,7 +425,7 @@ DAMAGE_OF_ALL = {
 }  # fmt: skip
 DAMAGE_OF_PICTURES = {
     "no picture": (lambda p: rewrite(p, picture(b"")), "^{}: .* has no image$"),
-    "a picture that breaks off": (lambda p: rewrite(p, picture(png_of(16, 16)[:-20])), "^{}: .* that is no whole PNG"),
+    "a picture that breaks off": (lambda p: rewrite(p, picture(png_of(16, 16)[:-20])), "^{}: .* not a whole PNG"),
     "a picture of another size": (lambda p: rewrite(p, picture(png_of(8, 8))), "^{}: .* pixels and 3 channels, not "),
 }
 DAMAGE_OF_ONE = [
@@ -592,7 +592,7 @@ def again_in_index(run):
 # What is done to an export, in which format -> the file that is named, and what is said of it.
 DAMAGE_OF_EXPORTS = {
     "a picture removed": ("png", a_picture, Path.unlink, "is missing"),
-    "a picture cut": ("webp", a_picture, lambda p: cut(p, -20), "that is no whole WEBP"),
+    "a picture cut": ("webp", a_picture, lambda p: cut(p, -20), "that is not a whole WEBP"),
     "a picture of text": ("jpeg", a_picture, lambda p: p.write_text("text"), "has an image that is not a whole JPEG"),
     "a bit of a picture": ("png", a_picture, lambda p: flip(p, 60), "has an image that is not a whole PNG"),
     "a picture of another size": ("png", a_picture, lambda p: p.write_bytes(png_of(8, 8)), "and 3 channels, not "),
