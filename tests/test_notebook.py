@@ -225,7 +225,7 @@ def test_interpolation_goes_from_one_image_to_the_other(run):
         assert_same(frame, np.asarray(run.decode(image_id, 3)[0]))
     distances = [np.square(to_model(np.stack([f])) - to_model(np.stack([frames[0]]))).mean() for f in frames]
     assert distances == sorted(distances) and distances[1] > 0
-    with pytest.raises(ValueError, match="frames is 1"):
+    with pytest.raises(ValueError, match="frames must be at least 2"):
         run.interpolate(a, b, frames=1)
     with pytest.raises(ValueError, match="between two single images"):
         run.interpolate(run.latents([a, b]), b)

@@ -98,5 +98,5 @@ def test_a_command_runs_on_two_nodes_and_is_sent_sigterm_and_its_exit_code_is_ha
 def test_without_a_command_it_says_what_it_is_for():
     said = subprocess.run([SCRIPT], capture_output=True, text=True, check=False)
     assert said.returncode == 2
-    assert said.stdout.startswith("A cluster of two nodes")
+    assert said.stdout.startswith("Runs one command on a cluster of two nodes")
     assert "infra/two-nodes.sh palindrome encode" in said.stdout

@@ -41,7 +41,7 @@ WRONG = {
     "an empty folder": ("encode --images IN/empty --model MODEL --out OUT", "--images: IN/empty holds no files"),
     "a glob without a match": ("encode --images IN/*.none --model MODEL --out OUT", "--images: IN/*.none"),
     "a Parquet file that is none": ("encode --images IN/fake.parquet --model MODEL --out OUT", "--images: "),
-    "a Parquet file of numbers": ("encode --images IN/numbers.parquet --model MODEL --out OUT", "--images: "),
+    "a Parquet file of numbers": ("encode --images IN/numbers.parquet --model MODEL --out OUT", "--image-column: "),
     "two columns of bytes": ("encode --images IN/two.parquet --model MODEL --out OUT", "--image-column: "),
     "an unknown column to keep": (f"{ENCODE} --keep nosuch", "--keep: column 'nosuch' is not in"),
     "a column to keep with our name": ("encode --images IN/two.parquet --image-column a --keep mse --out OUT "

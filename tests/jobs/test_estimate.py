@@ -89,7 +89,7 @@ def test_what_is_wrong_is_said_as_without_it(palindrome, sample, model, tmp_path
 @pytest.fixture
 def briefly(monkeypatch):
     """A calibration that measures for a moment only: inline, it is this process that does."""
-    monkeypatch.setattr(speed, "SECONDS", 0.2)
+    monkeypatch.setattr(speed, "CALIBRATION_SECONDS", 0.2)
 
 
 def test_a_calibration_says_how_far_off_it_was(briefly, palindrome, sample, model, tmp_path):

@@ -96,7 +96,7 @@ def test_a_few_images_are_encoded_in_float32(palindrome, pictures, model, tmp_pa
 def trials(monkeypatch):
     """A trial pays for few images, too, and takes a moment."""
     monkeypatch.setattr("palindrome.jobs.encode.MIN_IMAGES_FOR_TRIAL", 1)
-    monkeypatch.setattr("palindrome.pipeline.runtime.speed.GLANCE", 0.1)
+    monkeypatch.setattr("palindrome.pipeline.runtime.speed.TRIAL_SECONDS", 0.1)
 
 
 def test_a_trial_finds_one_and_the_run_keeps_it(trials, palindrome, sample, tmp_path, read_run):

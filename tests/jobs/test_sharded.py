@@ -10,6 +10,7 @@ from palindrome.jobs.arguments import ConfigError
 from palindrome.jobs.config import ShardedConfig
 from palindrome.jobs.sharded import Remaining, ShardedJob, run_sharded
 from palindrome.pipeline.images.records import Piece
+from palindrome.pipeline.runs import lease
 from palindrome.pipeline.runs.outcome import Receipt
 from palindrome.pipeline.runs.plan import add_pieces, plan_totals, read_plan
 from palindrome.pipeline.runs.shards import ShardWriter, committed
@@ -85,10 +86,19 @@ def test_a_job_is_planned_done_and_done_once(tiny, tmp_path, capsys, times):
     assert "3 to do" in capsys.readouterr().out
     rows = [row for path in tmp_path.glob("squares/*.parquet") for row in pq.read_table(path).to_pylist()]
     assert sorted(rows, key=lambda row: row["number"]) == [{"number": n, "square": n * n} for n in range(10)]
+    lease.release_all()
     before = times(tmp_path)
     assert run(config, tiny) == 0
+    lease.release_all()
     assert "0 to do" in capsys.readouterr().out
     assert times(tmp_path) == before
+
+
+@pytest.fixture(autouse=True)
+def released():
+    """As at a command's end."""
+    yield
+    lease.release_all()
 
 
 def test_a_shard_that_fails_is_named_and_the_rest_is_done(tiny, tmp_path, capsys):
@@ -101,6 +111,7 @@ def test_a_shard_that_fails_is_named_and_the_rest_is_done(tiny, tmp_path, capsys
 
 def test_another_command_is_refused(tiny, tmp_path):
     assert run(SquaresConfig(out=str(tmp_path), count=8, inline=True), tiny) == 0
+    lease.release_all()
     with pytest.raises(ConfigError, match="--count was 8, now 12"):
         run(SquaresConfig(out=str(tmp_path), count=12, inline=True), tiny)
 

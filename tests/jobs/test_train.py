@@ -230,7 +230,7 @@ def test_a_finished_training_given_more_steps_goes_on_and_so_does_one_whose_driv
 
 
 def test_images_of_which_none_decodes_are_said_in_one_line(palindrome, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "FAILURES", 0)
+    monkeypatch.setattr(train, "MAX_FAILURES", 0)
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad/x.png").write_text("no picture")
     said = palindrome("train", "--images", tmp_path / "bad", *FLAGS, "--out", tmp_path / "run", "--train-steps", 1)
