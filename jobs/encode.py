@@ -51,7 +51,8 @@ class EncodeConfig(CollectionOptions, PictureOptions, ReadingConfig):
     }
 
     model: str
-    """The checkpoint folder, in diffusers' layout; a path or an fsspec URI."""
+    """The checkpoint: a folder in diffusers' layout, a path or an fsspec URI; or a Hugging Face repository, ORG/NAME or
+    ORG/NAME@REVISION, if huggingface_hub is installed."""
     steps: Annotated[int, Range(1)] | None = None
     """Steps from the image to its latent (default: 20, or those of the ladder's file or list)."""
     corrections: Annotated[int, Range(0, 100)] = 3
@@ -87,7 +88,8 @@ class EncodeConfig(CollectionOptions, PictureOptions, ReadingConfig):
     dtype: Literal["float16", "float32"] = "float32"
     """The dtype of the stored latents: float16 halves their size; its rounding adds about 5e-9 to the error."""
     measure: bool = False
-    """Decode each latent at once, and store the round trip's mse, psnr and fraction of identical 8-bit values."""
+    """Also decode each latent during the run, which takes one evaluation per step more, and store the round trip's mse,
+    psnr and fraction of identical 8-bit values."""
 
 
 def run(config: EncodeConfig) -> int:

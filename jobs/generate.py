@@ -37,7 +37,8 @@ class GenerateConfig(ImagesConfig):
     """
 
     model: str
-    """The checkpoint folder, in diffusers' layout; a path or an fsspec URI."""
+    """The checkpoint: a folder in diffusers' layout, a path or an fsspec URI; or a Hugging Face repository, ORG/NAME or
+    ORG/NAME@REVISION, if huggingface_hub is installed."""
     count: Annotated[int, Range(1)]
     """The number of samples."""
     seed: Annotated[int, Range(0)] = 0

@@ -47,7 +47,8 @@ class SweepConfig(CollectionOptions, PictureOptions, ReadingConfig):
     }
 
     model: str
-    """The checkpoint folder, in diffusers' layout; a path or an fsspec URI."""
+    """The checkpoint: a folder in diffusers' layout, a path or an fsspec URI; or a Hugging Face repository, ORG/NAME or
+    ORG/NAME@REVISION, if huggingface_hub is installed."""
     steps: tuple[Annotated[int, Range(1)], ...] = (10, 20, 50, 100)
     """Numbers of steps; ladders given as lists or files have their own."""
     corrections: tuple[Annotated[int, Range(0, 100)], ...] = (0, 1, 2, 3)

@@ -1,6 +1,7 @@
 """A Ray of one's own: there within the `with`, and gone after it with all its processes."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -86,12 +87,24 @@ def test_without_any_short_folder_one_line_says_what_to_do(monkeypatch):
     assert cluster._short_folder() is None
 
 
-@pytest.mark.parametrize("words", ["127.0.0.1:{}", "ray://127.0.0.1:{}", "garbage"])
-def test_cluster_of_the_environment_that_is_gone_is_named(words, stores, monkeypatch):
-    monkeypatch.setenv("RAY_ADDRESS", address := words.format(stores.free_port()))
-    with (
-        pytest.raises(cluster.ClusterError, match=rf"{address}: .*; \$RAY_ADDRESS names it") as info,
-        cluster.connect(),
-    ):
-        pass
-    assert "\n" not in str(info.value)
+GONE = """
+import os, sys
+from palindrome.infra import cluster
+for address in sys.argv[1:]:
+    os.environ["RAY_ADDRESS"] = address
+    try:
+        with cluster.connect():
+            print("connected")
+    except cluster.ClusterError as e:
+        print(e)
+"""
+
+
+def test_cluster_of_the_environment_that_is_gone_is_named(stores):
+    port = stores.free_port()
+    addresses = [f"127.0.0.1:{port}", f"ray://127.0.0.1:{port}", "garbage"]
+    said = subprocess.check_output([sys.executable, "-c", GONE, *addresses], cwd=ROOT, text=True)
+    lines = said.splitlines()
+    assert len(lines) == len(addresses), said
+    for line, address in zip(lines, addresses, strict=True):
+        assert re.search(rf"{address}: .*; \$RAY_ADDRESS names it", line), line

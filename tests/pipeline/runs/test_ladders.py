@@ -42,7 +42,7 @@ def test_a_file_that_holds_no_ladder_is_refused(tmp_path, content):
 
 @pytest.mark.parametrize("named", ["cubic", "", "1,", "3,2", "0,1000", "-1,0,5", "1.5"])
 def test_what_names_no_ladder_is_refused(named):
-    with pytest.raises(ValueError, match="none of linear, quadratic, logsnr"):
+    with pytest.raises(ValueError, match="not one of linear, quadratic, logsnr"):
         resolve(named, None, SCHEDULE)
 
 
