@@ -4,6 +4,7 @@ import io
 import json
 import os
 import threading
+from contextlib import suppress
 from math import inf
 
 import pytest
@@ -15,10 +16,19 @@ from palindrome.pipeline.base.status_line import StatusLine
 
 @pytest.fixture
 def terminal():
-    """A pseudo-terminal: the stream to write to, and a function that reads what was written."""
+    """A pseudo-terminal: the stream to write to, and a function that closes it and reads what was written."""
     ours, theirs = os.openpty()
+
+    def written():
+        stream.close()
+        parts = []
+        with suppress(OSError):  # EIO, once there is no more
+            while part := os.read(ours, 4096):
+                parts.append(part)
+        return b"".join(parts).decode()
+
     with open(theirs, "w") as stream:
-        yield stream, lambda: os.read(ours, 4096).decode()
+        yield stream, written
     os.close(ours)
 
 
