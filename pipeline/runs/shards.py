@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from palindrome.pipeline.base.errors import RunError
 from palindrome.pipeline.base.text import one_line
+from palindrome.pipeline.base.threads import in_threads
 from palindrome.pipeline.images.records import Image, Reject
 from palindrome.pipeline.runs.entries import entries
 from palindrome.pipeline.runs.kinds import LATENTS, REJECTS
@@ -193,9 +194,10 @@ def _fragment(
 
 def read_rejects(run: Folder, done: Collection[str]) -> Iterator[dict[str, Any]]:
     """The rejects of the committed shards, as rows of schemas.REJECT_SCHEMA."""
-    for name in run.files(REJECTS):
-        if name.removesuffix(".parquet") in done:  # a shard that is not committed will write its rejects again
-            yield from run.read_parquet(f"{REJECTS}/{name}").to_pylist()
+    # A shard that is not committed will write its rejects again.
+    names = (name for name in run.files(REJECTS) if name.removesuffix(".parquet") in done)
+    for table in in_threads(lambda name: run.read_parquet(f"{REJECTS}/{name}"), names):
+        yield from table.to_pylist()
 
 
 def rejects(run: Folder, manifest: Manifest, reason: str | None = None) -> Iterator[dict[str, Any]]:

@@ -3,8 +3,8 @@
 import json
 import math
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 
 from palindrome.pipeline.base.errors import writing
 from palindrome.pipeline.base.log import note
+from palindrome.pipeline.base.threads import in_threads
 from palindrome.pipeline.images.metrics import statistics
 from palindrome.pipeline.runs.kinds import IMAGES, LATENTS, RECONSTRUCTIONS
 from palindrome.pipeline.runs.outcome import Failure
@@ -19,6 +20,8 @@ from palindrome.pipeline.runs.schemas import ERROR_SCHEMA, REGENERATED_SCHEMA
 from palindrome.pipeline.runs.shards import committed, read_rejects, shard_metadata
 from palindrome.pipeline.storage.folder import Folder
 
+T = TypeVar("T")
+READS = 32  # shards read at once
 WORST = 20  # ids named
 NAMED = 1000  # ids named of the images that do not come back to the bit; the rows say it of all
 
@@ -30,7 +33,7 @@ def latents_summary(run: Folder, measured: bool) -> dict[str, Any]:
     summary["rejects_by_reason"] = rejects_by_reason(run, shards)
     if measured:
         columns = {"image_id": pa.string(), "mse": pa.float64(), "identical": pa.float64()}
-        tables = [run.read_parquet(f"{LATENTS}/{shard}.parquet", list(columns)) for shard in shards]
+        tables = _of_each(lambda shard: run.read_parquet(f"{LATENTS}/{shard}.parquet", list(columns)), shards)
         nothing = pa.schema(columns).empty_table()
         rows = pa.concat_tables([nothing, *tables], promote_options="permissive")
         others = rows.filter(pc.less(rows["identical"], 1))["image_id"]
@@ -69,17 +72,19 @@ def read_errors(run: Folder) -> pa.Table:
     columns = [name for name in ERROR_SCHEMA.names if name != "image"]
     nothing = ERROR_SCHEMA.empty_table().select(columns)
     tables = [nothing.append_column("shard", pa.array([], pa.string()))]
-    for shard in sorted(committed(run, RECONSTRUCTIONS)):
+
+    def read(shard: str) -> pa.Table:
         rows = run.read_parquet(f"{RECONSTRUCTIONS}/{shard}.parquet", columns).replace_schema_metadata()
-        tables.append(rows.append_column("shard", pa.repeat(shard, len(rows))))
-    return pa.concat_tables(tables)
+        return rows.append_column("shard", pa.repeat(shard, len(rows)))
+
+    return pa.concat_tables([*tables, *_of_each(read, sorted(committed(run, RECONSTRUCTIONS)))])
 
 
 def mean_nfe(run: Folder) -> float:
     """Network evaluations that encoding spent on an image, over all its rows: a tolerance makes them differ."""
     spent = count = 0
-    for shard in committed(run):
-        nfe = run.read_parquet(f"{LATENTS}/{shard}.parquet", ["nfe"])["nfe"]
+    for table in _of_each(lambda shard: run.read_parquet(f"{LATENTS}/{shard}.parquet", ["nfe"]), committed(run)):
+        nfe = table["nfe"]
         spent, count = spent + (pc.sum(nfe).as_py() or 0), count + len(nfe)
     return spent / max(count, 1)
 
@@ -116,21 +121,22 @@ def put_summary(run: Folder, summary: dict[str, Any], failures: Sequence[Failure
 def _account(run: Folder, shards: Sequence[str], below: str) -> dict[str, Any]:
     counts: Counter[str] = Counter()
     seconds: Counter[str] = Counter()
-    for metadata in _metadata(run, shards, below):
+    for metadata in _of_each(lambda shard: shard_metadata(run, shard, below), shards):
         counts.update(metadata["counts"])
         seconds.update(metadata["timings"])
     return {"shards": len(shards), **counts, **{k: round(v, 3) for k, v in seconds.items()}}
 
 
-def _metadata(run: Folder, shards: Sequence[str], below: str) -> Iterator[dict[str, Any]]:
-    for shard in shards:
-        yield shard_metadata(run, shard, below)
+def _of_each(read: Callable[[str], T], shards: Iterable[str]) -> Iterator[T]:
+    """What is read of each shard, in their order; many at once, as an object store takes tens of milliseconds each."""
+    return in_threads(read, shards, READS)
 
 
 def consistency(run: Folder) -> list[dict[str, Any]]:
     """For each number of steps: images, mean and 99th percentile of `to_longest`."""
     nothing = REGENERATED_SCHEMA.empty_table().select(["steps", "to_longest"])
-    tables = [run.read_parquet(f"{IMAGES}/{s}.parquet", nothing.column_names) for s in sorted(committed(run, IMAGES))]
+    names = sorted(committed(run, IMAGES))
+    tables = _of_each(lambda shard: run.read_parquet(f"{IMAGES}/{shard}.parquet", nothing.column_names), names)
     rows = pa.concat_tables([nothing, *(table.replace_schema_metadata() for table in tables)])
     found = []
     for steps in sorted(pc.unique(rows["steps"]).to_pylist()):
