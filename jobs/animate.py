@@ -17,6 +17,7 @@ from palindrome.pipeline.runs.plan import read_plan
 from palindrome.pipeline.runs.shards import committed
 from palindrome.pipeline.storage.folder import Folder, absolute
 from palindrome.pipeline.tasks.animate import ENDS, Film, pixels, whole_paths
+from palindrome.pipeline.tasks.export import name_of
 
 PATHS_AT_ONCE = 4
 
@@ -63,14 +64,17 @@ def run(config: AnimateConfig) -> int:
         print(f"{len(names)} paths, {left} to write as {config.format}; {broken} lack frames")
         raise Planned
 
+    # The rows name the path: a run from elsewhere may say ../../x.
+    named = ((f"{name_of(name)}{end}", rows) for name, rows in paths)
+
     def put(path: tuple[str, list[dict[str, Any]]]) -> None:
         name, rows = path
         content = film.encoded(pixels(rows), square=rows[0]["down"] is not None)
-        with writing(f"{out.uri}/{PATHS}/{name}{end}"):
-            out.put(f"{PATHS}/{name}{end}", content)
+        with writing(f"{out.uri}/{PATHS}/{name}"):
+            out.put(f"{PATHS}/{name}", content)
 
     count = 0
-    for _ in in_threads(put, (path for path in paths if f"{path[0]}{end}" not in done), PATHS_AT_ONCE):
+    for _ in in_threads(put, (path for path in named if path[0] not in done), PATHS_AT_ONCE):
         interrupt.check()
         count += 1
     print(f"{count} files written to {config.out}/{PATHS}, {len(done)} existed before")

@@ -1,10 +1,13 @@
 """Strips and films of an interpolation, as Pillow and PyAV read them."""
 
 import io
+import shutil
 
 import av
 import duckdb
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -47,6 +50,21 @@ def test_webp_holds_the_very_frames(palindrome, run, frames, tmp_path):
                 film.load()
                 assert film.info["duration"] == 50
                 assert np.array_equal(np.asarray(film.convert("RGB")), frame.repeat(3, 0).repeat(3, 1))
+
+
+def test_a_run_s_rows_name_no_file_elsewhere(palindrome, run, tmp_path):
+    strange = tmp_path / "strange"
+    shutil.copytree(run, strange)
+    for file in (strange / "images").glob("*.parquet"):
+        table = pq.read_table(file)
+        names = [f"../../../{name}" for name in table["path"].to_pylist()]
+        place = table.schema.get_field_index("path")
+        pq.write_table(table.set_column(place, table.schema.field(place), pa.array(names)), file)
+    before = {path for path in tmp_path.rglob("*") if path.is_file()}
+    said = palindrome("animate", strange, "--format", "strip", "--out", tmp_path / "a/b/films")
+    assert said.code == 0, said.err
+    written = {path for path in tmp_path.rglob("*") if path.is_file()} - before
+    assert len(written) == 4 and all(path.is_relative_to(tmp_path / "a/b/films") for path in written)
 
 
 def test_gif_holds_them_in_256_colours(palindrome, run, frames, tmp_path):
