@@ -1,7 +1,7 @@
 """palindrome encode: images -> latents in Parquet, by DDIM inversion."""
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -24,7 +24,7 @@ from palindrome.pipeline.runs.outcome import Failure
 from palindrome.pipeline.runs.plan import Totals, extend_plan, plan_totals, write_plan
 from palindrome.pipeline.runs.schemas import DTYPES, LATENT_COLUMNS
 from palindrome.pipeline.runs.shards import committed
-from palindrome.pipeline.runs.summary import latents_summary, put_summary
+from palindrome.pipeline.runs.summary import latents_summary, put_summary, rejects_by_reason
 from palindrome.pipeline.runtime.executor import Executor
 from palindrome.pipeline.runtime.precision import MIN_IMAGES_FOR_TRIAL, TRIAL_IMAGES, try_precisions
 from palindrome.pipeline.runtime.progress import Budget
@@ -126,6 +126,8 @@ def run(config: EncodeConfig) -> int:
         done = committed(out) - (committed(out, REJECTS) if config.retry_rejects else set())
         remaining = remaining_shards(out, totals, done)
         print(f"{totals.images} images in {totals.shards} shards, {remaining.left} to encode", flush=True)
+        if config.max_reject_fraction < 1:
+            remaining = replace(remaining, rejects=sum(rejects_by_reason(out, done).values()))
         return remaining
 
     def precision(executor: Executor, resources: Resources, batch_size: int) -> str:

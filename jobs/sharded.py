@@ -23,11 +23,13 @@ from palindrome.pipeline.storage.folder import Folder, absolute
 
 @dataclass(frozen=True)
 class Remaining:
-    """The size of the plan, the number of shards left, and those shards, read lazily."""
+    """The size of the plan, the number of shards left, those shards, read lazily, and the rejects in the others, where
+    there is a budget for them."""
 
     totals: Totals
     left: int
     shards: Iterator[Shard]
+    rejects: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +76,7 @@ def run_sharded(config: ShardedConfig, job: ShardedJob) -> int:
             work = job.work(out, resources, execution)
             outcomes = executor.run(work, job.model, remaining.shards, resources, execution, job.stall_timeout)
             progress = Progress(job.name, totals, totals.shards - left, job.uniform_cost)
-            failures = follow(progress, outcomes, job.budget)
+            failures = follow(progress, outcomes, job.budget, remaining.rejects)
             out.clear_unfinished()
     code = job.finish(out, failures)
     if failures:

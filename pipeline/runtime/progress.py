@@ -88,10 +88,13 @@ class Budget:
 
 
 def follow(
-    progress: Progress, outcomes: Generator[Receipt | Failure | Heartbeat, None, None], budget: Budget | None = None
+    progress: Progress,
+    outcomes: Generator[Receipt | Failure | Heartbeat, None, None],
+    budget: Budget | None = None,
+    earlier_rejects: int = 0,
 ) -> list[Failure]:
     """Shows the outcomes as they come, logs each failure at once and returns the failures. Ends the run early if the
-    budget is exceeded."""
+    budget is exceeded, to which the rejects of the shards committed earlier count too."""
     failures = []
     with closing(outcomes):  # kills the actors before the connection to Ray is closed, also after an exception
         for outcome in outcomes:
@@ -105,7 +108,7 @@ def follow(
                 progress.show()
             else:
                 progress.add(outcome.images, outcome.rejects)
-            if budget and budget.exceeded(progress.failed, progress.rejects, progress.images):
+            if budget and budget.exceeded(progress.failed, earlier_rejects + progress.rejects, progress.images):
                 break
     progress.show(last=True)
     return failures
