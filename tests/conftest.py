@@ -20,6 +20,8 @@ settings.load_profile("palindrome")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Ray starts workers as they are needed, not one a CPU ahead, of which each takes more than a second of a core.
 os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
+# Ray gives its workers the lowest priority but one: on a busy machine they would hardly run beside other tests.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 
 # The files that take longest, first: else one process works through them while the others are done.

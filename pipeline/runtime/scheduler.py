@@ -275,7 +275,9 @@ class _Run:
                 count, reason = MAX_FAILED_STARTS, _error_line(error)
                 raise RunError(f"{count} actors in a row died before they were ready: {reason}") from error
         shards = list(actor.in_flight.values())
-        if len(shards) == 1 and not getattr(error, "preempted", False):
+        if getattr(error, "preempted", False):  # its node was taken away: no shard is the cause
+            self.retries.extend(shards)
+        elif len(shards) == 1:
             yield from self._retry_or_fail(shards[0], _error_line(error), self.quarantine)
         else:
             self.quarantine.extend(shards)

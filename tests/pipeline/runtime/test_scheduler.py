@@ -15,6 +15,7 @@ import pytest
 import ray
 import torch
 
+from palindrome.model.execution import FLOAT32
 from palindrome.pipeline.base.errors import RunError, SettingError
 from palindrome.pipeline.images.records import Shard
 from palindrome.pipeline.runs.outcome import Failure, Receipt
@@ -134,6 +135,26 @@ def test_a_shard_that_kills_its_process_is_quarantined(work, tiny):
     assert failed["kill.1"].startswith("The actor is dead because its worker process has died.")
     assert len(done) == len(kinds) - 1
     assert MAX_RETRIES + 1 <= work.attempts()["kill.1"] <= MAX_RETRIES + 2  # once with a neighbour: no attempt
+
+
+class Preempted(ray.exceptions.RayError):
+    preempted = True
+
+
+@ray.remote(num_cpus=0)
+class Idle:
+    pass
+
+
+@pytest.mark.parametrize("names", [["a"], ["a", "b"]])
+def test_shards_of_a_preempted_actor_are_retried_beside_others_and_not_charged(work, tiny, names):
+    """Were they quarantined, every actor would have to finish what it has before it takes one of them."""
+    run = run_module._Run(work, tiny, iter(()), ONE, FLOAT32, 60)
+    shards = [Shard(name, "files", 1, ()) for name in names]
+    actor = run_module._Actor(Idle.remote(), None, dict(enumerate(shards)))
+    run.actors.append(actor)
+    assert list(run._handle_death(actor, Preempted("its node is gone"))) == []
+    assert list(run.retries) == shards and not run.quarantine and not run.attempts and not run.actors
 
 
 def test_two_shards_that_kill_their_process_fail_no_other_shard(work, tiny, monkeypatch):
