@@ -53,7 +53,7 @@ def connect(address: str | None = None) -> Iterator[None]:
         try:
             with chdir(empty):
                 ray.init(address=where, logging_level=logging.ERROR, log_to_driver=False, **local)
-        except (OSError, RuntimeError, ValueError) as e:
+        except Exception as e:  # Ray raises a bare one if its processes don't start in time
             words = "Ray can't be started on this machine" if local else f"no Ray cluster at {where}"
             why = next(iter(str(e).splitlines()), type(e).__name__)
             raise ClusterError(f"{words}: {why}{_hint(address)}") from e
