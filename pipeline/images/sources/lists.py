@@ -241,13 +241,13 @@ def batches(fs: Any, file: str, fields: Sequence[pa.Field]) -> Iterator[pa.Recor
     names = list(dict.fromkeys(field.name for field in fields))
     if file.lower().endswith(TABLES):
         with open_table(fs, file) as table:
-            for field in fields if table.has_rows() else ():
+            if not table.has_rows():
+                return
+            for field in fields:
                 types = [f.type for f in table.schema if f.name == field.name]
                 if len(types) != 1 or not can_be_read_as(types[0], field.type):
                     raise SourceError(f"{file} has no column {field.name!r} of type {field.type}, which it had")
-        with open_table(fs, file) as table:
-            if table.has_rows():
-                yield from table.batches(4096, names)
+            yield from table.batches(4096, names)
         return
     with _opened(fs, file) as opened:
         if _bare(file).endswith((*CSV, *JSON)):

@@ -85,9 +85,9 @@ class ArrowTable:
         if head.startswith(FEATHER_1):
             raise ValueError("Feather's version 1 is not supported: write it again by pyarrow.feather")
         file.seek(0)
-        self.file = file
+        self.file, self.source = file, pa.PythonFile(file, mode="r")
         self.is_stream = head != IPC_FILE
-        self.reader = (pa.ipc.open_stream if self.is_stream else pa.ipc.open_file)(pa.PythonFile(file, mode="r"))
+        self.reader = (pa.ipc.open_stream if self.is_stream else pa.ipc.open_file)(self.source)
         self.schema: pa.Schema = self.reader.schema
 
     def __enter__(self) -> "ArrowTable":
@@ -104,15 +104,15 @@ class ArrowTable:
         if not self.is_stream:
             yield from ((i, self.reader.get_batch(i)) for i in range(first, self.reader.num_record_batches))
             return
+        self.file.seek(first)
         if first:
-            self.file.seek(first)
-            message = pa.ipc.read_message(pa.PythonFile(self.file, mode="r"))
-            yield first, pa.ipc.read_record_batch(message, self.schema)
+            yield first, pa.ipc.read_record_batch(pa.ipc.read_message(self.source), self.schema)
             return
+        reader = pa.ipc.open_stream(self.source)  # from the start, whoever has read of it before
         while True:
             offset = self.file.tell()
             try:
-                batch = self.reader.read_next_batch()
+                batch = reader.read_next_batch()
             except StopIteration:
                 return
             yield offset, batch

@@ -30,7 +30,7 @@ from hypothesis import strategies as st
 
 from palindrome.pipeline.base.errors import SourceError, StoreError
 from palindrome.pipeline.images.decode import Preprocess, Rejected, decode
-from palindrome.pipeline.images.sources import FILES, LIST, PARQUET, files, open_collection, read_raw
+from palindrome.pipeline.images.sources import FILES, LIST, PARQUET, files, list_pieces, open_collection, read_raw
 from palindrome.pipeline.runs.plan import extend_plan, read_plan, write_plan
 from palindrome.pipeline.storage import folder
 from palindrome.pipeline.storage.folder import Folder
@@ -691,3 +691,14 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     )
     count, kilobytes = done.stdout.split()
     assert (int(count), int(kilobytes) < 150_000) == (1_000_000, True), kilobytes
+
+
+@pytest.mark.parametrize("new", [pa.ipc.new_file, pa.ipc.new_stream], ids=["file", "stream"])
+def test_every_batch_of_a_list_in_arrow_s_formats(tmp_path, new):
+    """Whether there are rows is asked first: of a stream, that must not use up a batch."""
+    table = pa.table({"uri": [f"{i}.png" for i in range(6)]})
+    with new(str(tmp_path / "list.arrow"), table.schema) as writer:
+        writer.write_table(table, max_chunksize=2)
+    collection = open_collection(str(tmp_path / "list.arrow"))
+    assert collection.kind == LIST
+    assert [piece.name for piece in list_pieces(collection, 10)] == table["uri"].to_pylist()
