@@ -59,15 +59,7 @@ ONLY = {  # keys of other mathematics -> the value that stands for ours
 # How diffusers' own sampler spaces its timesteps, bounds x0, adds noise or solves: DDIM on our ladder does none of it.
 OF_SAMPLING = {
     *("timestep_spacing", "steps_offset", "clip_sample", "clip_sample_range", "thresholding", "sample_max_value"),
-    *(
-        "dynamic_thresholding_ratio",
-        "variance_type",
-        "eta",
-        "skip_prk_steps",
-        "solver_order",
-        "solver_type",
-        "solver_p",
-    ),
+    *("dynamic_thresholding_ratio", "variance_type", "eta", "skip_prk_steps", "solver_order", "solver_type"),
     *("algorithm_type", "lower_order_final", "euler_at_final", "final_sigmas_type", "lambda_min_clipped", "predict_x0"),
     *("disable_corrector", "predictor_order", "corrector_order", "tau_func", "interpolation_type", "sigma_min"),
     *("sigma_max", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "flow_shift"),

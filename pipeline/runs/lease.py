@@ -66,7 +66,7 @@ def acquire(run: Folder, job: str, take_over: bool = False) -> None:
     while (found := _read(run)) is None or found.get("id") != owner["id"]:
         if found is None:
             run.put_new(NAME, _content(owner))  # whether it was ours or another's shows when it is read
-        elif take_over or _is_gone(found) or not _is_renewed(run, found):
+        elif take_over or not _is_alive(run, found):
             run.remove(NAME)
         else:
             raise ManifestError(
@@ -81,10 +81,14 @@ def release_all() -> None:
         _held.pop().release()
 
 
-def _is_renewed(run: Folder, found: dict[str, Any]) -> bool:
-    """Whether the lease changes within STALE seconds; at once for a process of this machine, which is alive."""
+def _is_alive(run: Folder, found: dict[str, Any]) -> bool:
+    """Whether the owner is a process of this machine that has not ended; of another machine, whether it renews the
+    lease within STALE seconds."""
     if _machine(found) == _machine(_this_process()):
-        return True
+        try:
+            return _start_of(int(found["pid"])) == found["started"]
+        except (KeyError, TypeError, ValueError):
+            return True
     where = f"process {found.get('pid')} on {found.get('host')}"
     print(f"{run.uri} has a lease of {where}: waiting up to {STALE:g} s for it to be renewed", file=sys.stderr)
     deadline = time.monotonic() + STALE
@@ -93,16 +97,6 @@ def _is_renewed(run: Folder, found: dict[str, Any]) -> bool:
         if _read(run) != found:
             return True
     return False
-
-
-def _is_gone(found: dict[str, Any]) -> bool:
-    """Whether the owner was a process of this machine that has ended."""
-    if _machine(found) != _machine(_this_process()):
-        return False
-    try:
-        return _start_of(int(found["pid"])) != found["started"]
-    except (KeyError, TypeError, ValueError):
-        return False
 
 
 def _this_process() -> dict[str, Any]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from palindrome.model.schedule import Ladder
 from palindrome.pipeline.base.errors import ManifestError, RunError
 from palindrome.pipeline.runs.kinds import KINDS, Kind
 from palindrome.pipeline.runs.lease import NAME as LEASE
@@ -14,7 +15,6 @@ from palindrome.pipeline.storage.folder import TEMPORARY, Folder, absolute
 NAME = "run.json"
 COMPLETE = "plan/complete.json"  # written last: a plan without it was interrupted, and is made again
 LIBRARIES = ("palindrome", "torch", "ray", "pyarrow", "pillow", "numpy")
-Ladder = tuple[int, ...]
 
 
 @dataclass(frozen=True)

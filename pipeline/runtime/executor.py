@@ -56,21 +56,8 @@ class Executor(Protocol):
 class OnRay:
     """The Ray cluster that this process is connected to."""
 
-    def choose_resources(
-        self, workers: Sequence[int], decode: str, gpus_per_worker: float | None, custom: Mapping[str, float]
-    ) -> Resources:
-        return choose_resources(workers, decode, gpus_per_worker, custom)
-
-    def run(
-        self,
-        work: Work,
-        checkpoint: Checkpoint,
-        shards: Iterator[Shard],
-        resources: Resources,
-        execution: Execution = FLOAT32,
-        stall_timeout: float = STALL_TIMEOUT,
-    ) -> Outcomes:
-        return run_shards(work, checkpoint, shards, resources, execution, stall_timeout)
+    choose_resources = staticmethod(choose_resources)
+    run = staticmethod(run_shards)
 
     def call(self, resources: Resources, function: Callable[..., Any], *arguments: Any) -> Any:
         return ray.get(ray.remote(function).options(**resources.ray_options).remote(*arguments))

@@ -46,11 +46,12 @@ class Encode:
                     x = to_model(np.stack([image.pixels for image in batch.images]))
                     condition = model.checkpoint.condition([image.kept for image in batch.images])
                     latents, found = latents_of(model, x, self.inversion, self.measured, condition)
-                    good = finite(latents)
-                    images = list(compress(batch.images, good))
-                    found = {name: values[good] for name, values in found.items()}
-                    rows = latent_rows(schema, images, latents.numpy()[good], found)
-                    rejects += [_not_finite(image) for image in compress(batch.images, ~good)]
+                    images, good = batch.images, finite(latents)
+                    if not good.all():  # to pick rows copies them
+                        images = list(compress(batch.images, good))
+                        latents, found = latents[good], {name: values[good] for name, values in found.items()}
+                        rejects += [_not_finite(image) for image in compress(batch.images, ~good)]
+                    rows = latent_rows(schema, images, latents.numpy(), found)
                 out.add(rows, rejects)
                 model.advance(len(batch.images))
             seconds = spent()
