@@ -114,7 +114,7 @@ class Run:
         that do not fit the schedule, and if the model is not the one that made the latents.
         """
         x = torch.from_numpy(self._latents(images))
-        ladder, *_ = self.encoded.ladders([] if steps is None else [steps], self._loaded.checkpoint.schedule)
+        ladder, *_ = self.encoded.ladders([] if steps is None else [steps], self._loaded.checkpoint.process)
         decoded = (self._loaded.decode(batch, ladder) for batch in x.split(BATCH) if len(batch))
         return [to_pillow(pixels) for batch in decoded for pixels in to_pixels(batch)]
 

@@ -34,7 +34,7 @@ from torch import Tensor
 from benchmarks.nulls import local_ray
 from palindrome.model import families
 from palindrome.model.execution import PRECISIONS, Execution
-from palindrome.model.schedule import ladder
+from palindrome.model.ladder import ladder
 from palindrome.pipeline.images.decode import Preprocess
 from palindrome.pipeline.images.metrics import round_trip_error, to_model
 from palindrome.pipeline.images.read import first_images
@@ -126,7 +126,7 @@ def loop(args: argparse.Namespace) -> dict[str, float]:
     threads = torch.get_num_threads() if args.loop == "lanes" else None
     model, x = Model(loaded, threads, execution=Execution(precision)), pictures(args)
     tune_process(model)  # as actors do
-    levels = ladder("linear", args.steps, loaded.schedule.num_train_timesteps)
+    levels = ladder("linear", args.steps, loaded.process.num_train_timesteps)
     started = time.monotonic()
     for batch in x.split(BATCH):
         model.encode(batch, levels)
@@ -137,7 +137,7 @@ def loop(args: argparse.Namespace) -> dict[str, float]:
 def error_of(out: Path, x: Tensor, args: argparse.Namespace) -> float:
     """The round-trip error of the first 256 images."""
     loaded = families.load(absolute(args.model))
-    model, levels = Model(loaded), ladder("linear", args.steps, loaded.schedule.num_train_timesteps)
+    model, levels = Model(loaded), ladder("linear", args.steps, loaded.process.num_train_timesteps)
     rows = [row for file in sorted(out.rglob("*.parquet")) for row in latents_in(file)]
     if "image_id" in rows[0]:  # shards are named by hashes, and rows by their number in the input
         rows.sort(key=lambda row: int(row["image_id"].rpartition("#")[2]))

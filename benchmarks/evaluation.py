@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from palindrome.model.execution import HALVES, PRECISIONS, Execution
 from palindrome.model.families.unet2d import UNet2D
 from palindrome.model.presets import PRESETS
-from palindrome.model.schedule import NoiseSchedule
+from palindrome.model.process import VP
 from palindrome.pipeline.runtime.device import Model, tune_process
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -47,7 +47,7 @@ def main() -> None:
 def measure(preset: str, args: argparse.Namespace) -> dict[str, object]:
     config = PRESETS[preset]
     theirs = UNet2DModel(**{k: v for k, v in config.to_dict().items() if not k.startswith("_")}).eval()
-    checkpoint = UNet2D(config, theirs.state_dict(), NoiseSchedule())
+    checkpoint = UNet2D(config, theirs.state_dict(), VP())
     theirs.to(DEVICE)
     x = torch.randn(args.batch, config.in_channels, config.sample_size, config.sample_size, device=DEVICE)
     with FlopCounterMode(display=False) as counter:

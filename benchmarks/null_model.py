@@ -50,7 +50,7 @@ from benchmarks.nulls import (
     write_files,
 )
 from palindrome.model.ddim import coefficients
-from palindrome.model.schedule import NoiseSchedule
+from palindrome.model.process import VP
 from palindrome.pipeline.runs.outcome import Receipt
 from palindrome.pipeline.runs.plan import read_plan
 from palindrome.pipeline.runtime.scheduler import choose_resources, run_shards
@@ -149,7 +149,7 @@ def ray_data(files: Path, size: int, dtype: str, out: Path) -> None:
 def to_floats(batch: dict[str, np.ndarray], dtype: str) -> dict[str, np.ndarray]:
     """Pixels [B, H, W, C] -> [B, C, H, W] in [-1, 1], after one step with the null network, eq. 12."""
     x = batch["image"].transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1
-    scale, gain = coefficients(*map(NoiseSchedule().alpha_bar, STEP))
+    scale, gain = coefficients(*map(VP().marginal, STEP))
     x = np.float32(scale) * x + np.float32(gain) * null_epsilon(*x.shape[1:])
     return {"path": batch["path"], "latent": np.ascontiguousarray(x, dtype)}
 

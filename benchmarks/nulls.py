@@ -20,7 +20,8 @@ from torch import Tensor
 import palindrome.infra.cluster  # noqa: F401, sets Ray up before it is started
 from palindrome.model.execution import FLOAT32, Execution
 from palindrome.model.families.unet2d import UNet2D
-from palindrome.model.schedule import CLEAN, Ladder, NoiseSchedule
+from palindrome.model.ladder import Ladder
+from palindrome.model.process import CLEAN, VP
 from palindrome.model.unet import UNetConfig
 from palindrome.pipeline.images.decode import Preprocess
 from palindrome.pipeline.images.sources import open_collection
@@ -67,7 +68,7 @@ class NullCheckpoint(UNet2D):
 
 def null_checkpoint(sleep: float = 0.0, size: int = 32) -> NullCheckpoint:
     """A checkpoint for images of `size` by `size` pixels, with diffusers' default schedule."""
-    return NullCheckpoint(UNetConfig(sample_size=size), {}, NoiseSchedule(), sleep=sleep)
+    return NullCheckpoint(UNetConfig(sample_size=size), {}, VP(), sleep=sleep)
 
 
 @contextmanager

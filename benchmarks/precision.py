@@ -20,7 +20,7 @@ from torch import Tensor
 
 from palindrome.model import families
 from palindrome.model.execution import PRECISIONS, Execution
-from palindrome.model.schedule import Ladder
+from palindrome.model.ladder import Ladder
 from palindrome.pipeline.images.decode import Preprocess
 from palindrome.pipeline.images.metrics import round_trip_error, to_model
 from palindrome.pipeline.images.read import first_images
@@ -50,7 +50,7 @@ def main() -> None:
     x = to_model(first_images(open_collection(absolute(args.images)), how, args.limit))
     rows = []
     for steps in args.steps:
-        levels = resolve(args.ladder, steps, loaded.schedule)
+        levels = resolve(args.ladder, steps, loaded.process)
         for corrections in args.corrections:
             found = [round_trip(loaded, precision, x, levels, corrections) for precision in args.precisions]
             for row in found:

@@ -81,7 +81,7 @@ def measured(args: argparse.Namespace, folder: Path, actors: int) -> dict[str, A
     ready.mkdir()
     resources, checkpoint = Resources(actors, 0, 1, decode_in_tasks=False), null_checkpoint(args.sleep)
     how = {"shard_size": args.shard_size, "batch_size": args.batch_size, "dtype": "float32"}
-    levels = resolve("linear", args.steps, checkpoint.schedule)
+    levels = resolve("linear", args.steps, checkpoint.process)
     encode, totals = encode_work(folder / "files", SIDE, out, resources, **how, levels=levels)
     called = time.monotonic()
     shards = chain(empty(actors * SHARDS_PER_ACTOR), read_plan(encode.run))

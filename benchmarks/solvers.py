@@ -23,7 +23,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from math import sqrt
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +31,10 @@ import torch
 from torch import Tensor
 
 from palindrome.model import families
-from palindrome.model.ddim import Network, epsilon_of, sample, sample_noise
+from palindrome.model.ddim import Network, apply, evaluate, sample, sample_noise
 from palindrome.model.inversion import invert_exactly
-from palindrome.model.schedule import CLEAN, Ladder, NoiseSchedule
+from palindrome.model.ladder import Ladder
+from palindrome.model.process import CLEAN, Process
 from palindrome.pipeline.images.decode import Preprocess
 from palindrome.pipeline.images.metrics import moments, round_trip_error, statistics, to_model, to_pixels
 from palindrome.pipeline.images.read import first_images
@@ -51,21 +51,20 @@ class Flow:
 
     network: Network
     levels: Ladder
-    schedule: NoiseSchedule
-    prediction_type: str = "epsilon"
+    process: Process
     spent: int = 0
 
     def scale(self, level: int) -> float:
         """x / y."""
-        return sqrt(self.schedule.alpha_bar(level))
+        return self.process.marginal(level).alpha
 
     def sigma(self, level: int) -> float:
-        alpha = self.schedule.alpha_bar(level)
-        return sqrt((1 - alpha) / alpha)
+        alpha, sigma = self.process.marginal(level)
+        return sigma / alpha
 
     def epsilon(self, y: Tensor, level: int) -> Tensor:
-        x, timestep = self.scale(level) * y, max(level, self.levels[1])
-        return epsilon_of(self.counted, x, timestep, self.schedule, self.prediction_type)
+        x, reading = self.scale(level) * y, self.process.reading(max(level, self.levels[1]))
+        return apply(reading.epsilon, x, evaluate(self.counted, x, reading))
 
     def counted(self, x: Tensor, timestep: int) -> Tensor:
         self.spent += len(x)
@@ -191,7 +190,7 @@ def exact(name: str, weight: Weight, steps: Steps) -> Method:
 
 def ours(corrections: int, steps: Steps) -> Method:
     def settings(flow: Flow) -> dict[str, Any]:
-        return {"levels": flow.levels, "schedule": flow.schedule, "prediction_type": flow.prediction_type}
+        return {"levels": flow.levels, "process": flow.process}
 
     def up(flow: Flow, x: Tensor) -> States:
         return [invert_exactly(flow.counted, x, corrections=corrections, **settings(flow))[0]]
@@ -248,8 +247,8 @@ def main() -> None:
     for ladder in args.ladders:
         for method in (m for m in METHODS if m.name.startswith(tuple(args.methods))):
             for steps in (S for budget in args.budgets for S in method.steps[BUDGETS.index(budget)]):
-                flow_on = partial(Flow, network, resolve(ladder, steps, model.schedule), model.schedule)
-                for row in measure(method, partial(flow_on, model.prediction_type), x0, pixels, x_T):
+                flow_on = partial(Flow, network, resolve(ladder, steps, model.process), model.process)
+                for row in measure(method, flow_on, x0, pixels, x_T):
                     rows.append({"method": method.name, "ladder": ladder, "S": steps, **row})
                     print(line(rows[-1]), flush=True)
     if args.json:

@@ -13,7 +13,7 @@ from palindrome.jobs.estimate import executor_of
 from palindrome.model.families import Checkpoint
 from palindrome.model.fit import candidates, fit_ladder
 from palindrome.model.inversion import evaluations
-from palindrome.model.schedule import Ladder
+from palindrome.model.ladder import Ladder, default_top
 from palindrome.pipeline.base.log import note
 from palindrome.pipeline.images.metrics import round_trip_error, statistics, to_model
 from palindrome.pipeline.images.read import first_images
@@ -48,8 +48,8 @@ class CalibrateConfig(CollectionOptions, PictureOptions, ComputeConfig):
     corrections: Annotated[int, Range(0, 100)] = 3
     """The corrections per step with which the ladder will be used."""
     top: Annotated[int, Range(0)] | None = None
-    """The highest timestep (default: 0.8 of the model's timesteps). A lower one leaves more of the image in the
-    latent."""
+    """The highest timestep (default: where the log-SNR is -6.5, or the last one). A lower one leaves more of the image
+    in the latent."""
     limit: Annotated[int, Range(1)] = 32
     """The number of images to calibrate on, from the first one that can be decoded."""
 
@@ -61,11 +61,11 @@ def run(config: CalibrateConfig) -> int:
     with config_error("--model"):
         _, model = load_model(config.model, config.allow_pickle)
         how = config.preprocess(model.image_shape)
-    schedule = model.schedule
-    top = max(schedule.num_train_timesteps * 4 // 5, config.steps - 1) if config.top is None else config.top
+    process = model.process
+    top = default_top(process, config.steps) if config.top is None else config.top
     with config_error("--steps" if config.top is None else "--top"):
-        fine = candidates(schedule, config.steps, top)
-        ladders = {kind: ladder_of_kind(kind, config.steps, schedule, top) for kind in KINDS}
+        fine = candidates(process, config.steps, top)
+        ladders = {kind: ladder_of_kind(kind, config.steps, process, top) for kind in KINDS}
     with config_error("--images"):
         collection = open_collection(absolute(config.images), **config.reading())
         pixels = first_images(collection, how, config.limit)
@@ -115,7 +115,7 @@ def _calibrate(
     model, x = Model(checkpoint, threads), to_model(pixels)
     tune_process(model)
     products = torch.cat([model.epsilon_products(part, fine) for part in x.split(BATCH)]).mean(0).numpy()
-    fitted = fit_ladder(products, fine, checkpoint.schedule, config.steps, config.corrections)
+    fitted = fit_ladder(products, fine, checkpoint.process, config.steps, config.corrections)
     found: dict[str, dict[str, Any]] = {}
     for kind, levels in {**ladders, "fitted": fitted}.items():
         errors = []

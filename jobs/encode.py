@@ -18,7 +18,7 @@ from palindrome.pipeline.images.sources import Collection, open_collection
 from palindrome.pipeline.runs.inversion import Inversion
 from palindrome.pipeline.runs.kinds import REJECTS
 from palindrome.pipeline.runs.ladders import KINDS, resolve
-from palindrome.pipeline.runs.manifest import note, read_manifest
+from palindrome.pipeline.runs.manifest import earlier_manifest, note, read_manifest
 from palindrome.pipeline.runs.models import load_model
 from palindrome.pipeline.runs.outcome import Failure
 from palindrome.pipeline.runs.plan import Totals, extend_plan, plan_totals, write_plan
@@ -101,11 +101,11 @@ def run(config: EncodeConfig) -> int:
         where, model = load_model(config.model, config.allow_pickle)
         how = config.preprocess(model.image_shape)
     with config_error("--out"):
-        earlier = read_manifest(Folder(absolute(config.out)))
-    if earlier and earlier.job == "encode":
+        earlier = earlier_manifest(Folder(absolute(config.out)), "encode")
+    if earlier:
         model = model.as_described(earlier.content)
     with config_error("--steps" if config.ladder in KINDS else "--ladder"):
-        levels = resolve(config.ladder, config.steps, model.schedule)
+        levels = resolve(config.ladder, config.steps, model.process, earlier.top if earlier else None)
     tolerance, exact = _tolerance(config)
     inversion = Inversion(levels, config.corrections, tolerance, exact, config.dtype)
     measured = config.measure or exact

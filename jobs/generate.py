@@ -11,6 +11,7 @@ from palindrome.model.execution import Execution
 from palindrome.pipeline.images.pixels import grid, pixels_of, png
 from palindrome.pipeline.runs.kinds import IMAGES
 from palindrome.pipeline.runs.ladders import KINDS, resolve
+from palindrome.pipeline.runs.manifest import earlier_manifest
 from palindrome.pipeline.runs.models import load_model
 from palindrome.pipeline.runs.outcome import Failure
 from palindrome.pipeline.runs.plan import add_pieces, plan_totals, read_plan
@@ -18,7 +19,7 @@ from palindrome.pipeline.runs.schemas import DTYPES
 from palindrome.pipeline.runs.shards import committed
 from palindrome.pipeline.runs.summary import generated_summary, put_summary
 from palindrome.pipeline.runtime.scheduler import Resources
-from palindrome.pipeline.storage.folder import Folder
+from palindrome.pipeline.storage.folder import Folder, absolute
 from palindrome.pipeline.tasks.generate import KIND, Generate, ranges
 
 SHOWN, COLUMNS = 64, 8  # samples in samples.png
@@ -69,9 +70,13 @@ def run(config: GenerateConfig) -> int:
         raise ConfigError("--sigma-hat: can't be combined with --eta")
     with config_error("--model"):
         where, model = load_model(config.model, config.allow_pickle)
+    with config_error("--out"):
+        earlier = earlier_manifest(Folder(absolute(config.out)), "generate")
+    if earlier:
+        model = model.as_described(earlier.content)
     with config_error("--steps" if config.ladder in KINDS else "--ladder"):
-        steps = config.steps or (min(100, model.schedule.num_train_timesteps) if config.ladder in KINDS else None)
-        levels = resolve(config.ladder, steps, model.schedule)
+        steps = config.steps or (min(100, model.process.num_train_timesteps) if config.ladder in KINDS else None)
+        levels = resolve(config.ladder, steps, model.process, earlier.top if earlier else None)
     how = {"eta": config.eta, "use_sigma_hat": config.sigma_hat, "clip": config.clip}
     dtype = None if config.latents == "none" else config.latents
     facts = {"model_digest": model.digest, "levels": list(levels), **model.describe()}

@@ -112,7 +112,7 @@ def run(config: InterpolateConfig) -> int:
     with config_error("--model"):
         where, model = encoded.load_model(config.model, config.allow_pickle)
     with config_error("--steps"):
-        [levels] = encoded.ladders(() if config.steps is None else (config.steps,), model.schedule)
+        [levels] = encoded.ladders(() if config.steps is None else (config.steps,), model.process)
     with config_error("--out"):
         known = plan_totals(out)
     # A requested image may not exist: that is reported before the folder is claimed.

@@ -49,7 +49,7 @@ def run(config: ReconstructConfig) -> int:
     with config_error("--model"):
         _, model = encoded.load_model(config.model, config.allow_pickle)
     with config_error("--steps"):
-        ladders = encoded.ladders(config.steps, model.schedule)
+        ladders = encoded.ladders(config.steps, model.process)
     collection, how = encoded.collection, encoded.preprocess
 
     def plan(out: Folder) -> Remaining:

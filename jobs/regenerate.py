@@ -62,7 +62,7 @@ def run(config: RegenerateConfig) -> int:
     with config_error("--model"):
         where, model = encoded.load_model(config.model, config.allow_pickle)
     with config_error("--steps"):
-        ladders = encoded.ladders(config.steps, model.schedule)
+        ladders = encoded.ladders(config.steps, model.process)
     how = {"eta": config.eta, "use_sigma_hat": config.sigma_hat}
     facts = {"model_digest": model.digest, "ladders": [list(levels) for levels in ladders]}
 

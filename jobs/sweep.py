@@ -11,13 +11,15 @@ from palindrome.jobs.arguments import ConfigError, Range, config_error
 from palindrome.jobs.config import CollectionOptions, PictureOptions, ReadingConfig
 from palindrome.jobs.sharded import Remaining, ShardedJob, run_sharded
 from palindrome.model.execution import Execution
-from palindrome.model.schedule import NoiseSchedule
+from palindrome.model.ladder import TOP_LOG_SNR
+from palindrome.model.process import Process
 from palindrome.pipeline.images.records import Shard
 from palindrome.pipeline.images.sources import open_collection
 from palindrome.pipeline.reports.sweep import put_report
 from palindrome.pipeline.runs.inversion import Inversion
 from palindrome.pipeline.runs.kinds import SWEPT
 from palindrome.pipeline.runs.ladders import KINDS, resolve
+from palindrome.pipeline.runs.manifest import earlier_manifest
 from palindrome.pipeline.runs.models import load_model
 from palindrome.pipeline.runs.outcome import Failure
 from palindrome.pipeline.runs.plan import Totals, plan_totals, read_plan, write_plan
@@ -80,7 +82,11 @@ def run(config: SweepConfig) -> int:
     with config_error("--model"):
         where, model = load_model(config.model, config.allow_pickle)
         how = config.preprocess(model.image_shape)
-    settings = _settings(config, model.schedule)
+    with config_error("--out"):
+        earlier = earlier_manifest(Folder(absolute(config.out)), "sweep")
+    # Sweeps of versions before go on to 0.8 of the timesteps.
+    top_log_snr = earlier.content.get("top_log_snr") if earlier else TOP_LOG_SNR
+    settings = _settings(config, model.process, None if top_log_snr else model.process.num_train_timesteps * 4 // 5)
 
     def plan(out: Folder) -> Remaining:
         with config_error("--images"):
@@ -115,7 +121,12 @@ def run(config: SweepConfig) -> int:
         name="sweep",
         model=model,
         settings={"images": uri, "model": where},
-        facts={"model_digest": model.digest, "preprocess": how.record(), "collection": source},
+        facts={
+            "model_digest": model.digest,
+            "top_log_snr": top_log_snr,
+            "preprocess": how.record(),
+            "collection": source,
+        },
         plan=plan,
         evaluations=sum(setting.most_nfe for setting in settings) / len(settings),
         written=0,
@@ -127,12 +138,17 @@ def run(config: SweepConfig) -> int:
     return run_sharded(config, job)
 
 
-def _settings(config: SweepConfig, schedule: NoiseSchedule) -> list[Setting]:
-    """Every combination once, by ascending number of network evaluations. Raises ConfigError if none is left."""
+def _settings(config: SweepConfig, process: Process, top: int | None) -> list[Setting]:
+    """Every combination once, by ascending number of network evaluations; `top` is the last level of ladders of a kind
+    other than linear. Raises ConfigError if none is left."""
     found: dict[str, Setting] = {}
     for named in config.ladder:
         with config_error("--steps" if named in KINDS else "--ladder"):
-            ladders = [resolve(named, steps, schedule) for steps in (config.steps if named in KINDS else (None,))]
+            counts = config.steps if named in KINDS else (None,)
+            ladders = [
+                resolve(named, n, process, None if named == "linear" or not top else max(top, (n or 1) - 1))
+                for n in counts
+            ]
         label = PurePosixPath(named).stem if named.endswith(".json") else named
         for levels, count, tolerance, dtype in product(ladders, config.corrections, config.tolerance, config.dtype):
             # Without corrections the tolerance has no effect.

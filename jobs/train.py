@@ -17,7 +17,7 @@ from palindrome.jobs.arguments import ConfigError, Range, config_error
 from palindrome.jobs.config import CollectionOptions, Config, PictureOptions, Planned
 from palindrome.jobs.holding import hold_run
 from palindrome.model.presets import PRESETS
-from palindrome.model.schedule import NoiseSchedule
+from palindrome.model.process import VP
 from palindrome.model.training import Hyperparameters
 from palindrome.model.unet import UNet
 from palindrome.pipeline.base.errors import RunError
@@ -117,7 +117,7 @@ def run(config: TrainConfig) -> int:
         collection=collection,
         preprocess=config.preprocess((unet.in_channels, unet.sample_size, unet.sample_size)),
         unet=unet,
-        schedule=NoiseSchedule(beta_schedule=config.beta_schedule),
+        process=VP(beta_schedule=config.beta_schedule, prediction_type=config.prediction),
         how=config.hyperparameters(),
         batch_size=config.batch_size,
         workers=config.workers,

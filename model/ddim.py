@@ -1,7 +1,7 @@
 """DDIM (Song et al., arXiv 2010.02502): one update between two levels, which sampling walks down and inversion up.
 
-alpha-bar here is the paper's alpha. Coefficients are float64; the state x is float32 at least, whatever the network
-runs in. x is [B, C, H, W] with pixels in [-1, 1] at the clean end.
+alpha^2 here is the paper's alpha. Coefficients are float64; the state x = alpha x0 + sigma epsilon is float32 at least,
+whatever the network runs in. States are [B, C, H, W], with pixels in [-1, 1] at the clean end.
 """
 
 import hashlib
@@ -14,78 +14,59 @@ import torch
 from torch import Tensor
 
 from palindrome.model.condition import Condition
-from palindrome.model.schedule import CLEAN, NoiseSchedule
+from palindrome.model.process import CLEAN, Affine, Marginal, Process, Reading
 
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 Network = Callable[..., Tensor]
-"""(x [B, C, H, W], timestep), and for a conditional one (x, timestep, condition) -> the network's output
-[B, C, H, W]."""
+"""(x [B, C, H, W] times its reading's `scale`, `told`), and for a conditional one (x, told, condition) -> the network's
+output [B, C, H, W]."""
 
 
-def to_epsilon(prediction_type: str, output: Tensor, x: Tensor, alpha_bar: float) -> Tensor:
-    """The noise that a network's output stands for, x being sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) epsilon.
-
-    `v_prediction` is sqrt(alpha_bar) epsilon - sqrt(1 - alpha_bar) x0 (Salimans & Ho, section 4); `sample` is x0.
-    """
-    if prediction_type == "epsilon":
-        return output
-    if prediction_type == "v_prediction":
-        return sqrt(alpha_bar) * output + sqrt(1 - alpha_bar) * x
-    if prediction_type == "sample":
-        return (x - sqrt(alpha_bar) * output) / sqrt(1 - alpha_bar)
-    raise ValueError(f"prediction_type is {prediction_type!r}; known: {', '.join(PREDICTION_TYPES)}")
+def evaluate(network: Network, x: Tensor, reading: Reading, condition: Condition | None = None) -> Tensor:
+    """One network evaluation, in the state's dtype."""
+    given = x if reading.scale == 1 else reading.scale * x
+    output = network(given, reading.told) if condition is None else network(given, reading.told, condition)
+    return output.to(x.dtype)
 
 
-def epsilon_of(
-    network: Network,
-    x: Tensor,
-    timestep: int,
-    schedule: NoiseSchedule,
-    prediction_type: str,
-    condition: Condition | None = None,
-) -> Tensor:
-    """One network evaluation as epsilon, in the state's dtype. The output is read at the alpha-bar of the timestep
-    the network was told: so it stays finite at the clean end, where the network is told the first timestep."""
-    output = network(x, timestep) if condition is None else network(x, timestep, condition)
-    output = output.to(x.dtype)
-    return to_epsilon(prediction_type, output, x, schedule.alpha_bar(timestep))
+def apply(affine: Affine, x: Tensor, output: Tensor) -> Tensor:
+    """A x + B output."""
+    if not affine.of_state:
+        return affine.of_output * output
+    return (affine.of_state * x).add_(output, alpha=affine.of_output)
 
 
-def coefficients(alpha_from: float, alpha_to: float, sigma: float = 0.0) -> tuple[float, float]:
+def coefficients(start: Marginal, end: Marginal, deviation: float = 0.0) -> tuple[float, float]:
     """What eq. 12 multiplies x and epsilon by, with eq. 9's predicted x0 put in: gathered so that x is never divided by
-    a small sqrt(alpha_from) and multiplied back.
+    a small alpha and multiplied back. alpha must not be 0 at the start.
 
-    sqrt(alpha_to) (x - sqrt(1 - alpha_from) epsilon) / sqrt(alpha_from) + sqrt(1 - alpha_to - sigma^2) epsilon
+    alpha_end (x - sigma_start epsilon) / alpha_start + sqrt(sigma_end^2 - deviation^2) epsilon
     """
-    scale = sqrt(alpha_to / alpha_from)
-    direction = sqrt(max(1 - alpha_to - sigma**2, 0.0))
-    return scale, direction - scale * sqrt(1 - alpha_from)
+    scale = end.alpha / start.alpha
+    return scale, sqrt(max(end.sigma**2 - deviation**2, 0.0)) - scale * start.sigma
 
 
-def move(x: Tensor, epsilon: Tensor, alpha_from: float, alpha_to: float, sigma: float = 0.0) -> Tensor:
+def move(x: Tensor, epsilon: Tensor, start: Marginal, end: Marginal, deviation: float = 0.0) -> Tensor:
     """The deterministic part of eq. 12, in either direction along the ladder."""
-    scale, gain = coefficients(alpha_from, alpha_to, sigma)
-    return (scale * x).add_(epsilon, alpha=gain)
+    return apply(Affine(*coefficients(start, end, deviation)), x, epsilon)
 
 
-def sigma_eta(alpha_from: float, alpha_to: float, eta: float) -> float:
+def sigma_eta(start: Marginal, end: Marginal, eta: float) -> float:
     """Eq. 16: the noise added in a step down. eta = 0 is DDIM, eta = 1 DDPM's posterior deviation."""
-    return eta * sqrt((1 - alpha_to) / (1 - alpha_from)) * sqrt(1 - alpha_from / alpha_to)
+    return eta * end.sigma / start.sigma * sigma_hat(start, end)
 
 
-def sigma_hat(alpha_from: float, alpha_to: float) -> float:
+def sigma_hat(start: Marginal, end: Marginal) -> float:
     """The larger deviation of section 5, which Ho et al. used for CIFAR-10."""
-    return sqrt(1 - alpha_from / alpha_to)
+    return sqrt(1 - (start.alpha / end.alpha) ** 2)
 
 
 @torch.no_grad()
 def sample(
     network: Network,
     x: Tensor,
-    levels: Sequence[int],
-    schedule: NoiseSchedule,
+    levels: Sequence[float],
+    process: Process,
     *,
-    prediction_type: str = "epsilon",
     condition: Condition | None = None,
     eta: float = 0.0,
     use_sigma_hat: bool = False,
@@ -94,10 +75,11 @@ def sample(
 ) -> Tensor:
     """x at the ladder's top -> x0: eq. 12 from each level to the one below; NFE is len(levels) - 1.
 
-    `eta` in [0, 1] sets sigma by eq. 16. `use_sigma_hat` adds noise of deviation sigma-hat while the direction keeps
-    the sigma of eta = 1 (appendix D.3). Where a step is stochastic, `noise` gives one standard normal [B, C, H, W] a
-    step, the first for the top; the last step, to the clean end, adds none. `clip` bounds the predicted x0 to [-1, 1],
-    as Ho et al. do; it is refused on the deterministic path, whose inverse it would break. Raises ValueError.
+    `eta` in [0, 1] sets the deviation of the noise by eq. 16. `use_sigma_hat` adds noise of deviation sigma-hat while
+    the direction keeps that of eta = 1 (appendix D.3). Where a step is stochastic, `noise` gives one standard normal
+    [B, C, H, W] a step, the first for the top; the last step, to the clean end, adds none. `clip` bounds the predicted
+    x0 to [-1, 1], as Ho et al. do; it is refused on the deterministic path, whose inverse it would break. Raises
+    ValueError, also where the top is at alpha 0 and the network predicts epsilon.
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta is {eta}; it lies between 0 and 1")
@@ -108,15 +90,17 @@ def sample(
         raise ValueError("stochastic sampling needs noise")
     x = as_state(x)
     for low, high in reversed(list(pairwise(levels))):
-        a_from, a_to = schedule.alpha_bar(high), schedule.alpha_bar(low)
-        epsilon = epsilon_of(network, x, high, schedule, prediction_type, condition)
+        start, end, reading = process.marginal(high), process.marginal(low), process.reading(high)
+        output = evaluate(network, x, reading, condition)
+        deviation = sigma_eta(start, end, 1.0 if use_sigma_hat else eta)
+        direction = sqrt(max(end.sigma**2 - deviation**2, 0.0))
         if clip:
-            x0 = ((x - sqrt(1 - a_from) * epsilon) / sqrt(a_from)).clamp(-1, 1)
-            epsilon = (x - sqrt(a_from) * x0) / sqrt(1 - a_from)
-        sigma = sigma_eta(a_from, a_to, 1.0 if use_sigma_hat else eta)
-        x = move(x, epsilon, a_from, a_to, sigma)
+            x0 = apply(reading.combine(1, 0), x, output).clamp(-1, 1)
+            x = end.alpha * x0 + direction / start.sigma * (x - start.alpha * x0)
+        else:  # eq. 12
+            x = apply(reading.combine(end.alpha, direction), x, output)
         if noise is not None and stochastic and low != CLEAN:
-            x = x + (sigma_hat(a_from, a_to) if use_sigma_hat else sigma) * next(noise).to(x)
+            x = x + (sigma_hat(start, end) if use_sigma_hat else deviation) * next(noise).to(x)
     return x
 
 
@@ -124,26 +108,28 @@ def sample(
 def invert(
     network: Network,
     x: Tensor,
-    levels: Sequence[int],
-    schedule: NoiseSchedule,
+    levels: Sequence[float],
+    process: Process,
     *,
-    prediction_type: str = "epsilon",
     condition: Condition | None = None,
     told: str = "source",
 ) -> Tensor:
     """x0 -> x at the ladder's top, the paper's inversion: eq. 14 reversed, an Euler step of the ODE of eq. 13.
 
-    Each step up uses epsilon at the level it leaves, and NFE is len(levels) - 1. `told` is the timestep the network
-    is told: that `source` level, as in the paper (the first timestep at the clean end, which has none of its own), or
-    the `target` level with x still at the source, as the usual loop over diffusers' DDIMInverseScheduler does.
+    Each step up uses epsilon at the level it leaves, and NFE is len(levels) - 1. `told` is the level the network is
+    told: that `source` level, as in the paper (the first one above the clean end there, which has none of its own), or
+    the `target` level with x still at the source, as the usual loop over diffusers' DDIMInverseScheduler does. The
+    output is read at the level the network is told.
     """
     if told not in ("source", "target"):
         raise ValueError(f"told is {told!r}; known: source, target")
     x = as_state(x)
     for low, high in pairwise(levels):
-        timestep = max(low, levels[1]) if told == "source" else high
-        epsilon = epsilon_of(network, x, timestep, schedule, prediction_type, condition)
-        x = move(x, epsilon, schedule.alpha_bar(low), schedule.alpha_bar(high))
+        reading = process.reading(max(low, levels[1]) if told == "source" else high)
+        output = evaluate(network, x, reading, condition)
+        scale, gain = coefficients(process.marginal(low), process.marginal(high))
+        of_state, of_output = reading.epsilon
+        x = apply(Affine(scale + gain * of_state, gain * of_output), x, output)
     return x
 
 

@@ -3,7 +3,7 @@
 A step from level a to b starts from an epsilon that is off by about epsilon_b - epsilon_a, and each correction leaves
 kappa / (2 - kappa) of what it found (model.inversion). So a step adds to the decoded image's squared error about
 
-    ((sqrt(1 - alpha_b) - s sqrt(1 - alpha_a)) / s)^2  E|epsilon_b - epsilon_a|^2  (kappa / (2 - kappa))^(2 K)
+    ((sigma_b - s sigma_a) / s)^2  E|epsilon_b - epsilon_a|^2  (kappa / (2 - kappa))^(2 K),  s = alpha_b / alpha_a
 
 which needs the epsilons' inner products along one finely walked trajectory and nothing else; a dynamic programme over
 pairs of levels finds the ladder with the smallest sum.
@@ -17,19 +17,20 @@ import torch
 from torch import Tensor
 
 from palindrome.model.condition import Condition
-from palindrome.model.ddim import Network, as_state, epsilon_of, move
-from palindrome.model.schedule import CLEAN, Ladder, NoiseSchedule, ladder, logsnr_ladder
+from palindrome.model.ddim import Network, apply, as_state, evaluate, move
+from palindrome.model.ladder import Ladder, ladder, logsnr_ladder
+from palindrome.model.process import CLEAN, Process
 
 FINE = 96  # levels of each kind among the candidates, at least
 FIRST = 0.5  # what a correction leaves in the first step, where kappa is 1 and bounds nothing: as measured
 
 
-def candidates(schedule: NoiseSchedule, steps: int, top: int) -> Ladder:
+def candidates(process: Process, steps: int, top: int) -> Ladder:
     """The levels a fitted ladder may visit: dense in log-SNR and in t. Raises ValueError when steps do not fit."""
     count = min(top + 1, max(FINE, 2 * steps))
-    if not 1 <= steps <= top + 1 <= schedule.num_train_timesteps:
-        raise ValueError(f"{steps} steps do not fit between timestep 0 and {top} of {schedule.num_train_timesteps}")
-    fine = {*logsnr_ladder(schedule, count, top), *ladder("linear", count, schedule.num_train_timesteps, top)}
+    if not 1 <= steps <= top + 1 <= process.num_train_timesteps:
+        raise ValueError(f"{steps} steps do not fit between timestep 0 and {top} of {process.num_train_timesteps}")
+    fine = {*logsnr_ladder(process, count, top), *ladder("linear", count, process.num_train_timesteps, top)}
     return tuple(sorted(fine))
 
 
@@ -37,10 +38,9 @@ def candidates(schedule: NoiseSchedule, steps: int, top: int) -> Ladder:
 def epsilon_products(
     network: Network,
     x: Tensor,
-    levels: Sequence[int],
-    schedule: NoiseSchedule,
+    levels: Sequence[float],
+    process: Process,
     *,
-    prediction_type: str = "epsilon",
     condition: Condition | None = None,
 ) -> Tensor:
     """x0 [B, C, H, W] -> the epsilons' mean inner products <epsilon_i, epsilon_j> / (C H W) along the images' way up a
@@ -48,26 +48,24 @@ def epsilon_products(
     x = as_state(x)
     found: list[Tensor] = []
     for low, high in pairwise(levels):
-        a, b = schedule.alpha_bar(low), schedule.alpha_bar(high)
+        a, b, reading = process.marginal(low), process.marginal(high), process.reading(high)
         guess = 2 * found[-1] - found[-2] if len(found) > 1 else found[-1] if found else torch.zeros_like(x)
-        found.append(epsilon_of(network, move(x, guess, a, b), high, schedule, prediction_type, condition))
+        y = move(x, guess, a, b)
+        found.append(apply(reading.epsilon, y, evaluate(network, y, reading, condition)))
         x = move(x, found[-1], a, b)
     flat = torch.stack([epsilon.flatten(1) for epsilon in found], 1).double()
     return flat @ flat.transpose(1, 2) / flat.shape[-1]
 
 
-def fit_ladder(
-    products: np.ndarray, levels: Sequence[int], schedule: NoiseSchedule, steps: int, corrections: int
-) -> Ladder:
+def fit_ladder(products: np.ndarray, levels: Sequence[float], process: Process, steps: int, corrections: int) -> Ladder:
     """The ladder of `steps` steps among candidate `levels`, from the clean end to the last of them, that minimises the
     sum above. `products`: epsilon_products, averaged over images, float64 [S, S]. `corrections` = 0 fits the paper's
     plain inversion. Raises ValueError when there are fewer levels than steps."""
-    tau = np.asarray(levels[1:])
+    tau = np.asarray(levels[1:], int)
     if not 1 <= steps <= len(tau):
         raise ValueError(f"{steps} steps do not fit on {len(tau)} levels")
-    alpha = schedule.alphas_cumprod[tau]
-    sigma = np.sqrt(1 - alpha)
-    s = np.sqrt(alpha[None, :] / alpha[:, None])
+    alpha, sigma = (values[tau] for values in process.table)
+    s = alpha[None, :] / alpha[:, None]
     gain = sigma[None, :] - s * sigma[:, None]
     kappa = gain / sigma[None, :]
     size = np.diag(products)
@@ -75,7 +73,7 @@ def fit_ladder(
     rising = np.triu(np.ones_like(products), 1) > 0
     error = (gain / s) ** 2 * apart * np.clip(kappa / (2 - kappa), 0, 1) ** (2 * corrections)
     error = np.where(rising, error, np.inf)
-    first = sigma**2 / alpha * size * FIRST ** (2 * (corrections + 1 if corrections else 0))
+    first = (sigma / alpha) ** 2 * size * FIRST ** (2 * (corrections + 1 if corrections else 0))
     total, origins = first, []
     for _ in range(steps - 1):
         sums = total[:, None] + error

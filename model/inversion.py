@@ -1,29 +1,30 @@
 """Exact DDIM inversion: the latent that the plain DDIM sampler decodes to the very image.
 
-Decoding from level b to the lower a computes x_a from x_b and epsilon(x_b, b) (eq. 12, eta = 0). Encoding must
-solve that for x_b, a fixed point of
+Decoding from level b to the lower a takes x_b to A x_b + B output(x_b), which is x_a (eq. 12, eta = 0; process.Reading
+has A and B). Encoding must solve that for x_b, a fixed point of
 
-    G(x_b) = s x_a + (sqrt(1 - alpha_b) - s sqrt(1 - alpha_a)) epsilon(x_b, b),  s = sqrt(alpha_b / alpha_a)
+    G(x_b) = x_b + s (x_a - A x_b - B output(x_b)),  s = alpha_b / alpha_a
 
-where the paper's inversion puts epsilon(x_a, a) in place of epsilon(x_b, b) and leaves it at that. Here the epsilons of
-the steps below predict it at no cost, and each correction is one evaluation at (x_b, b).
+which in terms of epsilon is s x_a + (sigma_b - s sigma_a) epsilon(x_b, b). The paper's inversion puts epsilon(x_a, a)
+in place of epsilon(x_b, b) and leaves it at that. Here the epsilons of the steps below predict it at no cost, and each
+correction is one evaluation at (x_b, b).
 
-By Tweedie's formula the ideal network's Jacobian is (I - alpha_b / (1 - alpha_b) Cov[x_0 | x_b]) / sqrt(1 - alpha_b):
-symmetric, its eigenvalues near 0 along the images and near 1 / sqrt(1 - alpha_b) across them. So those of G lie
-between 0 and kappa = 1 - s sqrt(1 - alpha_a) / sqrt(1 - alpha_b), for which 2 / (2 - kappa) is the best relaxation.
+By Tweedie's formula the ideal epsilon's Jacobian is (I - alpha_b^2 / sigma_b^2 Cov[x_0 | x_b]) / sigma_b: symmetric,
+its eigenvalues near 0 along the images and near 1 / sigma_b across them. So those of G lie between 0 and kappa =
+1 - s sigma_a / sigma_b, for which 2 / (2 - kappa) is the best relaxation. Where alpha_b is 0, s is sigma_b / sigma_a
+instead, and kappa 0: nothing of x_b lies along the images.
 """
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
-from math import sqrt
 
 import torch
 from torch import Tensor
 
 from palindrome.model.condition import Condition
-from palindrome.model.ddim import Network, as_state, coefficients, epsilon_of, invert, move
-from palindrome.model.schedule import NoiseSchedule
+from palindrome.model.ddim import Network, as_state, coefficients, evaluate, invert, move
+from palindrome.model.process import Marginal, Process, Reading
 
 DEPTH = 2  # of the Anderson mixing: differences of residuals kept
 MIXING_LIMIT = 5.0  # of an Anderson weight: two nearly equal residuals must not throw an iterate far away
@@ -38,10 +39,9 @@ def evaluations(steps: int, corrections: int) -> int:
 def invert_exactly(
     network: Network,
     x: Tensor,
-    levels: Sequence[int],
-    schedule: NoiseSchedule,
+    levels: Sequence[float],
+    process: Process,
     *,
-    prediction_type: str = "epsilon",
     condition: Condition | None = None,
     corrections: int = 3,
     tolerance: float = 0.0,
@@ -57,10 +57,11 @@ def invert_exactly(
     with the smallest one: at worst the prediction. The residual is the root mean square of G(x_b) - x_b of that
     iterate, the largest over the steps: of the last one evaluated, before the update that follows from it, so the true
     one is smaller where the fixed point contracts.
-    `corrections` = 0 is the paper's inversion, residual NaN.
+    `corrections` = 0 is the paper's inversion, residual NaN. Raises ValueError where the top is at alpha 0 and the
+    network predicts epsilon, or the ladder has no other step.
     """
     if corrections == 0:
-        paper = invert(network, x, levels, schedule, prediction_type=prediction_type, condition=condition)
+        paper = invert(network, x, levels, process, condition=condition)
         spent = torch.full((len(x),), len(levels) - 1, dtype=torch.int32, device=x.device)
         return paper, paper.new_full((len(x),), float("nan")), spent
     x = as_state(x)
@@ -68,16 +69,16 @@ def invert_exactly(
     spent = torch.zeros(len(x), dtype=torch.int32, device=x.device)
     below: list[Tensor] = []  # epsilon of the steps below, the last two
     for low, high in pairwise(levels):
-        a, b = schedule.alpha_bar(low), schedule.alpha_bar(high)
-        if a == b:  # timestep 0 where the clean end is at its alpha-bar: the sampler's step from it changes nothing
+        a, b = process.marginal(low), process.marginal(high)
+        if a == b:  # timestep 0 where the clean end is at its alpha: the sampler's step from it changes nothing
             continue
-        at_high = partial(epsilon_of, network, timestep=high, schedule=schedule, prediction_type=prediction_type)
         if below:
             guess = 2 * below[1] - below[0] if len(below) == 2 else below[0]
             y, most = move(x, guess, a, b), corrections
         else:
             y, most = x, corrections + 1
-        y, residual, count = _solve(at_high, x, y, a, b, most, tolerance, condition)
+        step = _Step.between(a, b, process.reading(high))
+        y, residual, count = _solve(network, step, x, y, most, tolerance, condition)
         worst, spent = torch.maximum(worst, residual), spent + count
         scale, gain = coefficients(a, b)
         below = [*below[-1:], (y - scale * x) / gain]
@@ -85,26 +86,51 @@ def invert_exactly(
     return x, worst, spent
 
 
+@dataclass(frozen=True)
+class _Step:
+    """G(x_b) = of_start x_a + of_state x_b + of_output output(x_b), and its kappa."""
+
+    reading: Reading
+    of_start: float
+    of_state: float
+    of_output: float
+    kappa: float
+
+    @classmethod
+    def between(cls, a: Marginal, b: Marginal, reading: Reading) -> "_Step":
+        if b.alpha:
+            scale, gain = coefficients(a, b)
+            of_state, of_output = (gain * coefficient for coefficient in reading.epsilon)
+            return cls(reading, scale, of_state, of_output, gain / b.sigma)
+        if not a.sigma:
+            raise ValueError("a step from the image to alpha 0 has no inverse: the ladder needs a level between them")
+        scale, (A, B) = b.sigma / a.sigma, reading.combine(*a)
+        return cls(reading, scale, 1 - scale * A, -scale * B, 0.0)
+
+    def residual(self, network: Network, x: Tensor, y: Tensor, condition: Condition | None) -> Tensor:
+        """G(y) - y."""
+        output = evaluate(network, y, self.reading, condition)
+        return (self.of_start * x).add_(output, alpha=self.of_output).add_(y, alpha=self.of_state - 1)
+
+
 def _solve(
-    epsilon_at: Callable[..., Tensor],
+    network: Network,
+    step: _Step,
     x: Tensor,
     y: Tensor,
-    a: float,
-    b: float,
     most: int,
     tolerance: float,
     condition: Condition | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The y with y = G(y) = move(x, epsilon_at(y), a, b), from a first one; its residual, float [B], and the
-    evaluations, int32 [B]. Samples that are done leave the batch."""
-    _, gain = coefficients(a, b)
-    kappa = gain / sqrt(1 - b)
+    """The y with y = G(y), from a first one; its residual, float [B], and the evaluations, int32 [B]. Samples that are
+    done leave the batch."""
+    kappa = step.kappa
     solved, least = y.clone(), x.new_full((len(x),), float("inf"))
     count = torch.zeros(len(x), dtype=torch.int32, device=x.device)
     active = torch.arange(len(x), device=x.device)
     least_at, history = y, list[tuple[Tensor, Tensor]]()
     for _ in range(most):
-        residual = move(x, epsilon_at(y, condition=condition), a, b) - y
+        residual = step.residual(network, x, y, condition)
         size = residual.square().flatten(1).mean(1).sqrt()
         history = [*history[-DEPTH:], (y, residual)]
         update = _mix(history, 2 / (2 - kappa))

@@ -6,22 +6,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from palindrome.model.ddim import PREDICTION_TYPES
-from palindrome.model.schedule import NoiseSchedule
+from palindrome.model.process import VP
 
 
 class DiffusionLoss:
     """Mean squared error of the network's prediction at a random timestep.
 
     Called with x0, float [B, C, H, W] in [-1, 1], it draws t uniformly and epsilon normally from `generator` and
-    returns a 0-d float32 tensor: the error against epsilon, v or x0 after `prediction_type`, averaged over all values.
+    returns a 0-d float32 tensor: the error against epsilon, v or x0, as the process's `prediction_type` says, averaged
+    over all values.
     """
 
-    def __init__(self, schedule: NoiseSchedule, prediction_type: str, device: torch.device | str = "cpu") -> None:
-        if prediction_type not in PREDICTION_TYPES:
-            raise ValueError(f"prediction_type is {prediction_type!r}; known: {', '.join(PREDICTION_TYPES)}")
-        self.prediction_type = prediction_type
-        self.alpha_bar = torch.from_numpy(schedule.alphas_cumprod).to(device)
+    def __init__(self, process: VP, device: torch.device | str = "cpu") -> None:
+        self.prediction_type = process.prediction_type
+        self.alpha_bar = torch.from_numpy(process.alphas_cumprod).to(device)
 
     def __call__(
         self, network: Callable[[Tensor, Tensor], Tensor], x0: Tensor, generator: torch.Generator | None = None

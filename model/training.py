@@ -13,8 +13,9 @@ from torch import Tensor
 from palindrome.model.ddim import sample, sample_noise
 from palindrome.model.ema import EMA
 from palindrome.model.families.unet2d import UNet2D
+from palindrome.model.ladder import ladder
 from palindrome.model.loss import DiffusionLoss
-from palindrome.model.schedule import NoiseSchedule, ladder
+from palindrome.model.process import VP
 from palindrome.model.unet import UNet, UNetConfig
 
 
@@ -54,7 +55,7 @@ class Training:
     def __init__(
         self,
         unet: UNetConfig,
-        schedule: NoiseSchedule,
+        process: VP,
         how: Hyperparameters,
         device: torch.device,
         bfloat16: bool = False,
@@ -63,7 +64,7 @@ class Training:
         state: dict[str, Any] | None = None,
     ) -> None:
         torch.manual_seed(how.seed)
-        self.how, self.schedule, self.device, self.bfloat16 = how, schedule, device, bfloat16
+        self.how, self.process, self.device, self.bfloat16 = how, process, device, bfloat16
         self.network = UNet(unet).to(device)
         self.average = EMA(self.network, how.ema)
         self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=how.lr, weight_decay=how.weight_decay)
@@ -76,7 +77,7 @@ class Training:
             self.optimizer.load_state_dict(state["optimizer"])
             self.step, seconds, self.history = state["step"], state["seconds"], state["history"]
         self._trained = torch.nn.parallel.DistributedDataParallel(self.network) if ranks > 1 else self.network
-        self._loss = DiffusionLoss(schedule, how.prediction, device)
+        self._loss = DiffusionLoss(process, device)
         self._generator = torch.Generator(device).manual_seed(hash((how.seed, rank, self.step)) % 2**63)
         self._started = time.monotonic() - seconds
 
@@ -121,15 +122,15 @@ class Training:
     def checkpoint(self, dtype: torch.dtype) -> UNet2D:
         """The averaged weights."""
         weights = {k: v.to(dtype) for k, v in self.average.module.state_dict().items()}
-        return UNet2D(self.network.config, weights, self.schedule, self.how.prediction)
+        return UNet2D(self.network.config, weights, self.process)
 
     def samples(self, count: int) -> Tensor:
         """[count, C, H, W] about [-1, 1]: of the averaged weights, DDIM with 50 steps, from the same noise always."""
         c = self.network.config
         shape = (c.in_channels, c.sample_size, c.sample_size)
         x = torch.cat([sample_noise(self.how.seed, i, shape) for i in range(count)]).to(self.device)
-        levels = ladder("linear", 50, self.schedule.num_train_timesteps)
-        return sample(self.average.module, x, levels, self.schedule, prediction_type=self.how.prediction)
+        levels = ladder("linear", 50, self.process.num_train_timesteps)
+        return sample(self.average.module, x, levels, self.process)
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:

@@ -114,7 +114,7 @@ def tiny():
 
     from palindrome.model.families.unet2d import UNet2D
     from palindrome.model.presets import PRESETS
-    from palindrome.model.schedule import NoiseSchedule
+    from palindrome.model.process import VP
     from palindrome.model.unet import UNet
 
     network = UNet(PRESETS["tiny"])
@@ -126,7 +126,7 @@ def tiny():
             weights[name] = drawn / value[0].numel() ** 0.5
         else:  # a bias, or the scale of a group norm
             weights[name] = 0.3 * drawn + float("norm" in name and name.endswith("weight"))
-    return UNet2D(network.config, weights, NoiseSchedule())
+    return UNet2D(network.config, weights, VP())
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from PIL import ExifTags, Image
 from palindrome import Run
 from palindrome import open as open_run
 from palindrome.model.families import unet2d
+from palindrome.model.process import VP
 from palindrome.pipeline.images.metrics import to_model
 from palindrome.pipeline.storage.folder import Folder
 
@@ -244,7 +245,7 @@ def test_the_model_is_loaded_late_and_has_to_be_the_runs(encoded, run, model, ti
         without.decode(without.ids[0])
     with_model = open_run(moved, model=model)
     assert_same(with_model.decode(run.ids[1])[0], np.asarray(run.decode(run.ids[1])[0]))
-    other = unet2d.UNet2D(tiny.config, tiny.weights, tiny.schedule, "v_prediction")
+    other = tiny.with_process(VP(prediction_type="v_prediction"))
     unet2d.save(other, str(tmp_path / "other"))
     for use in (lambda r: r.decode(r.ids[0]), lambda r: r.encode(Image.new("RGB", (9, 9)))):
         with pytest.raises(ValueError, match="made by another model"):

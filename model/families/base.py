@@ -1,6 +1,5 @@
 """The interface of a model family: all that the pipeline asks of a model, whatever its network is."""
 
-import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
@@ -12,18 +11,16 @@ from palindrome.model.condition import Condition
 from palindrome.model.ddim import Network
 from palindrome.model.diffusers_folder import CheckpointError as CheckpointError
 from palindrome.model.execution import FLOAT32, Execution
-from palindrome.model.schedule import NoiseSchedule
+from palindrome.model.process import Process
 
 
 class Checkpoint(ABC):
     """A model as it was loaded, on the CPU. It is sent to workers by Ray, which makes a `denoiser` of it there.
 
-    Its noise path is z = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) epsilon along `schedule`, and its network predicts
-    epsilon, v or x0 after `prediction_type` (model.ddim.to_epsilon).
+    `process` is the noise process that its network was trained on, and says how the outputs are read.
     """
 
-    schedule: NoiseSchedule
-    prediction_type: str
+    process: Process
 
     @property
     @abstractmethod
@@ -58,21 +55,13 @@ class Checkpoint(ABC):
         return None
 
     @abstractmethod
-    def with_schedule(self, schedule: NoiseSchedule) -> Self:
-        """The same network on another schedule."""
+    def with_process(self, process: Process) -> Self:
+        """The same network on another process."""
 
     def describe(self) -> dict[str, Any]:
-        """What another program needs besides the weights to walk a ladder with this network, as JSON's types.
-        `trained_betas` and `set_alpha_to_one` are left out where they are diffusers' defaults."""
-        fields = {**dataclasses.asdict(self.schedule), "prediction_type": self.prediction_type}
-        if self.schedule.trained_betas is None:
-            del fields["trained_betas"]
-        if self.schedule.set_alpha_to_one:
-            del fields["set_alpha_to_one"]
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+        """What another program needs besides the weights to walk a ladder with this network, as JSON's types."""
+        return self.process.describe()
 
     def as_described(self, found: Mapping[str, Any]) -> Self:
-        """The same network on the path that a run was made on, whose run.json is `found`: runs of versions before
-        `set_alpha_to_one` was read have the clean end at 1."""
-        clean = bool(found.get("set_alpha_to_one", True))
-        return self.with_schedule(dataclasses.replace(self.schedule, set_alpha_to_one=clean))
+        """The same network on the process that a run was made on, whose run.json is `found`."""
+        return self.with_process(self.process.as_described(found))

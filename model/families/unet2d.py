@@ -22,7 +22,7 @@ from palindrome.model.diffusers_folder import INDEX, STEM, DiffusersFolder
 from palindrome.model.engine import Engine
 from palindrome.model.execution import FLOAT32, Execution
 from palindrome.model.families.base import Checkpoint, CheckpointError
-from palindrome.model.schedule import NoiseSchedule
+from palindrome.model.process import Process
 from palindrome.model.scheduler_config import parse_scheduler, scheduler_config
 from palindrome.model.unet import UNet, UNetConfig
 
@@ -35,7 +35,7 @@ AUTOENCODERS = ("vae", "vqvae", "movq")  # folders of a latent diffusion model
 
 @dataclass(frozen=True)
 class UNet2D(Checkpoint):
-    """A network's configuration, its weights as stored, and the schedule it was trained on.
+    """A network's configuration, its weights as stored, and the process it was trained on.
 
     `weights` maps diffusers' parameter names to tensors of the stored dtype. A network with twice as many outputs as
     inputs predicts the variance too (Nichol & Dhariwal, section 3.1), by the second half, which DDIM has no use for.
@@ -43,8 +43,7 @@ class UNet2D(Checkpoint):
 
     config: UNetConfig
     weights: Mapping[str, Tensor]
-    schedule: NoiseSchedule
-    prediction_type: str = "epsilon"
+    process: Process
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -58,8 +57,7 @@ class UNet2D(Checkpoint):
     def digest(self) -> str:
         h = hashlib.sha256()
         # The clean end is a matter of the path that is walked, and recorded with the run: not of the model.
-        schedule = dataclasses.replace(self.schedule, set_alpha_to_one=True)
-        configs = [self.config.to_dict(), scheduler_config(schedule, self.prediction_type)]
+        configs = [self.config.to_dict(), scheduler_config(self.process.as_described({}))]
         h.update(json.dumps(configs, sort_keys=True).encode())
         for name, value in sorted(self.weights.items()):
             h.update(f"\0{name} {value.dtype} {tuple(value.shape)}\0".encode())
@@ -83,8 +81,8 @@ class UNet2D(Checkpoint):
         """Raises as Engine does."""
         return Engine(self.network(device), execution)
 
-    def with_schedule(self, schedule: NoiseSchedule) -> Self:
-        return dataclasses.replace(self, schedule=schedule)
+    def with_process(self, process: Process) -> Self:
+        return dataclasses.replace(self, process=process)
 
 
 def save(checkpoint: UNet2D, uri: str, storage_options: Mapping[str, Any] | None = None) -> None:
@@ -99,7 +97,7 @@ def save(checkpoint: UNet2D, uri: str, storage_options: Mapping[str, Any] | None
     files = {
         WEIGHTS: safetensors.torch.save(weights, metadata={"format": "pt"}),
         CONFIG: _json(checkpoint.config.to_dict()),
-        SCHEDULER: _json(scheduler_config(checkpoint.schedule, checkpoint.prediction_type)),
+        SCHEDULER: _json(scheduler_config(checkpoint.process)),
         INDEX: _json(index),
     }
     for name, content in files.items():
@@ -125,7 +123,7 @@ def load(uri: str, storage_options: Mapping[str, Any] | None = None, allow_pickl
     except (ValueError, TypeError) as e:
         raise CheckpointError(f"{uri}/{config_name}: {e}") from e
     try:
-        schedule, prediction_type = parse_scheduler(scheduler_dict)
+        process = parse_scheduler(scheduler_dict)
     except (ValueError, TypeError) as e:
         raise CheckpointError(f"{uri}/{scheduler_name}: {e}") from e
     file, weights = folder.weights(config_name.removesuffix("config.json"), allow_pickle)
@@ -139,7 +137,7 @@ def load(uri: str, storage_options: Mapping[str, Any] | None = None, allow_pickl
             raise CheckpointError(f"{uri}/{file}: {name} is {found}, and the config asks for {wanted}")
         if not weights[name].isfinite().all():
             raise CheckpointError(f"{uri}/{file}: {name} holds values that are not finite (NaN or infinite)")
-    return UNet2D(config, weights, schedule, prediction_type)
+    return UNet2D(config, weights, process)
 
 
 def _check_pipeline(folder: DiffusersFolder) -> None:

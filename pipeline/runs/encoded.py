@@ -8,7 +8,8 @@ import pyarrow.dataset as dataset
 
 from palindrome.model.execution import FLOAT32, Execution
 from palindrome.model.families import Checkpoint
-from palindrome.model.schedule import Ladder, NoiseSchedule, check_ladder
+from palindrome.model.ladder import Ladder, check_ladder
+from palindrome.model.process import Process
 from palindrome.pipeline.base.errors import ManifestError
 from palindrome.pipeline.images.decode import Preprocess
 from palindrome.pipeline.images.sources import Collection
@@ -79,15 +80,22 @@ class EncodeRun:
             )
         return uri, model.as_described(self.manifest.content)
 
-    def ladders(self, steps: Sequence[int], schedule: NoiseSchedule) -> tuple[Ladder, ...]:
+    def ladders(self, steps: Sequence[int], process: Process) -> tuple[Ladder, ...]:
         """A ladder for each number of steps, of the run's kind and up to its top level. For its own number of steps, or
         without `steps`, it is the run's own ladder. Raises ValueError."""
         own = self.inversion.levels
         kind = self.ladder if self.ladder in KINDS else "logsnr"  # a list defines no other numbers of steps
         if len(set(steps)) != len(steps):
             raise ValueError("a number is given twice")
-        found = (own if count == len(own) - 1 else ladder_of_kind(kind, count, schedule, own[-1]) for count in steps)
-        return tuple(found) or (own,)
+        whole = int(own[-1])
+
+        def of(count: int) -> Ladder:
+            if count == len(own) - 1:
+                return own
+            levels = ladder_of_kind(kind, count, process, whole)
+            return (*levels[:-1], own[-1]) if levels[-1] == whole else levels  # a single step ends at 0
+
+        return tuple(map(of, steps)) or (own,)
 
     def rows(self) -> dataset.Dataset:
         """The rows of the committed shards, in the plan's order."""

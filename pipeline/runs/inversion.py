@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from palindrome.model.inversion import evaluations
-from palindrome.model.schedule import Ladder
+from palindrome.model.ladder import Ladder
 from palindrome.pipeline.runs.manifest import Manifest
 
 

@@ -79,7 +79,7 @@ class Kind:
         return file.partition("-")[0] if self.per_setting else file
 
 
-def setting_name(levels: Sequence[int], corrections: int, tolerance: float, dtype: str) -> str:
+def setting_name(levels: Sequence[float], corrections: int, tolerance: float, dtype: str) -> str:
     """SETTING in the names of a sweep's files: a hash of the values, so two names of a ladder are one setting."""
     content = [list(levels), corrections, tolerance, dtype]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]

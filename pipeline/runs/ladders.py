@@ -5,35 +5,39 @@ from typing import Any
 
 import fsspec
 
-from palindrome.model.schedule import CLEAN, LADDERS, Ladder, NoiseSchedule, check_ladder, ladder, logsnr_ladder
+from palindrome.model.ladder import LADDERS, Ladder, check_ladder, default_top, ladder, logsnr_ladder
+from palindrome.model.process import CLEAN, Process
 from palindrome.pipeline.storage.folder import options_for
 
 KINDS = (*LADDERS, "logsnr")
 DEFAULT_STEPS = 20
 
 
-def ladder_of_kind(kind: str, steps: int, schedule: NoiseSchedule, top: int | None = None) -> Ladder:
-    """A ladder of one of `KINDS` with `steps` steps, up to `top`. Raises ValueError."""
+def ladder_of_kind(kind: str, steps: int, process: Process, top: int | None = None) -> Ladder:
+    """A ladder of one of `KINDS` with `steps` steps, up to `top`: by default where diffusers' leading spacing ends for
+    linear, and where the image is gone (default_top) for the others. Raises ValueError."""
     if kind == "logsnr":
-        return logsnr_ladder(schedule, steps, top)
-    return ladder(kind, steps, schedule.num_train_timesteps, top)
+        return logsnr_ladder(process, steps, top)
+    if kind == "quadratic" and top is None:
+        top = default_top(process, steps)
+    return ladder(kind, steps, process.num_train_timesteps, top)
 
 
-def resolve(named: str, steps: int | None, schedule: NoiseSchedule) -> Ladder:
+def resolve(named: str, steps: int | None, process: Process, top: int | None = None) -> Ladder:
     """The ladder `named`: one of `KINDS`, timesteps such as `0,3,11,800`, or the path or URI of a ladder file
     (`.json`).
 
-    `steps` is the number of steps for kinds (default: DEFAULT_STEPS); it must match that of a list or a file. Raises
-    ValueError, and OSError for a file that can't be read.
+    `steps` is the number of steps for kinds (default: DEFAULT_STEPS), `top` their last level; `steps` must match that
+    of a list or a file. Raises ValueError, and OSError for a file that can't be read.
     """
-    T = schedule.num_train_timesteps
+    T = process.num_train_timesteps
     if named in KINDS:
-        return ladder_of_kind(named, DEFAULT_STEPS if steps is None else steps, schedule)
+        return ladder_of_kind(named, DEFAULT_STEPS if steps is None else steps, process, top)
     if named.endswith(".json"):
         levels = check_ladder(_read(named), T)
     else:
         try:
-            levels = check_ladder([CLEAN, *(int(level) for level in named.split(","))], T)
+            levels = check_ladder([CLEAN, *(float(level) for level in named.split(","))], T)
         except ValueError as e:
             raise ValueError(
                 f"{named!r} is not one of {', '.join(KINDS)}, a .json file or ascending timesteps: {e}"
@@ -43,13 +47,13 @@ def resolve(named: str, steps: int | None, schedule: NoiseSchedule) -> Ladder:
     return levels
 
 
-def _read(uri: str) -> list[int]:
+def _read(uri: str) -> list[float]:
     with fsspec.open(uri, "rb", **options_for(uri)) as file:
         try:
             content: Any = json.load(file)
             levels = content["levels"]
         except (ValueError, KeyError, TypeError) as e:
             raise ValueError(f"{uri} is not a ladder file: {type(e).__name__}: {e}") from e
-    if not isinstance(levels, list) or not all(type(level) is int for level in levels):
-        raise ValueError(f"{uri} is not a ladder file: its levels are not integers")
+    if not isinstance(levels, list) or not all(type(level) in (int, float) for level in levels):
+        raise ValueError(f"{uri} is not a ladder file: its levels are not numbers")
     return levels

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from palindrome.model.schedule import Ladder
+from palindrome.model.ladder import Ladder
 from palindrome.pipeline.base.errors import ManifestError, RunError
 from palindrome.pipeline.runs.kinds import KINDS, Kind
 from palindrome.pipeline.runs.lease import NAME as LEASE
@@ -57,6 +57,11 @@ class Manifest:
     def levels(self) -> Ladder:
         """The ladder of a run with a single one."""
         return tuple(self.content["levels"])
+
+    @property
+    def top(self) -> int:
+        """The last level of the ladder. Versions before chose another one for some noise schedules."""
+        return int(self.levels[-1])
 
     @property
     def ladders(self) -> tuple[Ladder, ...]:
@@ -120,6 +125,12 @@ def read_manifest(run: Folder) -> Manifest | None:
     """`run.json`, or None if there is none. Raises ManifestError if it can't be parsed."""
     content = _content(run)
     return None if content is None else Manifest(content)
+
+
+def earlier_manifest(run: Folder, job: str) -> Manifest | None:
+    """That of an earlier run of `job`, which its command resumes; None in another folder. Raises ManifestError."""
+    manifest = read_manifest(run)
+    return manifest if manifest and manifest.job == job else None
 
 
 def _content(run: Folder) -> dict[str, Any] | None:

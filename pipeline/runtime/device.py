@@ -20,7 +20,7 @@ from palindrome.model.execution import FLOAT32, Execution
 from palindrome.model.families import Checkpoint
 from palindrome.model.fit import epsilon_products
 from palindrome.model.inversion import invert_exactly
-from palindrome.model.schedule import Ladder
+from palindrome.model.ladder import Ladder
 from palindrome.pipeline.base.errors import RunError
 from palindrome.pipeline.images.metrics import finite
 from palindrome.pipeline.runtime.telemetry import ActorMetrics
@@ -228,11 +228,7 @@ class Model:
 
     def _along(self, levels: Ladder) -> dict[str, Any]:
         """The arguments that describe the ladder and this checkpoint to the functions of `model`."""
-        return {
-            "levels": levels,
-            "schedule": self.checkpoint.schedule,
-            "prediction_type": self.checkpoint.prediction_type,
-        }
+        return {"levels": levels, "process": self.checkpoint.process}
 
     def _checked(self, batch: Tensor, outputs: Any) -> Any:
         """The outputs for a batch. Raises RunError if the first batch of finite inputs has not one finite output: a

@@ -11,7 +11,7 @@ import torch
 
 from palindrome.model.execution import Execution
 from palindrome.model.families import Checkpoint
-from palindrome.model.schedule import ladder
+from palindrome.model.ladder import ladder
 from palindrome.pipeline.base.errors import RunError
 from palindrome.pipeline.images.records import Shard
 from palindrome.pipeline.runs.outcome import Failure, Receipt
@@ -39,7 +39,7 @@ class Calibration:
 def decode_noise(model: Model, batch_size: int, seconds: float) -> tuple[int, dict[str, float]]:
     """Decodes noise for at least `seconds` seconds, after one warm-up batch. Returns the network evaluations, of one
     image each, and the time as `stopwatch` gives it."""
-    levels = ladder("linear", STEPS, model.checkpoint.schedule.num_train_timesteps)
+    levels = ladder("linear", STEPS, model.checkpoint.process.num_train_timesteps)
     x = torch.randn(batch_size, *model.checkpoint.latent_shape)
     model.decode(x, levels)
     spent, until, evaluations = stopwatch(model), time.monotonic() + seconds, 0

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from palindrome.model.schedule import Ladder
+from palindrome.model.ladder import Ladder
 from palindrome.pipeline.images.metrics import check_finite, to_pixels
 from palindrome.pipeline.images.pixels import png
 from palindrome.pipeline.images.records import Piece, Shard

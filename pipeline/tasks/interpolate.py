@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from palindrome.model.interpolate import lerp, slerp
-from palindrome.model.schedule import Ladder
+from palindrome.model.ladder import Ladder
 from palindrome.pipeline.images.metrics import check_finite, to_pixels
 from palindrome.pipeline.images.pixels import png
 from palindrome.pipeline.images.records import REASONS, Piece, Reject, Shard

@@ -9,7 +9,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from palindrome.model.schedule import Ladder
+from palindrome.model.ladder import Ladder
 from palindrome.pipeline.images.metrics import psnr, round_trip_error, to_model, to_pixels
 from palindrome.pipeline.images.pixels import png
 from palindrome.pipeline.images.read import Batch

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from palindrome.model.ddim import noise_index
-from palindrome.model.schedule import Ladder
+from palindrome.model.ladder import Ladder
 from palindrome.pipeline.images.metrics import check_finite, round_trip_error, to_pixels
 from palindrome.pipeline.images.pixels import png
 from palindrome.pipeline.images.records import Shard

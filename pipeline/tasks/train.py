@@ -12,7 +12,7 @@ import ray.train.torch
 import torch
 
 from palindrome.model.families import unet2d
-from palindrome.model.schedule import NoiseSchedule
+from palindrome.model.process import VP
 from palindrome.model.training import Hyperparameters, Training, multiplies_bfloat16
 from palindrome.model.unet import UNetConfig
 from palindrome.pipeline.images.decode import Preprocess
@@ -37,7 +37,7 @@ class Train:
     collection: Collection
     preprocess: Preprocess
     unet: UNetConfig
-    schedule: NoiseSchedule
+    process: VP
     how: Hyperparameters
     batch_size: int
     workers: int
@@ -59,7 +59,7 @@ def train(job: dict[str, Train]) -> None:
     if device.type == "cpu":
         # Ray reserves the CPUs, but sets torch to one thread.
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // context.get_local_world_size()))
-    training = Training(task.unet, task.schedule, task.how, device, bfloat16, rank, task.workers, _last_state(device))
+    training = Training(task.unet, task.process, task.how, device, bfloat16, rank, task.workers, _last_state(device))
     images = shuffled_batches(
         task.collection,
         list(read_plan(out)),

@@ -289,7 +289,7 @@ def test_other_images_may_not_go_on_in_the_folder(palindrome, run, sample):
 
 def test_another_model_may_not_go_on_in_the_folder(palindrome, run, tiny, tmp_path):
     weights = {name: value * 2 for name, value in tiny.weights.items()}
-    other = unet2d.UNet2D(tiny.config, weights, tiny.schedule)
+    other = unet2d.UNet2D(tiny.config, weights, tiny.process)
     unet2d.save(other, str(tmp_path))
     said = palindrome(*run, "--model", tmp_path)
     assert said.code == 2

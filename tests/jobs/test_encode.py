@@ -20,7 +20,7 @@ from PIL import Image
 
 from palindrome.model.ddim import invert
 from palindrome.model.inversion import invert_exactly
-from palindrome.model.schedule import ladder, logsnr_ladder
+from palindrome.model.ladder import ladder, logsnr_ladder
 from palindrome.pipeline.images.decode import Preprocess, decode
 from palindrome.pipeline.runtime import scheduler
 
@@ -166,7 +166,7 @@ def test_latents_are_the_inversion_of_the_pixels(stored, mixed, tiny):
     names = sorted(good[:64])  # the sample's own: 32x32 RGB
     opened = [Image.open(folder / name).resize((16, 16), Image.Resampling.LANCZOS) for name in names]
     x = torch.tensor(np.stack([np.asarray(image) for image in opened])).permute(0, 3, 1, 2) / 127.5 - 1
-    expected = invert(tiny.network(), x, ladder("quadratic", 4), tiny.schedule).numpy()
+    expected = invert(tiny.network(), x, ladder("quadratic", 4), tiny.process).numpy()
     found = stored.latents[[stored.ids.index(name) for name in names]]
     np.testing.assert_allclose(found, expected, rtol=1e-2, atol=1e-2)
 
@@ -262,8 +262,8 @@ def test_corrections_are_those_of_the_model_and_their_residuals_are_stored(
     stored = read_run(tmp_path)
     x0 = torch.from_numpy(np.stack([decode(p.read_bytes(), Preprocess(16))[0] for p in sorted(pictures.iterdir())]))
     x0 = x0.permute(0, 3, 1, 2).float() / 127.5 - 1
-    levels = logsnr_ladder(tiny.schedule, 6)
-    latents, residuals, _ = invert_exactly(tiny.network(), x0, levels, tiny.schedule, corrections=2)
+    levels = logsnr_ladder(tiny.process, 6)
+    latents, residuals, _ = invert_exactly(tiny.network(), x0, levels, tiny.process, corrections=2)
     assert np.allclose(stored.latents, latents, rtol=1e-3, atol=1e-3)
     assert np.allclose([row["residual"] for row in stored.rows], residuals, rtol=1e-2)
     found = metadata(next((tmp_path / "latents").iterdir()))

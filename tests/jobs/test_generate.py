@@ -22,7 +22,7 @@ from PIL import Image
 
 from palindrome.model.ddim import sample, sample_noise
 from palindrome.model.families import unet2d
-from palindrome.model.schedule import ladder
+from palindrome.model.ladder import ladder
 from palindrome.pipeline.images.metrics import to_pixels
 
 COUNT = 60
@@ -47,7 +47,9 @@ def gaussian(tiny, tmp_path_factory):
     since E[x0 | x_t] is then sqrt(alpha_bar) x_t."""
     weights = {name: torch.zeros_like(value) for name, value in tiny.weights.items()}
     folder = tmp_path_factory.mktemp("checkpoints") / "gaussian"
-    unet2d.save(replace(tiny, weights=weights, prediction_type="v_prediction"), str(folder))
+    unet2d.save(
+        replace(tiny, weights=weights, process=replace(tiny.process, prediction_type="v_prediction")), str(folder)
+    )
     return folder
 
 
@@ -62,7 +64,7 @@ def test_moments_are_those_of_a_known_distribution(eta, steps, palindrome, gauss
     share, variance = 1.0, 1.0
     levels = ladder("linear", steps)
     for low, high in reversed(list(pairwise(levels))):
-        a_from, a_to = tiny.schedule.alpha_bar(high), tiny.schedule.alpha_bar(low)
+        a_from, a_to = tiny.process.alpha_bar(high), tiny.process.alpha_bar(low)
         sigma = eta * math.sqrt((1 - a_to) / (1 - a_from)) * math.sqrt(1 - a_from / a_to)  # eq. 16
         factor = math.sqrt(a_to * a_from) + math.sqrt((1 - a_to - sigma**2) * (1 - a_from))  # eq. 12, epsilon and x0
         share, variance = share * factor, variance * factor**2 + (0 if low < 0 else sigma**2)
@@ -93,7 +95,7 @@ def test_samples_are_what_the_model_makes_of_their_noise(one, tiny):
     assert ids == [f"{i:09d}" for i in range(COUNT)]
     expected = torch.cat([sample_noise(0, i, (3, 16, 16)) for i in range(COUNT)])
     assert np.array_equal(noise, expected.numpy())
-    decoded = to_pixels(sample(tiny.network(), expected, ladder("linear", 4), tiny.schedule))
+    decoded = to_pixels(sample(tiny.network(), expected, ladder("linear", 4), tiny.process))
     assert np.abs(images.astype(int) - decoded).max() <= 1
 
 

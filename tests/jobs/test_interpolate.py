@@ -97,7 +97,7 @@ def test_pairs_of_a_file(palindrome, encoded, reconstructed, latents, model, tmp
         assert row["rms_slerp"] == pytest.approx(np.sqrt(np.square(x).mean()), rel=1e-6)
         straight = (1 - row["t"]) * latents[a] + row["t"] * latents[b]
         assert row["rms_linear"] == pytest.approx(np.sqrt(np.square(straight).mean()), rel=1e-6)
-        image = ddim(loaded.network("cpu"), torch.from_numpy(x).float()[None], levels, loaded.schedule)[0]
+        image = ddim(loaded.network("cpu"), torch.from_numpy(x).float()[None], levels, loaded.process)[0]
         expected = ((image.clamp(-1, 1) + 1) * 127.5).round().permute(1, 2, 0).numpy()
         assert alike(row["pixels"], expected)
 

@@ -55,7 +55,7 @@ def test_latents_are_those_of_the_precision_asked_for(low, tiny, x, read_run):
     assert [about["precision"] for about in metadata(low)] == ["bfloat16"]
     stored = read_run(low)
     assert stored.latents.dtype == np.float32
-    levels = resolve("logsnr", 4, tiny.schedule)
+    levels = resolve("logsnr", 4, tiny.process)
     found = {p: Model(tiny, execution=Execution(p)).encode(x, levels)[0].numpy() for p in ("bfloat16", "float32")}
     off = {p: np.sqrt(((stored.latents - latents) ** 2).mean()) for p, latents in found.items()}
     assert off["bfloat16"] < off["float32"] / 3
@@ -71,7 +71,7 @@ def test_what_works_from_the_latents_keeps_to_it(low, palindrome, tmp_path, tiny
     for row in read_run(low).rows:
         assert again[row["image_id"]] == pytest.approx(row["mse"], rel=1e-2)
     assert palindrome("verify", low, "--deep", 24).code == 0
-    levels = resolve("logsnr", 4, tiny.schedule)
+    levels = resolve("logsnr", 4, tiny.process)
     exact = Model(tiny).decode(torch.from_numpy(latents), levels)
     ours = Model(tiny, execution=Execution("bfloat16")).decode(torch.from_numpy(latents), levels)
     pictures = np.stack([np.asarray(p) for p in interface.open(low).decode(latents)]).astype(float)

@@ -12,7 +12,8 @@ from PIL import Image
 
 from palindrome.model.ddim import sample
 from palindrome.model.families import unet2d
-from palindrome.model.schedule import ladder
+from palindrome.model.ladder import ladder
+from palindrome.model.process import VP
 
 STEPS = (5, 3)  # 5 is the encode run's own
 COUNT = 24
@@ -98,7 +99,7 @@ def test_pictures_and_errors_are_those_of_the_decoded_latents(said, here, tiny):
     by_key = {(row["image_id"], row["steps"]): row for row in rows_of(here / "again")}
     for steps in STEPS:
         levels = ladder("quadratic", steps, top=ladder("quadratic", 5)[-1])
-        decoded = sample(tiny.network(), x, levels, tiny.schedule).numpy()
+        decoded = sample(tiny.network(), x, levels, tiny.process).numpy()
         shown = np.rint((decoded.clip(-1, 1) + 1) * 127.5).transpose(0, 2, 3, 1).astype(np.uint8)
         for image_id, expected, pixels in zip(latents["image_id"].to_pylist(), decoded, shown, strict=True):
             row = by_key[image_id, steps]
@@ -249,7 +250,7 @@ def refused(palindrome, here, out, *flags):
 
 
 def test_another_model_is_refused(palindrome, here, tiny, tmp_path):
-    other = unet2d.UNet2D(tiny.config, tiny.weights, tiny.schedule, "v_prediction")
+    other = tiny.with_process(VP(prediction_type="v_prediction"))
     unet2d.save(other, str(tmp_path / "other"))
     words = refused(palindrome, here, tmp_path / "out", "--model", tmp_path / "other")
     assert f"--model: the latents were made by another model: digest {tiny.digest[:12]}" in words

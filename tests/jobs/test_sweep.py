@@ -90,10 +90,10 @@ def test_missed_noise_is_that_of_a_loop_over_diffusers_network(table, out, folde
     x, steps = noise, list(pairwise([-1, 5, 300, 799]))
     with torch.no_grad():
         for low, high in reversed(steps):
-            scale, gain = coefficients(schedule.alpha_bar(high), schedule.alpha_bar(low))
+            scale, gain = coefficients(schedule.marginal(high), schedule.marginal(low))
             x = scale * x + gain * unet(x, high).sample
         for low, high in steps:
-            scale, gain = coefficients(schedule.alpha_bar(low), schedule.alpha_bar(high))
+            scale, gain = coefficients(schedule.marginal(low), schedule.marginal(high))
             x = scale * x + gain * unet(x, max(low, 5)).sample
     row = table.filter(pl.col("steps") == 3, pl.col("corrections") == 0).row(0, named=True)
     assert row["noise_mse"] == pytest.approx(float((x - noise).square().mean()), rel=1e-3)

@@ -92,8 +92,8 @@ def test_training_ends_in_a_checkpoint(record, said, out):
     assert "training tiny on 64 images for 6 steps" in said.out
     assert f"checkpoint in {out}" in said.out
     trained = is_checkpoint(out, 6)
-    assert trained.prediction_type == "v_prediction"
-    assert trained.schedule.beta_schedule == "linear"
+    assert trained.process.prediction_type == "v_prediction"
+    assert trained.process.beta_schedule == "linear"
     assert {value.dtype for value in trained.weights.values()} == {torch.float32}
 
 

@@ -294,7 +294,7 @@ def test_deep_with_a_model_that_is_gone_or_another(palindrome, run, tiny, tmp_pa
 
     manifest = json.loads((run / "run.json").read_text())
     weights = {name: value * 2 for name, value in tiny.weights.items()}
-    unet2d.save(unet2d.UNet2D(tiny.config, weights, tiny.schedule), str(tmp_path / "other"))
+    unet2d.save(unet2d.UNet2D(tiny.config, weights, tiny.process), str(tmp_path / "other"))
     for place, words in {"none": "can't be loaded", "other": "is not the run's"}.items():
         manifest["config"]["model"] = str(tmp_path / place)
         (run / "run.json").write_text(json.dumps(manifest))

@@ -5,7 +5,7 @@ from math import sqrt
 import pytest
 import torch
 
-from palindrome.model.schedule import NoiseSchedule
+from palindrome.model.process import VP
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -51,7 +51,7 @@ def small():
 @pytest.fixture(scope="session")
 def mixture():
     """mixture(x, timestep), on the linear schedule."""
-    schedule = NoiseSchedule()
+    schedule = VP()
 
     def mixture(x, t):
         """The optimal epsilon for data of two narrow Gaussians at -0.6 and 0.6, each channel value on its own."""

@@ -1,5 +1,6 @@
 """DDIM against the papers' equations in float64, exact flows of known distributions, and diffusers' schedulers."""
 
+import dataclasses
 import math
 from itertools import count, pairwise
 from math import sqrt
@@ -11,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from palindrome.model.ddim import (
-    PREDICTION_TYPES,
     invert,
     move,
     noise_stream,
@@ -20,13 +20,14 @@ from palindrome.model.ddim import (
     sigma_eta,
     sigma_hat,
 )
-from palindrome.model.schedule import CLEAN, NoiseSchedule, ladder
+from palindrome.model.ladder import ladder
+from palindrome.model.process import CLEAN, PREDICTION_TYPES, VP, Marginal
 from palindrome.model.unet import UNet, UNetConfig
 
 PROPERTY = settings(max_examples=100, deadline=None, derandomize=True)
-DDPM = NoiseSchedule()
-FINE = NoiseSchedule(4000, beta_start=2.5e-5, beta_end=5e-3)
-SHORT = NoiseSchedule(100, beta_start=1e-3, beta_end=0.06)
+DDPM = VP()
+FINE = VP(4000, beta_start=2.5e-5, beta_end=5e-3)
+SHORT = VP(100, beta_start=1e-3, beta_end=0.06)
 
 
 def normal(*shape, seed=0, dtype=torch.float64):
@@ -88,6 +89,14 @@ def eq_12(x, epsilon, a_from, a_to, sigma):
     return sqrt(a_to) * predicted_x0 + sqrt(1 - a_to - sigma**2) * epsilon
 
 
+def at(alpha_bar):
+    return Marginal(sqrt(alpha_bar), sqrt(1 - alpha_bar))
+
+
+def predicting(prediction_type, process):
+    return dataclasses.replace(process, prediction_type=prediction_type)
+
+
 def assert_close(a, b, atol):
     torch.testing.assert_close(a, b, rtol=0, atol=atol)
 
@@ -141,8 +150,8 @@ def test_step_down_keeps_the_marginals(a, b, eta):
     """Lemma 1: x_from = sqrt(a) x0 + sqrt(1 - a) epsilon goes to mean sqrt(a') x0 and variance 1 - a'."""
     a_from, a_to = min(a, b), max(a, b)
     x0, epsilon = torch.tensor([[0.7, 0.0], [0.0, 1.0]], dtype=torch.float64)
-    sigma = sigma_eta(a_from, a_to, eta)
-    x = move(sqrt(a_from) * x0 + sqrt(1 - a_from) * epsilon, epsilon, a_from, a_to, sigma)
+    sigma = sigma_eta(at(a_from), at(a_to), eta)
+    x = move(sqrt(a_from) * x0 + sqrt(1 - a_from) * epsilon, epsilon, at(a_from), at(a_to), sigma)
     assert x[0].item() == pytest.approx(sqrt(a_to) * 0.7, abs=1e-12)
     assert x[1].item() ** 2 + sigma**2 == pytest.approx(1 - a_to, abs=1e-12)
 
@@ -151,10 +160,10 @@ def test_step_down_keeps_the_marginals(a, b, eta):
 @given(ALPHAS, ALPHAS)
 def test_move_up_undoes_move_down(a, b):
     x, epsilon = normal(5), normal(5, seed=1)
-    assert_close(move(move(x, epsilon, a, b), epsilon, b, a), x, 1e-10)
+    assert_close(move(move(x, epsilon, at(a), at(b)), epsilon, at(b), at(a)), x, 1e-10)
 
 
-@pytest.mark.parametrize("schedule", [DDPM, NoiseSchedule(beta_schedule="squaredcos_cap_v2")])
+@pytest.mark.parametrize("schedule", [DDPM, VP(beta_schedule="squaredcos_cap_v2")])
 def test_eta_1_on_adjacent_timesteps_is_the_ddpm_posterior(schedule):
     """Ho et al., eq. 7, and the two variances of their section 3.2."""
     x, epsilon = normal(4), normal(4, seed=1)
@@ -162,11 +171,12 @@ def test_eta_1_on_adjacent_timesteps_is_the_ddpm_posterior(schedule):
         a, a_prev, beta = schedule.alpha_bar(t), schedule.alpha_bar(t - 1), float(schedule.betas[t])
         x0 = (x - sqrt(1 - a) * epsilon) / sqrt(a)
         mean = sqrt(a_prev) * beta / (1 - a) * x0 + sqrt(1 - beta) * (1 - a_prev) / (1 - a) * x
-        sigma = sigma_eta(a, a_prev, 1.0)
+        start, end = schedule.marginal(t), schedule.marginal(t - 1)
+        sigma = sigma_eta(start, end, 1.0)
         assert sigma**2 == pytest.approx((1 - a_prev) / (1 - a) * beta, rel=1e-9)
-        torch.testing.assert_close(move(x, epsilon, a, a_prev, sigma), mean, rtol=1e-9, atol=1e-11)
-        assert sigma_hat(a, a_prev) == pytest.approx(sqrt(beta), rel=1e-9)
-        assert sigma_eta(a, a_prev, 0.25) == pytest.approx(0.25 * sigma, rel=1e-15)
+        torch.testing.assert_close(move(x, epsilon, start, end, sigma), mean, rtol=1e-9, atol=1e-11)
+        assert sigma_hat(start, end) == pytest.approx(sqrt(beta), rel=1e-9)
+        assert sigma_eta(start, end, 0.25) == pytest.approx(0.25 * sigma, rel=1e-15)
 
 
 # --- Exact flows ----------------------------------------------------------------------------------------------------
@@ -268,8 +278,7 @@ def test_sample_equals_diffusers(unet, which, prediction_type, eta):
         network,
         start,
         ladder("linear", steps, schedule.num_train_timesteps),
-        schedule,
-        prediction_type=prediction_type,
+        predicting(prediction_type, schedule),
         eta=eta,
         noise=noises(*shape, dtype=torch.float32),
     )
@@ -284,10 +293,12 @@ def test_sample_equals_diffusers(unet, which, prediction_type, eta):
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 @pytest.mark.parametrize("eta", [0.5, 1.0])
 def test_clipped_sample_equals_diffusers(unet, prediction_type, eta):
-    start, options = normal(2, 3, 8, 8, dtype=torch.float32), {"prediction_type": prediction_type}
+    start, process = normal(2, 3, 8, 8, dtype=torch.float32), predicting(prediction_type, SHORT)
     noise = noises(*start.shape, dtype=torch.float32)
-    ours = sample(unet, start, ladder("linear", 20, 100), SHORT, eta=eta, noise=noise, clip=True, **options)
-    scheduler = schedulers(DDIMScheduler, SHORT, 20, **DDIM_OPTIONS | {"clip_sample": True}, **options)
+    ours = sample(unet, start, ladder("linear", 20, 100), process, eta=eta, noise=noise, clip=True)
+    scheduler = schedulers(
+        DDIMScheduler, SHORT, 20, **DDIM_OPTIONS | {"clip_sample": True}, prediction_type=prediction_type
+    )
     x, noise = start, noises(*start.shape, dtype=torch.float32)
     for t in scheduler.timesteps.tolist():
         output = unet(x, t)
@@ -342,7 +353,7 @@ def test_prediction_types_of_the_same_noise_agree(prediction_type):
 
     for walk in (sample, invert):
         expected = walk(data, x, levels, DDPM)
-        assert_close(walk(network, x, levels, DDPM, prediction_type=prediction_type), expected, 1e-10)
+        assert_close(walk(network, x, levels, predicting(prediction_type, DDPM)), expected, 1e-10)
 
 
 def test_networks_are_called_once_a_step_with_the_right_timestep():
@@ -365,16 +376,16 @@ def test_state_stays_float32_under_a_bfloat16_network(unet, prediction_type):
     seen = []
 
     def network(x, t):
-        seen.append(x.dtype)
+        seen.append(x)
         return unet(x, t).bfloat16()
 
-    options = {"prediction_type": prediction_type}
+    process = predicting(prediction_type, SHORT)
     for walk in (sample, invert):
-        half, whole = walk(network, x, levels, SHORT, **options), walk(unet, x, levels, SHORT, **options)
+        half, whole = walk(network, x, levels, process), walk(unet, x, levels, process)
         assert half.dtype == torch.float32
-        assert not torch.equal(half, half.bfloat16().float())
         assert 0 < (half - whole).abs().max() < 0.2
-    assert set(seen) == {torch.float32}
+    assert {x.dtype for x in seen} == {torch.float32}
+    assert not any(torch.equal(x, x.bfloat16().float()) for x in seen)
 
 
 @pytest.mark.parametrize("walk", [sample, invert])
@@ -410,9 +421,7 @@ def test_stochastic_sampling_without_noise_is_refused(options):
         sample(wavy, normal(1, 1, 2, 2), (CLEAN, 0), DDPM, **options)
 
 
-def test_unknown_names_are_refused():
-    with pytest.raises(ValueError, match="score"):
-        sample(wavy, normal(1, 1, 2, 2), (CLEAN, 0), DDPM, prediction_type="score")
+def test_an_unknown_name_is_refused():
     with pytest.raises(ValueError, match="middle"):
         invert(wavy, normal(1, 1, 2, 2), (CLEAN, 0), DDPM, told="middle")
 

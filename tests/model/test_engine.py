@@ -9,7 +9,7 @@ from diffusers import UNet2DModel
 from palindrome.model.engine import Engine
 from palindrome.model.execution import PRECISIONS, Execution
 from palindrome.model.families.unet2d import UNet2D
-from palindrome.model.schedule import NoiseSchedule
+from palindrome.model.process import VP
 from palindrome.model.unet import UNet, UNetConfig
 
 CONFIG = {
@@ -31,7 +31,7 @@ def theirs(randomize):
 
 @pytest.fixture(scope="module")
 def checkpoint(theirs):
-    return UNet2D(UNetConfig(**CONFIG), theirs.state_dict(), NoiseSchedule())
+    return UNet2D(UNetConfig(**CONFIG), theirs.state_dict(), VP())
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,10 @@ import torch
 from palindrome.model.ddim import sample
 from palindrome.model.fit import FIRST, candidates, epsilon_products, fit_ladder
 from palindrome.model.inversion import invert_exactly
-from palindrome.model.schedule import CLEAN, NoiseSchedule, check_ladder, ladder
+from palindrome.model.ladder import check_ladder, ladder
+from palindrome.model.process import CLEAN, VP
 
-SCHEDULE = NoiseSchedule()
+SCHEDULE = VP()
 
 
 def images(n=8):

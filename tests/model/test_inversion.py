@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 
 from palindrome.model.ddim import invert, move, sample
 from palindrome.model.inversion import evaluations, invert_exactly
-from palindrome.model.schedule import CLEAN, NoiseSchedule, ladder
+from palindrome.model.ladder import ladder
+from palindrome.model.process import CLEAN, VP
 from palindrome.model.unet import UNet, UNetConfig
 
-SCHEDULE = NoiseSchedule()
+SCHEDULE = VP()
 MU, S = 0.3, 0.5  # the toy data's mean and deviation
 
 
@@ -31,7 +32,7 @@ def images(n=4, seed=0):
 def gaussian_preimage(x, levels):
     """The x that DDIM decodes to this one: each of its steps is affine in x, and is undone in closed form."""
     for low, high in pairwise(levels):
-        a, b = SCHEDULE.alpha_bar(low), SCHEDULE.alpha_bar(high)
+        a, b = SCHEDULE.marginal(low), SCHEDULE.marginal(high)
         zero = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
         at_0, at_1 = (move(v, gaussian(v, high), b, a) for v in (zero, zero + 1))
         x = (x - at_0) / (at_1 - at_0)
@@ -56,7 +57,7 @@ def test_corrections_find_the_true_preimage(kind):
     st.integers(0, 2**32 - 1),
 )
 def test_any_ladder_decodes_to_the_very_image(beta_schedule, levels, seed):
-    schedule = NoiseSchedule(beta_schedule=beta_schedule)
+    schedule = VP(beta_schedule=beta_schedule)
     x0 = images(2, seed)
 
     def network(x, t):
@@ -91,7 +92,7 @@ def test_every_prediction_type_is_inverted(prediction_type):
         return x0 if prediction_type == "sample" else sqrt(a) * epsilon - sqrt(1 - a) * x0
 
     levels, x0 = ladder("quadratic", 20), images()
-    found, *_ = invert_exactly(network, x0, levels, SCHEDULE, prediction_type=prediction_type, corrections=6)
+    found, *_ = invert_exactly(network, x0, levels, VP(prediction_type=prediction_type), corrections=6)
     assert (found - gaussian_preimage(x0, levels)).abs().max() < 1e-9
 
 
@@ -127,8 +128,8 @@ def test_a_sample_does_not_depend_on_its_batch(tolerance, mixture):
 def test_the_relaxation_halves_the_spectrum_of_a_linear_flow():
     """Eigenvalues of G anywhere in [0, kappa]: a relaxed correction leaves at most kappa / (2 - kappa) of an error."""
     levels = (CLEAN, 100, 300)
-    a, b = (SCHEDULE.alpha_bar(level) for level in levels[1:])
-    kappa = 1 - sqrt(b / a) * sqrt(1 - a) / sqrt(1 - b)
+    a, b = (SCHEDULE.marginal(level) for level in levels[1:])
+    kappa = 1 - b.alpha * a.sigma / (a.alpha * b.sigma)
     share = torch.linspace(0, 1, 64, dtype=torch.float64).reshape(1, 1, 8, 8)
 
     def network(x, t):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from palindrome.model.presets import PRESETS
-from palindrome.model.schedule import NoiseSchedule
+from palindrome.model.process import VP
 from palindrome.model.training import Hyperparameters, Training
 
 DEFAULTS = {"lr": 1e-3, "lr_warmup": 0, "lr_decay": "none", "weight_decay": 0.0, "ema": 0.9999, "grad_clip": 1.0}
@@ -20,7 +20,7 @@ def how(steps=3, **settings):
 
 
 def training(settings, state=None):
-    return Training(PRESETS["tiny"], NoiseSchedule(), settings, torch.device("cpu"), state=state)
+    return Training(PRESETS["tiny"], VP(), settings, torch.device("cpu"), state=state)
 
 
 def test_the_learning_rate_rises_and_falls():

@@ -16,10 +16,11 @@ from palindrome.model.ddim import sample
 from palindrome.model.families.base import CheckpointError
 from palindrome.model.families.unet2d import CONFIG, INDEX, SCHEDULER, WEIGHTS, UNet2D, load, save
 from palindrome.model.inversion import invert_exactly
-from palindrome.model.schedule import NoiseSchedule, ladder
+from palindrome.model.ladder import ladder
+from palindrome.model.process import VP
 from palindrome.model.unet import UNet, UNetConfig
 
-SCHEDULE = NoiseSchedule(100, "scaled_linear", 1e-3, 0.06)
+SCHEDULE = VP(100, "scaled_linear", 1e-3, 0.06)
 SCHEDULER_KWARGS = {
     "num_train_timesteps": 100,
     "beta_schedule": "scaled_linear",
@@ -34,7 +35,9 @@ X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(5))
 @pytest.fixture
 def checkpoint(randomize, small):
     config = UNetConfig(**small)
-    return UNet2D(config, randomize(UNet(config)).state_dict(), SCHEDULE, "v_prediction")
+    return UNet2D(
+        config, randomize(UNet(config)).state_dict(), dataclasses.replace(SCHEDULE, prediction_type="v_prediction")
+    )
 
 
 @pytest.fixture
@@ -62,8 +65,8 @@ def rewrite(path, change):
 
 def test_what_is_saved_loads_the_same(checkpoint, folder):
     loaded = load(str(folder))
-    assert (loaded.config, loaded.schedule) == (checkpoint.config, checkpoint.schedule)
-    assert loaded.prediction_type == "v_prediction"
+    assert (loaded.config, loaded.process) == (checkpoint.config, checkpoint.process)
+    assert loaded.process.prediction_type == "v_prediction"
     torch.testing.assert_close(dict(loaded.weights), dict(checkpoint.weights), rtol=0, atol=0)
     assert loaded.digest == checkpoint.digest
     assert {str(p.relative_to(folder)) for p in folder.rglob("*.*")} == {WEIGHTS, CONFIG, SCHEDULER, INDEX}
@@ -79,7 +82,8 @@ def test_diffusers_opens_ours(checkpoint, folder):
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 def test_diffusers_pipeline_generates_the_same_images(checkpoint, tmp_path, prediction_type):
-    checkpoint = dataclasses.replace(checkpoint, prediction_type=prediction_type)
+    process = dataclasses.replace(SCHEDULE, prediction_type=prediction_type)
+    checkpoint = dataclasses.replace(checkpoint, process=process)
     save(checkpoint, str(tmp_path))
     pipeline = DDIMPipeline.from_pretrained(tmp_path)
     pipeline.set_progress_bar_config(disable=True)
@@ -88,7 +92,7 @@ def test_diffusers_pipeline_generates_the_same_images(checkpoint, tmp_path, pred
     ).images
     noise = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(3))
     levels = ladder("linear", 10, 100)
-    ours = sample(checkpoint.network(), noise, levels, SCHEDULE, prediction_type=prediction_type)
+    ours = sample(checkpoint.network(), noise, levels, process)
     ours = (ours / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
     assert theirs.std() > 0.1
@@ -100,18 +104,23 @@ def test_we_open_what_diffusers_saved(randomize, small, tmp_path, pipeline, sche
     pipeline(unet, scheduler(**SCHEDULER_KWARGS, prediction_type="sample")).save_pretrained(tmp_path)
     loaded = load(str(tmp_path))
     assert_equal_outputs(loaded.network(), unet)
-    assert (loaded.schedule, loaded.prediction_type) == (SCHEDULE, "sample")
-    assert loaded.digest == UNet2D(UNetConfig(**small), unet.state_dict(), SCHEDULE, "sample").digest
+    assert loaded.process == dataclasses.replace(SCHEDULE, prediction_type="sample")
+    assert (
+        loaded.digest
+        == UNet2D(
+            UNetConfig(**small), unet.state_dict(), dataclasses.replace(SCHEDULE, prediction_type="sample")
+        ).digest
+    )
 
 
 def test_trained_betas_pass_both_ways(checkpoint, tmp_path):
     betas = tuple(np.linspace(0.01, 0.3, 7).tolist())
-    checkpoint = dataclasses.replace(checkpoint, schedule=NoiseSchedule(7, trained_betas=betas))
+    checkpoint = checkpoint.with_process(VP(7, trained_betas=betas))
     save(checkpoint, str(tmp_path / "a"))
     pipeline = DDIMPipeline.from_pretrained(tmp_path / "a")
     np.testing.assert_allclose(pipeline.scheduler.alphas_cumprod, np.cumprod(1 - np.array(betas)), rtol=1e-5)
     pipeline.save_pretrained(tmp_path / "b")
-    assert load(str(tmp_path / "b")).schedule == checkpoint.schedule
+    assert load(str(tmp_path / "b")).process == checkpoint.process
 
 
 def test_digest_survives_being_saved_by_diffusers(checkpoint, folder, tmp_path):
@@ -133,9 +142,9 @@ def test_digest_depends_on_everything_that_decides_the_outputs(checkpoint):
     variants = [
         checkpoint,
         *(dataclasses.replace(checkpoint, weights=w) for w in (nudged, swapped, renamed, reshaped, half, same_bits)),
-        *(dataclasses.replace(checkpoint, prediction_type=p) for p in ("epsilon", "sample")),
+        *(checkpoint.with_process(dataclasses.replace(SCHEDULE, prediction_type=p)) for p in ("epsilon", "sample")),
         *(
-            dataclasses.replace(checkpoint, schedule=dataclasses.replace(SCHEDULE, **change))
+            checkpoint.with_process(dataclasses.replace(checkpoint.process, **change))
             for change in (
                 {"num_train_timesteps": 101},
                 {"beta_schedule": "linear"},
@@ -187,8 +196,8 @@ def test_keys_that_old_configs_lack_take_diffusers_defaults(folder):
     (folder / SCHEDULER).write_text('{"_class_name": "DDPMScheduler", "num_train_timesteps": 500}')
     loaded = load(str(folder))
     theirs = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
-    np.testing.assert_allclose(loaded.schedule.alphas_cumprod, theirs.alphas_cumprod, rtol=1e-5)
-    assert loaded.prediction_type == theirs.config.prediction_type
+    np.testing.assert_allclose(loaded.process.alphas_cumprod, theirs.alphas_cumprod, rtol=1e-5)
+    assert loaded.process.prediction_type == theirs.config.prediction_type
 
 
 def test_any_fsspec_uri_holds_a_checkpoint(checkpoint):
@@ -259,7 +268,7 @@ def test_config_of_another_network_is_named(folder, change, named):
     ("change", "named"),
     [
         ({"prediction_type": "flow_prediction"}, "flow_prediction"),
-        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),
+        ({"rescale_betas_zero_snr": True, "prediction_type": "epsilon"}, "rescale_betas_zero_snr"),
         ({"beta_schedule": "sigmoid"}, "sigmoid"),
         ({"beta_end": 2.0}, "beta"),
         ({"beta_end": "high"}, ""),
@@ -426,7 +435,7 @@ def test_the_clean_end_is_where_the_scheduler_has_it(checkpoint, folder, clean_e
     loaded, pipeline = load(str(folder)), DDIMPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     theirs = pipeline(2, num_inference_steps=10, generator=torch.Generator().manual_seed(3), output_type="np").images
-    along = {"levels": ladder("linear", 10, 100), "schedule": loaded.schedule, "prediction_type": "v_prediction"}
+    along = {"levels": ladder("linear", 10, 100), "process": loaded.process}
     noise = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(3))
     ours = sample(loaded.denoiser(), noise, **along)
     np.testing.assert_allclose((ours / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1), theirs, rtol=0, atol=1e-4)
@@ -436,6 +445,6 @@ def test_the_clean_end_is_where_the_scheduler_has_it(checkpoint, folder, clean_e
     assert residual.max() < 1e-4
     torch.testing.assert_close(sample(loaded.denoiser(), latents, **along), X, rtol=0, atol=1e-3)
     before = loaded.as_described({k: v for k, v in loaded.describe().items() if k != "set_alpha_to_one"})
-    assert before.schedule.alpha_bar(-1) == 1.0, "runs of earlier versions took it to be 1"
+    assert before.process.alpha_bar(-1) == 1.0, "runs of earlier versions took it to be 1"
     save(loaded, str(folder / "again"))
-    assert load(str(folder / "again")).schedule == loaded.schedule
+    assert load(str(folder / "again")).process == loaded.process

@@ -12,7 +12,8 @@ import torch
 
 from palindrome.model.ddim import invert, sample
 from palindrome.model.families.unet2d import UNet2D
-from palindrome.model.schedule import NoiseSchedule, ladder
+from palindrome.model.ladder import ladder
+from palindrome.model.process import VP
 from palindrome.pipeline.runtime.device import MAX_BATCH_THREADS, Model, use_one_torch_thread
 
 LEVELS = ladder("linear", 4)
@@ -41,7 +42,7 @@ class TightCheckpoint(UNet2D):
 
 
 def model(capacity, threads=1):
-    return Model(TightCheckpoint(None, {}, NoiseSchedule(), capacity=capacity), threads)
+    return Model(TightCheckpoint(None, {}, VP(), capacity=capacity), threads)
 
 
 @pytest.fixture
@@ -107,14 +108,14 @@ def test_encode_and_decode_are_ddim(tiny):
     x = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
     held, network = Model(tiny, threads=1), tiny.network()
     latents = held.encode(x, LEVELS)[0]
-    torch.testing.assert_close(latents, invert(network, x, LEVELS, tiny.schedule), rtol=1e-3, atol=1e-3)
-    again = sample(network, latents, LEVELS, tiny.schedule)
+    torch.testing.assert_close(latents, invert(network, x, LEVELS, tiny.process), rtol=1e-3, atol=1e-3)
+    again = sample(network, latents, LEVELS, tiny.process)
     torch.testing.assert_close(held.decode(latents, LEVELS), again, rtol=1e-3, atol=1e-3)
 
 
 def test_the_prediction_type_is_the_checkpoints(x):
     as_epsilon = model(100).encode(x, LEVELS)[0]
-    as_v = Model(TightCheckpoint(None, {}, NoiseSchedule(), "v_prediction", capacity=100), 1).encode(x, LEVELS)[0]
+    as_v = Model(TightCheckpoint(None, {}, VP(), "v_prediction", capacity=100), 1).encode(x, LEVELS)[0]
     assert not torch.allclose(as_epsilon, as_v)
 
 
@@ -200,7 +201,7 @@ PROCESS = """
 import ctypes, sys
 from palindrome.model.families.unet2d import UNet2D
 from palindrome.model.presets import PRESETS
-from palindrome.model.schedule import NoiseSchedule
+from palindrome.model.process import VP
 from palindrome.model.unet import UNet
 from palindrome.pipeline.runtime.device import Model, tune_process
 
@@ -208,7 +209,7 @@ class Mallinfo(ctypes.Structure):
     _fields_ = [(f"other{i}", ctypes.c_size_t) for i in range(9)] + [("keepcost", ctypes.c_size_t)]
 
 network, before = UNet(PRESETS["tiny"]), sys.getswitchinterval()
-model = Model(UNet2D(network.config, network.state_dict(), NoiseSchedule()), threads=2)
+model = Model(UNet2D(network.config, network.state_dict(), VP()), threads=2)
 if sys.argv[1] == "tuned":
     tune_process(model)
 libc = ctypes.CDLL(None)

@@ -49,7 +49,7 @@ def pixels(sample, bundled):
 
 
 def trial(bundled, pixels, corrections, steps=5):
-    how = Inversion(resolve("logsnr", steps, bundled.schedule), corrections)
+    how = Inversion(resolve("logsnr", steps, bundled.process), corrections)
     return _trial(bundled, pixels, how, 2, None), how
 
 

@@ -13,7 +13,8 @@ from palindrome.model.condition import Condition
 from palindrome.model.ddim import sample
 from palindrome.model.families.unet2d import UNet2D
 from palindrome.model.inversion import invert_exactly
-from palindrome.model.schedule import NoiseSchedule, ladder
+from palindrome.model.ladder import ladder
+from palindrome.model.process import VP
 from palindrome.model.unet import UNetConfig
 from palindrome.pipeline.images.decode import Preprocess
 from palindrome.pipeline.images.metrics import to_model
@@ -52,7 +53,7 @@ class Labelled(UNet2D):
 
 
 def checkpoint(room=1000):
-    return Labelled(UNetConfig(sample_size=32), {}, NoiseSchedule(), room=room)
+    return Labelled(UNetConfig(sample_size=32), {}, VP(), room=room)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +88,7 @@ def alone(images, labels, how):
     how = {"corrections": how.corrections, "tolerance": how.tolerance}
     return torch.cat(
         [
-            invert_exactly(network, image[None], LEVELS, NoiseSchedule(), condition=condition, **how)[0]
+            invert_exactly(network, image[None], LEVELS, VP(), condition=condition, **how)[0]
             for image, condition in zip(images, told, strict=True)
         ]
     )
@@ -116,6 +117,6 @@ def test_each_image_is_encoded_and_decoded_with_its_own_label(sample_table, labe
     Reconstruct(decoded, encoded, reader, (LEVELS,), {}).process(model, shard)
     again = pq.read_table(f"{decoded.path()}/reconstructions/{shard.name}.parquet")
     told = Condition({"label": torch.tensor(labels)})
-    pixels = sample(checkpoint().denoiser(), torch.tensor(latents), LEVELS, NoiseSchedule(), condition=told)
+    pixels = sample(checkpoint().denoiser(), torch.tensor(latents), LEVELS, VP(), condition=told)
     mse = ((pixels - images).double() / 2).square().flatten(1).mean(1)
     assert np.allclose(again["mse"].to_numpy(), mse, rtol=1e-4, atol=1e-9)

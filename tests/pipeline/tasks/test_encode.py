@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from palindrome.model.families.unet2d import UNet2D
-from palindrome.model.schedule import NoiseSchedule, ladder
+from palindrome.model.ladder import ladder
+from palindrome.model.process import VP
 from palindrome.model.unet import UNetConfig
 from palindrome.pipeline.base.errors import RunError
 from palindrome.pipeline.images.decode import Preprocess
@@ -47,7 +48,7 @@ def encode(pictures, folder, limit, value=float("nan"), batch_size=5, dtype="flo
     collection, run = open_collection(str(pictures)), Folder(str(folder))
     write_plan(run, collection, 1024)
     [shard] = read_plan(run)
-    model = Model(Overflowing(UNetConfig(sample_size=32), {}, NoiseSchedule(), limit=limit, value=value))
+    model = Model(Overflowing(UNetConfig(sample_size=32), {}, VP(), limit=limit, value=value))
     reader = Reader(collection, Preprocess(32), batch_size, False)
     receipt = Encode(run, reader, Inversion(LEVELS, 2, dtype=dtype), measured, {}).process(model, shard)
     return run, receipt

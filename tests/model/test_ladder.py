@@ -1,4 +1,4 @@
-"""Noise schedules against diffusers, ladders against their definition and the code of the DDIM paper's authors."""
+"""Ladders against their definition, diffusers' timesteps, and the code of the DDIM paper's authors."""
 
 import math
 from fractions import Fraction
@@ -10,78 +10,10 @@ from diffusers import DDIMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from palindrome.model.schedule import (
-    BETA_SCHEDULES,
-    CLEAN,
-    LADDERS,
-    NoiseSchedule,
-    check_ladder,
-    ladder,
-    logsnr_ladder,
-)
+from palindrome.model.ladder import LADDERS, check_ladder, default_top, ladder, logsnr_ladder
+from palindrome.model.process import BETA_SCHEDULES, CLEAN, VP
 
 PROPERTY = settings(max_examples=200, deadline=None, derandomize=True)
-
-
-@pytest.mark.parametrize("beta_schedule", BETA_SCHEDULES)
-@pytest.mark.parametrize("T", [1, 50, 1000])
-@pytest.mark.parametrize("ends", [(1e-4, 0.02), (0.00085, 0.012)])
-def test_schedule_equals_diffusers(beta_schedule, T, ends):
-    ours = NoiseSchedule(T, beta_schedule, *ends)
-    theirs = DDIMScheduler(T, *ends, beta_schedule)
-    np.testing.assert_allclose(ours.betas, theirs.betas, rtol=1e-5)
-    # Theirs is float32, in which 1 - 0.999, the cosine's last factor, is good to 6e-5 only.
-    rtol = 1e-4 if beta_schedule == "squaredcos_cap_v2" else 1e-5
-    np.testing.assert_allclose(ours.alphas_cumprod, theirs.alphas_cumprod, rtol=rtol)
-    assert ours.alphas_cumprod.dtype == np.float64
-
-
-def test_trained_betas_equal_diffusers():
-    betas = np.random.default_rng(0).uniform(0.001, 0.2, 30).tolist()
-    ours = NoiseSchedule(30, "scaled_linear", trained_betas=tuple(betas))
-    theirs = DDIMScheduler(30, trained_betas=betas)
-    np.testing.assert_allclose(ours.alphas_cumprod, theirs.alphas_cumprod, rtol=1e-5)
-
-
-def test_cosine_alpha_bar_has_its_closed_form():
-    def f(u):
-        return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
-
-    T = 1000  # only the last beta is capped
-    expected = [f((t + 1) / T) / f(0) for t in range(T - 1)]
-    np.testing.assert_allclose(NoiseSchedule(T, "squaredcos_cap_v2").alphas_cumprod[:-1], expected, rtol=1e-11)
-
-
-def test_alpha_bar_is_one_at_the_clean_end_and_bounded_by_the_schedule():
-    schedule = NoiseSchedule(10, beta_start=0.1, beta_end=0.1)
-    assert schedule.alpha_bar(CLEAN) == 1
-    assert [schedule.alpha_bar(t) for t in range(10)] == pytest.approx([0.9 ** (t + 1) for t in range(10)], rel=1e-14)
-    for level in (-2, 10):
-        with pytest.raises(IndexError, match=str(level)):
-            schedule.alpha_bar(level)
-
-
-@pytest.mark.parametrize(
-    "bad",
-    [
-        {"beta_schedule": "sigmoid"},
-        {"num_train_timesteps": 0},
-        {"num_train_timesteps": -5},
-        {"beta_start": 0.0},
-        {"beta_start": -1e-4},
-        {"beta_start": -1e-4, "beta_schedule": "scaled_linear"},
-        {"beta_start": math.nan},
-        {"beta_end": 1.0},
-        {"beta_end": math.inf},
-        {"num_train_timesteps": 3, "trained_betas": (0.1, 0.2)},
-        {"num_train_timesteps": 2, "trained_betas": (0.1, 1.0)},
-        {"num_train_timesteps": 2, "trained_betas": (0.0, 0.5)},
-    ],
-)
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_impossible_schedule_is_refused(bad):
-    with pytest.raises(ValueError):
-        NoiseSchedule(**bad)
 
 
 @st.composite
@@ -155,9 +87,24 @@ def test_ladder_that_does_not_fit_is_refused(arguments):
         ladder(*arguments)
 
 
-@pytest.mark.parametrize("levels", [(), (-1,), (0, 1), (-1, 5, 5), (-1, 5, 4), (-1, -1, 3), (-1, 0, 10), (-2, 0, 3)])
+@pytest.mark.parametrize(
+    "levels",
+    [
+        (),
+        (-1,),
+        (0, 1),
+        (-1, 5, 5),
+        (-1, 5, 4),
+        (-1, -1, 3),
+        (-1, 0, 10),
+        (-2, 0, 3),
+        (-1, -0.5, 3),
+        (-1, 0, 9.5),
+        (-1, 2.5, math.nan),
+    ],
+)
 def test_levels_that_are_no_ladder_are_refused(levels):
-    assert check_ladder([-1, 0, 9], 10) == (-1, 0, 9)
+    assert check_ladder([-1, 0.5, 9], 10) == (-1, 0.5, 9)
     with pytest.raises(ValueError, match="ladder"):
         check_ladder(levels, 10)
 
@@ -165,19 +112,29 @@ def test_levels_that_are_no_ladder_are_refused(levels):
 @PROPERTY
 @given(st.sampled_from(BETA_SCHEDULES), st.integers(10, 1500), st.data())
 def test_a_logsnr_ladder_rises_to_its_top(beta_schedule, T, data):
-    schedule = NoiseSchedule(T, beta_schedule)
+    schedule = VP(T, beta_schedule)
     steps = data.draw(st.integers(2, T))
     top = data.draw(st.none() | st.integers(steps - 1, T - 1))
     levels = logsnr_ladder(schedule, steps, top)
     assert check_ladder(levels, T) == levels
     assert len(levels) == steps + 1
-    assert (levels[1], levels[-1]) == (0, max(T * 4 // 5, steps - 1) if top is None else top)
+    assert (levels[1], levels[-1]) == (0, default_top(schedule, steps) if top is None else top)
+
+
+def test_the_top_is_where_the_log_snr_of_diffusers_schedulers_is_least_but_above_the_end():
+    for config in ({}, {"beta_schedule": "squaredcos_cap_v2"}, {"beta_schedule": "scaled_linear", "beta_end": 0.012}):
+        alpha_bar = DDIMScheduler(**config).alphas_cumprod.double()
+        top = default_top(VP(**config), 20)
+        assert top == 999 or abs(np.log(alpha_bar[top] / (1 - alpha_bar[top])) + 6.5) < 0.02
+        assert top == 999 or config.get("beta_end") is None
+    assert default_top(VP(), 20) == 800  # the end of the paper's ladders
+    assert default_top(VP(), 1000) == 999
 
 
 def test_a_logsnr_ladder_takes_equal_steps_of_diffusers_log_snr():
     alpha_bar = DDIMScheduler(1000).alphas_cumprod.double()
     log_snr = np.log(alpha_bar / (1 - alpha_bar)).numpy()
-    steps = np.diff(log_snr[list(logsnr_ladder(NoiseSchedule(), 20)[1:])])
+    steps = np.diff(log_snr[list(logsnr_ladder(VP(), 20)[1:])])
     nearest = np.abs(np.diff(log_snr)).max() / 2  # half a timestep where timesteps are widest apart
     assert np.abs(steps - steps.mean()).max() <= 2 * nearest
     assert np.abs(steps[6:] / steps.mean() - 1).max() < 0.05  # where timesteps are dense
@@ -186,4 +143,4 @@ def test_a_logsnr_ladder_takes_equal_steps_of_diffusers_log_snr():
 @pytest.mark.parametrize(("steps", "top"), [(0, None), (1001, None), (10, 8), (2, 1000), (1, -1)])
 def test_a_logsnr_ladder_that_does_not_fit_is_refused(steps, top):
     with pytest.raises(ValueError, match="fit"):
-        logsnr_ladder(NoiseSchedule(), steps, top)
+        logsnr_ladder(VP(), steps, top)
