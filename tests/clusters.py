@@ -105,7 +105,7 @@ class RayCluster:
         environment |= {"OMP_NUM_THREADS": "1", "PATH": path, **SOON}
         log = open(Path(self.folder, f"node-{len(self.nodes)}.log"), "wb")  # noqa: SIM115
         there = ["ip", "netns", "exec", self.hosts.names[len(self.nodes) - 1]] if self.hosts and self.nodes else []
-        command = [*there, RAY, "start", "--block", "--disable-usage-stats", *flags]
+        command = [*there, RAY, "start", "--block", "--disable-usage-stats", "--include-log-monitor=false", *flags]
         pipes = {"stdout": log, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
         self.nodes.append(subprocess.Popen(command, env=environment, start_new_session=True, **pipes))
         return len(self.nodes) - 1

@@ -100,6 +100,7 @@ def ray_here():
     import palindrome.infra.cluster  # noqa: F401, sets Ray up before it is started
 
     head = {"num_cpus": 3, "num_gpus": 0, "object_store_memory": 2**30, "include_dashboard": False}
+    head["include_log_monitor"] = False  # it takes 4 % of a core, and nobody reads what it finds
     cluster = Cluster(initialize_head=True, head_node_args={**head, "dashboard_agent_listen_port": 0})
     ray.init(address=cluster.address, log_to_driver=False)
     yield cluster.address

@@ -27,7 +27,9 @@ GOOD, SHARD, KILLS = 120, 3, 20
 
 @pytest.fixture(scope="module")
 def cluster():
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, "include_log_monitor": False}
+    )
     for _ in range(2):
         cluster.add_node(num_cpus=2)
     yield cluster

@@ -16,7 +16,9 @@ import palindrome.infra.cluster  # noqa: F401, sets Ray up before it is started
 @pytest.fixture(scope="module")
 def cluster():
     """A head without CPUs, a node of GPU and `a100`, one of a GPU of another kind, and one of CPUs."""
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, "include_log_monitor": False}
+    )
     cluster.kinds = {
         cluster.add_node(num_cpus=3, num_gpus=1, resources={"a100": 1}).node_id: "a100",
         cluster.add_node(num_cpus=3, num_gpus=1).node_id: "other",
@@ -139,7 +141,9 @@ def test_a_node_that_is_leaving_gets_none(cluster, actors):
 
 
 def test_a_cluster_scaled_to_zero_is_waited_for_and_tasks_keep_a_cpu(start, sample, model, tmp_path):
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, "include_log_monitor": False}
+    )
     try:
         places = ["--images", sample, "--model", model, "--out", tmp_path / "run", "--address", cluster.address]
         flags = ["--decode", "tasks", "--workers", 1, 8, "--shard-size", 8, "--steps", 2, "--corrections", 0]

@@ -84,7 +84,7 @@ def test_a_row_is_what_encode_measures(palindrome, table, folder, model, tmp_pat
 
 def test_missed_noise_is_that_of_a_loop_over_diffusers_network(table, out, folder, model):
     """The paper's inversion of what its sampler makes of the noise, by eq. 12 alone."""
-    unet, schedule = UNet2DModel.from_pretrained(model, subfolder="unet"), unet2d.load(str(model)).schedule
+    unet, schedule = UNet2DModel.from_pretrained(model, subfolder="unet"), unet2d.load(str(model)).process
     ids = duckdb.sql(f"select distinct image_id from '{out}/sweep/*.parquet'").fetchall()
     noise = torch.cat([sample_noise(3, noise_index(name), (3, 16, 16)) for (name,) in ids])
     x, steps = noise, list(pairwise([-1, 5, 300, 799]))

@@ -115,7 +115,7 @@ def test_encode_and_decode_are_ddim(tiny):
 
 def test_the_prediction_type_is_the_checkpoints(x):
     as_epsilon = model(100).encode(x, LEVELS)[0]
-    as_v = Model(TightCheckpoint(None, {}, VP(), "v_prediction", capacity=100), 1).encode(x, LEVELS)[0]
+    as_v = Model(TightCheckpoint(None, {}, VP(prediction_type="v_prediction"), capacity=100), 1).encode(x, LEVELS)[0]
     assert not torch.allclose(as_epsilon, as_v)
 
 
