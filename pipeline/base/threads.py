@@ -1,4 +1,4 @@
-"""A bounded, ordered map in threads, for I/O."""
+"""A bounded, ordered map in threads, for I/O, and an iterator that a thread reads ahead of its caller."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -34,3 +34,13 @@ def in_threads(
                 yield in_flight.popleft()[1].result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def read_ahead(items: Iterator[R]) -> Iterator[R]:
+    """The items, each of which is read in a thread while the caller works on the one before it."""
+    end = object()
+    with ThreadPoolExecutor(1, "reader") as thread:
+        following = thread.submit(next, items, end)
+        while (item := following.result()) is not end:
+            following = thread.submit(next, items, end)
+            yield item  # type: ignore[misc]

@@ -1,11 +1,11 @@
 """Prefetching a shard's images for the actor, in Ray tasks or in a thread."""
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import ray
 
+from palindrome.pipeline.base.threads import read_ahead
 from palindrome.pipeline.images.decode import Preprocess
 from palindrome.pipeline.images.read import Batch, read_batches
 from palindrome.pipeline.images.records import Shard
@@ -19,15 +19,6 @@ def _read_task(collection: Collection, shard: Shard, how: Preprocess, batch_size
     yield from read_batches(collection, shard, how, batch_size)
 
 
-def _prefetched(batches: Iterator[Batch]) -> Iterator[Batch]:
-    """Reads each batch in a thread while the caller processes the one before it."""
-    with ThreadPoolExecutor(1, "reader") as thread:
-        following = thread.submit(next, batches, None)
-        while (batch := following.result()) is not None:
-            following = thread.submit(next, batches, None)
-            yield batch
-
-
 @dataclass(frozen=True)
 class Reader:
     """Yields a shard's batches, read and decoded ahead of the caller: by streaming Ray tasks, or in a thread."""
@@ -39,7 +30,7 @@ class Reader:
 
     def batches(self, shard: Shard) -> Iterator[Batch]:
         if not self.in_tasks:
-            yield from _prefetched(read_batches(self.collection, shard, self.how, self.batch_size))
+            yield from read_ahead(read_batches(self.collection, shard, self.how, self.batch_size))
             return
         task = _read_task.options(name=f"read {shard.name}")
         for ref in task.remote(self.collection, shard, self.how, self.batch_size):

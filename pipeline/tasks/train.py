@@ -15,6 +15,7 @@ from palindrome.model.families import unet2d
 from palindrome.model.process import VP
 from palindrome.model.training import Hyperparameters, Training, multiplies_bfloat16
 from palindrome.model.unet import UNetConfig
+from palindrome.pipeline.base.threads import read_ahead
 from palindrome.pipeline.images.decode import Preprocess
 from palindrome.pipeline.images.metrics import to_pixels
 from palindrome.pipeline.images.pixels import grid, png
@@ -70,7 +71,7 @@ def train(job: dict[str, Train]) -> None:
         task.workers,
     )
     logged, logged_at = training.step, time.monotonic()
-    for step in training.steps(map(torch.from_numpy, images)):
+    for step in training.steps(map(torch.from_numpy, read_ahead(images))):
         last = step == steps
         if rank == 0 and (last or time.monotonic() - logged_at > PROGRESS_INTERVAL):
             rate = (step - logged) / (time.monotonic() - logged_at)

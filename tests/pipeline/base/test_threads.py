@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from palindrome.pipeline.base.threads import in_threads
+from palindrome.pipeline.base.threads import in_threads, read_ahead
 
 
 @settings(max_examples=50)
@@ -91,3 +91,38 @@ def test_who_stops_taking_ends_the_work():
 def test_nothing_is_begun_before_it_is_asked_for():
     in_threads(lambda i: 1 / 0, iter([1]))
     assert list(in_threads(lambda i: i, [])) == []
+
+
+def test_the_next_item_is_read_while_one_is_processed():
+    reading = [threading.Event() for _ in range(4)]
+
+    def items():
+        for i, event in enumerate(reading):
+            event.set()
+            yield i
+
+    found = []
+    for i in read_ahead(items()):
+        found.append(i)
+        assert all(event.wait(10) for event in reading[: i + 2])  # the caller has not asked for it yet
+        assert not any(event.is_set() for event in reading[i + 3 :])
+    assert found == [0, 1, 2, 3]
+
+
+def test_an_error_is_raised_after_the_items_before_it():
+    def items():
+        yield 1
+        raise OSError("the disk is gone")
+
+    coming = read_ahead(items())
+    assert next(coming) == 1
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(coming)
+
+
+def test_a_reader_that_is_stopped_leaves_no_thread_behind():
+    before = threading.active_count()
+    coming = read_ahead(iter(range(100)))
+    assert next(coming) == 0
+    coming.close()
+    assert threading.active_count() == before
