@@ -60,7 +60,7 @@ def scaled_to_zero():
             start_new_session=True,
         )
     try:
-        until = time.monotonic() + clusters["READY"]
+        until = time.monotonic() + 600  # seconds
         while not _said(folder, "head.log", "Ray runtime started") or not _said(
             folder, "session_latest/logs/monitor.log", "Active:\n 1 ray.head.default"
         ):
