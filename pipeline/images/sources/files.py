@@ -85,6 +85,15 @@ def _read_of_list(place: Place, piece: Piece, servers: Servers) -> RawImage:
     return found
 
 
+def answers(place: Place, piece: Piece) -> bool:
+    """Whether the web server of an image answers, be it that the image is not there."""
+    try:
+        _read(place, piece)
+    except Exception:  # an outage, or a URI that names no server
+        return False
+    return True
+
+
 def _told(piece: Piece, e: Exception, fs: Any) -> RawImage:
     if isinstance(e, FileNotFoundError):
         return _none(piece, "missing", "HTTP status 404" if host(piece.uri) else "no such file")

@@ -18,8 +18,8 @@ from palindrome.pipeline.base.errors import SourceError
 from palindrome.pipeline.images.records import Piece
 from palindrome.pipeline.images.sources.base import COMPRESSED, CSV, JSON, LINES, TABLES, Collection, RawImage
 from palindrome.pipeline.images.sources.columns import can_be_read_as, is_text, same_or_wider
-from palindrome.pipeline.images.sources.files import read_files
-from palindrome.pipeline.images.sources.listing import Listed, path_of
+from palindrome.pipeline.images.sources.files import Place, answers, read_files
+from palindrome.pipeline.images.sources.listing import Listed, Seen, list_files, path_of
 from palindrome.pipeline.images.sources.servers import Servers
 from palindrome.pipeline.images.sources.tables import byte_columns, first_schema, kept_fields, open_table
 from palindrome.pipeline.images.sources.unpack import compression
@@ -30,6 +30,7 @@ from palindrome.pipeline.storage.uri import absolute, chained, host, is_chain, i
 COLUMNS = ("uri", "url", "path", "image", "image_uri", "image_url", "image_path", "file", "filename", "file_name")
 LINE = "uri"  # what the only column of a text file is called
 BLOCK = 8 << 20  # bytes of CSV or JSON read at once: no row is longer
+LOOKED_AT, MOST_ASKED = 100_000, 20  # entries and web servers, to find one that answers
 
 
 def is_list(fs: Any, files: Sequence[str], uri: str, image_column: str | None) -> bool:
@@ -146,7 +147,22 @@ def read(collection: Collection, pieces: Sequence[Piece]) -> Iterator[RawImage]:
     for piece, raw in zip(pieces, read_files(pieces, place, local, servers), strict=True):
         raw.kept.update(json.loads(piece.kept) if piece.kept else {})
         yield raw
-    servers.check()
+    servers.check(lambda failed: _another_answers(collection, place, failed))
+
+
+def _another_answers(collection: Collection, place: Place, failed: Iterable[str]) -> bool:
+    """Whether another web server of the list answers now: then the network works, and those that failed are gone."""
+    fs, _ = open_fs(collection.uri, collection.storage_options)
+    files = chosen(sorted(list_files(collection.uri, collection.storage_options, collection.extensions, Seen())), "")
+    entries = pieces(entry for file in files for entry in listed(fs, collection, file.uri))
+    asked = set(failed)
+    for piece in islice(entries, LOOKED_AT):
+        server = host(piece.uri)
+        if server and server not in asked and len(asked) < MOST_ASKED:
+            asked.add(server)
+            if answers(place, piece):
+                return True
+    return False
 
 
 def _text_columns(schema: pa.Schema) -> list[str]:

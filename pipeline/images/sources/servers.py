@@ -3,6 +3,7 @@
 import errno
 import threading
 from collections import Counter
+from collections.abc import Callable, Collection
 
 from palindrome.pipeline.base.errors import StoreError
 
@@ -38,11 +39,13 @@ class Servers:
             enough = TIRED if server in self._answered else 1
             return self._failed[server] if self._in_a_row[server] >= enough else ""
 
-    def check(self) -> None:
-        """Raises StoreError of the first that failed, where none has answered: then it is likely the network. Likewise
-        of one that has answered, and then no more: the next try will show whether it is gone."""
+    def check(self, another_answers: Callable[[Collection[str]], bool]) -> None:
+        """Raises StoreError of the first that failed, where none has answered, nor does `another_answers`, which is
+        told those that failed, find one that does: then it is likely the network. Likewise of one that has answered,
+        and then no more: the next try will show whether it is gone."""
+        network = not self._failed or bool(self._answered) or another_answers(self._failed.keys())
         for server, why in self._failed.items():
-            if not self._answered:
-                raise StoreError(errno.EIO, f"{why}, and no other web server of these images answers", server, True)
+            if not network:
+                raise StoreError(errno.EIO, f"{why}, and no other web server of the list answers", server, True)
             if server in self._answered and self._in_a_row[server] >= TIRED:
                 raise StoreError(errno.EIO, f"{why}, {TIRED} times in a row", server, True)

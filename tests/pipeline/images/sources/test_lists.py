@@ -534,9 +534,19 @@ def test_a_server_that_is_gone_costs_its_own_images_and_one_wait(answers, read_l
 
 def test_where_every_server_fails_it_is_an_outage(read_list, stores, images, monkeypatch):
     urls = [f"http://127.0.0.1:{stores.free_port()}/{i}.png" for i in range(3)]
-    with pytest.raises(StoreError, match="no other web server of these images answers") as info:
+    with pytest.raises(StoreError, match="no other web server of the list answers") as info:
         read_list(*urls, "in/0.png")
     assert info.value.outage
+
+
+def test_a_shard_whose_only_server_is_gone_ends_where_another_of_the_list_answers(answers, read_list, stores, pngs):
+    gone = [f"http://127.0.0.1:{stores.free_port()}/{i}.png" for i in range(2)]
+    found = read_list(*gone, f"{answers}/404", f"{answers}/200", size=2)
+    assert [found[uri].reason for uri in gone] == ["unreadable", "unreadable"]
+    assert found[f"{answers}/200"].data == pngs[0]
+    Answers.down = True
+    with pytest.raises(StoreError, match="no other web server of the list answers"):
+        read_list(*gone, f"{answers}/200", size=2)
 
 
 def test_a_server_that_stops_amid_a_shard_is_an_outage(answers, read_list, monkeypatch):
