@@ -36,7 +36,6 @@ from palindrome.pipeline.storage.folder import TEMPORARY, Folder
 TALLIES = "tallies"
 FORMAT = 1  # another number whenever a tally of the same shards is another, or is written otherwise
 BLOCK = 1000  # shards of the plan
-LEAST = 64  # shards of which a tally is kept; fewer are read in a second or two
 READS = 32  # shards read at once
 ROWS = 1 << 16  # of a shard, in memory at once
 AT_ONCE = 256  # files of a disk, that a thread asks for their versions
@@ -128,7 +127,7 @@ def committed_shards(run: Folder, below: str) -> list[Committed]:
 def tally(shards: Sequence[Committed], read: Read, about: str, plan: Folder, keep: Folder) -> Tally:
     """The tally of `shards`, which are part of the plan in `plan`. `read` is called for those of blocks whose tally is
     not kept in the run folder `keep`; `about`, a name for a file, says what it counts."""
-    if len(shards) < LEAST or not all(_is_versioned(shard) for shard in shards):
+    if not shards or not all(_is_versioned(shard) for shard in shards):
         return _read(shards, read)
     kept = {name for name in keep.files(TALLIES) if name.startswith(f"{about}-")}
     blocks = _blocks(shards, plan)
@@ -141,8 +140,7 @@ def tally(shards: Sequence[Committed], read: Read, about: str, plan: Folder, kee
         for block, name, known in zip(blocks, names, in_threads(lambda n: _load(keep, n, kept), names), strict=True):
             if known is None:
                 known = _read(block, read)
-                if len(block) >= LEAST:
-                    _put(keep, name, known)
+                _put(keep, name, known)
             found.merge(known)
         if len(names) > 1:
             _put(keep, whole, found)
