@@ -69,7 +69,7 @@ class Errors:
         self,
         shard: str,
         rows: np.ndarray,
-        ids: pa.Array,
+        ids: pa.Array | pa.ChunkedArray,
         errors: np.ndarray,
         different: np.ndarray | None = None,
         **others: np.ndarray,
@@ -185,10 +185,12 @@ class Errors:
         return cls(**found)
 
 
-def _first(key: Callable[[Measured], Any], most: int, *found: list[Measured]) -> list[Measured]:
-    """The first of several lists, by a key that no two images have in common: the same whichever way lists are
+def _first(key: Callable[[Measured], Any], most: int, known: list[Measured], more: list[Measured]) -> list[Measured]:
+    """The first of two lists in order of a key that no two images have in common: the same whichever way lists are
     merged."""
-    return sorted((image for images in found for image in images), key=key)[:most]
+    if len(known) == most and (not more or key(known[-1]) < min(map(key, more))):
+        return known
+    return sorted([*known, *more], key=key)[:most]
 
 
 def _place(image: Measured) -> tuple[str, int]:

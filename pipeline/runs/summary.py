@@ -16,7 +16,7 @@ from palindrome.pipeline.base.threads import in_threads
 from palindrome.pipeline.runs.errors import Errors
 from palindrome.pipeline.runs.kinds import IMAGES, LATENTS, RECONSTRUCTIONS, REJECTS
 from palindrome.pipeline.runs.outcome import Failure
-from palindrome.pipeline.runs.tallies import READS, Committed, Tally, batches, committed_shards, reasons, tally
+from palindrome.pipeline.runs.tallies import READS, Committed, Tally, committed_shards, reasons, tables, tally
 from palindrome.pipeline.storage.folder import Folder
 
 
@@ -26,7 +26,7 @@ def latents_summary(run: Folder, measured: bool) -> dict[str, Any]:
     def read(shard: Committed) -> Tally:
         with run.parquet_file(f"{LATENTS}/{shard.name}.parquet", shard.file.size) as file:
             found = Tally.of_footer(file)
-            for first, rows in batches(file, ["image_id", "mse", "identical"]) if measured else ():
+            for first, rows in tables(file, ["image_id", "mse", "identical"]) if measured else ():
                 numbers, identical = first + np.arange(len(rows)), column(rows, "identical")
                 found.errors[""].add(shard.name, numbers, rows["image_id"], column(rows, "mse"), identical < 1)
         found.add_rejects(run, shard)
@@ -59,8 +59,8 @@ def read_errors(run: Folder, plan: Folder) -> Tally:
     def read(shard: Committed) -> Tally:
         with run.parquet_file(f"{RECONSTRUCTIONS}/{shard.name}.parquet", shard.file.size) as file:
             found = Tally.of_footer(file)
-            for first, rows in batches(file, ["image_id", "steps", "status", "mse", "identical"]):
-                compared = pc.equal(rows["status"], "compared").to_numpy(zero_copy_only=False)
+            for first, rows in tables(file, ["image_id", "steps", "status", "mse", "identical"]):
+                compared = pc.equal(rows["status"], "compared").to_numpy()
                 for steps, numbers, these in _by_steps(rows):
                     errors, at = found.errors[steps], compared[numbers]
                     errors.uncompared.update(these.filter(pa.array(~at))["status"].to_pylist())
@@ -101,7 +101,7 @@ def regenerated_summary(run: Folder, plan: Folder) -> dict[str, Any]:
     def read(shard: Committed) -> Tally:
         with run.parquet_file(f"{IMAGES}/{shard.name}.parquet", shard.file.size) as file:
             found = Tally.of_footer(file)
-            for first, rows in batches(file, ["image_id", "steps", "to_longest"]):
+            for first, rows in tables(file, ["image_id", "steps", "to_longest"]):
                 for steps, numbers, these in _by_steps(rows):
                     distances = column(these, "to_longest")
                     found.errors[steps].add(shard.name, first + numbers, these["image_id"], distances)
@@ -142,12 +142,12 @@ def put_summary(run: Folder, summary: dict[str, Any], failures: Sequence[Failure
         run.put("summary.json", (json.dumps({**summary, "failed_shards": failed}, indent=2) + "\n").encode())
 
 
-def column(rows: pa.RecordBatch, name: str) -> np.ndarray:
+def column(rows: pa.Table, name: str) -> np.ndarray:
     """A column as float64, NaN where it is null."""
-    return rows[name].to_numpy(zero_copy_only=False).astype(np.float64)
+    return rows[name].to_numpy().astype(np.float64)
 
 
-def _by_steps(rows: pa.RecordBatch) -> Iterator[tuple[str, np.ndarray, pa.RecordBatch]]:
+def _by_steps(rows: pa.Table) -> Iterator[tuple[str, np.ndarray, pa.Table]]:
     """For each number of steps: its name, the indices of its rows, and its rows."""
     steps = rows["steps"].to_numpy()
     for count in np.unique(steps).tolist():

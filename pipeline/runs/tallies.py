@@ -37,7 +37,7 @@ TALLIES = "tallies"
 FORMAT = 1  # another number whenever a tally of the same shards is another, or is written otherwise
 BLOCK = 1000  # shards of the plan
 READS = 32  # shards read at once
-ROWS = 1 << 16  # of a shard, in memory at once
+GROUPS = 64  # row groups of a shard, in memory at once
 AT_ONCE = 256  # files of a disk, that a thread asks for their versions
 TAGS = ("ETag", "etag", "generation")  # entity tags, in a listing by fsspec
 
@@ -104,12 +104,14 @@ class Tally:
 Read = Callable[[Committed], Tally]  # the tally of one shard
 
 
-def batches(file: pq.ParquetFile, columns: list[str]) -> Iterator[tuple[int, pa.RecordBatch]]:
+def tables(file: pq.ParquetFile, columns: list[str]) -> Iterator[tuple[int, pa.Table]]:
     """The rows of a shard, some thousands at a time, each time with the number of the first."""
-    first = 0
-    for batch in file.iter_batches(ROWS, columns=columns):
-        yield first, batch
-        first += len(batch)
+    first, groups = 0, range(file.num_row_groups)
+    for start in groups[::GROUPS]:
+        # In this thread alone: many shards are read at once.
+        rows = file.read_row_groups(groups[start : start + GROUPS], columns, use_threads=False)
+        yield first, rows
+        first += len(rows)
 
 
 def reasons(run: Folder, shard: str, size: int | None = None) -> dict[str, int]:

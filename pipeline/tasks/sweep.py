@@ -21,7 +21,7 @@ from palindrome.pipeline.runs.outcome import Receipt
 from palindrome.pipeline.runs.schemas import SWEEP_SCHEMA
 from palindrome.pipeline.runs.shards import ShardWriter, shard_metadata
 from palindrome.pipeline.runs.summary import column
-from palindrome.pipeline.runs.tallies import Committed, Tally, batches, committed_shards, tally
+from palindrome.pipeline.runs.tallies import Committed, Tally, committed_shards, tables, tally
 from palindrome.pipeline.runtime.device import Model, stopwatch
 from palindrome.pipeline.runtime.reader import Reader
 from palindrome.pipeline.storage.folder import Folder
@@ -144,7 +144,7 @@ def _row(run: Folder, name: str, units: Sequence[Committed]) -> dict[str, Any]:
     def read(unit: Committed) -> Tally:
         with run.parquet_file(f"{SWEPT}/{unit.name}.parquet", unit.file.size) as file:
             found = Tally.of_footer(file)
-            for first, rows in batches(file, ["image_id", "mse", *AVERAGED]):
+            for first, rows in tables(file, ["image_id", "mse", *AVERAGED]):
                 others = {name: column(rows, name) for name in AVERAGED}
                 others["exact"] = others["identical"] == 1
                 numbers = first + np.arange(len(rows))
