@@ -147,7 +147,7 @@ def ray_data(folder: Path, size: int) -> Callable[[], int]:
 
 def away(folder: Path, count: int, delay: float) -> dict[str, Any]:
     size = make_pictures(folder / BUCKET, 256, count)
-    with s3_server(folder) as endpoint, delayed(endpoint, delay) as url:
+    with s3_server(folder, "--read-only") as endpoint, delayed(endpoint, delay) as url:
         runs = best({"read_raw": read_at_once, "loop": read_one_by_one}, s3_options(url), by="seconds")
     assert all(run["images"] == count for run in runs.values()), runs
     rates = {name: count / run["seconds"] for name, run in runs.items()}

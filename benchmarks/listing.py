@@ -65,7 +65,7 @@ def main() -> None:
             found = compared(f"file://{folder}", {})
         else:
             make_files(folder / BUCKET, objects, per_folder=-(-objects // FOLDERS))
-            with s3_server(folder) as endpoint, delayed(endpoint, args.delay) as away:
+            with s3_server(folder, "--read-only") as endpoint, delayed(endpoint, args.delay) as away:
                 stores = {"here": endpoint, f"away_{args.delay:g}_ms": away}
                 found = {name: compared(f"s3://{BUCKET}", s3_options(url)) for name, url in stores.items()}
     finally:
@@ -145,16 +145,14 @@ def make_files(folder: Path, count: int, per_folder: int) -> None:
 
 
 @contextmanager
-def s3_server(folder: Path) -> Iterator[str]:
+def s3_server(folder: Path, *flags: str) -> Iterator[str]:
     """The endpoint of `rclone serve s3` for a folder, whose subfolders are the buckets."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = free_address()
     rclone = shutil.which("rclone", path=str(Path(sys.executable).parent)) or "rclone"
-    options = ["--auth-key", ",".join(KEYS), "--read-only", "--config", os.devnull, "--log-level", "ERROR"]
+    options = ["--auth-key", ",".join(KEYS), "--config", os.devnull, "--log-level", "ERROR", *flags]
     server = subprocess.Popen([rclone, "serve", "s3", str(folder), "--addr", address, *options])
     try:
-        _wait_for(address)
+        wait_for(address)
         yield f"http://{address}"
     finally:
         server.terminate()
@@ -205,7 +203,13 @@ def _proxy(address: str, delay: float, ready: Any) -> None:
     asyncio.run(serve())
 
 
-def _wait_for(address: str) -> None:
+def free_address() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
+def wait_for(address: str) -> None:
     host, port = address.split(":")
     for _ in range(300):
         try:

@@ -60,12 +60,12 @@ def run(config: ReconstructConfig) -> int:
         return Reconstruct(out, encoded.folder, reader, ladders, {"model_digest": model.digest})
 
     def finish(out: Folder, failures: list[Failure]) -> int:
-        rows, steps = read_errors(out), [len(levels) - 1 for levels in ladders]
-        summary = reconstructions_summary(out, rows, steps)
+        found, steps = read_errors(out, encoded.folder), [len(levels) - 1 for levels in ladders]
+        summary = reconstructions_summary(found, steps)
         put_summary(out, summary, failures)
-        nfe = mean_nfe(encoded.folder)
-        series = [series_at(rows, count, nfe) for count in sorted(steps)]
-        examples = choose_examples(out, encoded.folder, collection, how, rows, max(steps))
+        nfe, errors = mean_nfe(encoded.folder, out), {count: found.errors[str(count)] for count in sorted(steps)}
+        series = [series_at(of_steps, count, nfe) for count, of_steps in errors.items()]
+        examples = choose_examples(out, encoded.folder, collection, how, errors[max(steps)], max(steps))
         described = {
             "latents": config.latents,
             "images": collection.uri,

@@ -16,7 +16,7 @@ from palindrome.pipeline.runs.outcome import Failure
 from palindrome.pipeline.runs.plan import read_plan
 from palindrome.pipeline.runs.selection import Selection
 from palindrome.pipeline.runs.shards import committed
-from palindrome.pipeline.runs.summary import consistency, generated_summary, put_summary
+from palindrome.pipeline.runs.summary import put_summary, regenerated_summary
 from palindrome.pipeline.runtime.scheduler import Resources
 from palindrome.pipeline.storage.folder import Folder, absolute
 from palindrome.pipeline.tasks.regenerate import Regenerate
@@ -75,9 +75,9 @@ def run(config: RegenerateConfig) -> int:
         return Regenerate(out, latents, which, ladders, *noise, execution.batch_size, about)
 
     def finish(out: Folder, failures: list[Failure]) -> int:
-        by_steps = consistency(out)
-        summary = {**generated_summary(out), "by_steps": by_steps}
+        summary = regenerated_summary(out, latents)
         put_summary(out, summary, failures)
+        by_steps = summary["by_steps"]
         steps = ", ".join(str(row["steps"]) for row in by_steps)
         described = {"latents": config.latents, "model": where, "steps": steps}
         described |= {"eta": "sigma-hat" if config.sigma_hat else f"{config.eta:g}", "images": f"{summary['images']:,}"}

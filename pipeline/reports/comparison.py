@@ -3,51 +3,44 @@
 from collections import defaultdict
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from palindrome.pipeline.images.decode import Preprocess
+from palindrome.pipeline.images.metrics import psnr
 from palindrome.pipeline.images.pixels import pixels_of
 from palindrome.pipeline.images.read import read_batches
 from palindrome.pipeline.images.sources import Collection
 from palindrome.pipeline.reports.reconstruction import Example, Series
+from palindrome.pipeline.runs.errors import Errors
 from palindrome.pipeline.runs.kinds import RECONSTRUCTIONS
 from palindrome.pipeline.runs.plan import read_plan
-from palindrome.pipeline.runs.summary import split_by_status
 from palindrome.pipeline.storage.folder import Folder
 
-EXAMPLES = 12  # images under each heading
+EXAMPLES = 12  # images under each heading, at most those that Errors names
 
 
-def series_at(rows: pa.Table, steps: int, nfe_up: float) -> Series:
+def series_at(errors: Errors, steps: int, nfe_up: float) -> Series:
     """The errors at a number of steps; `nfe_up` is the mean number of network evaluations for encoding."""
-    compared, uncompared = split_by_status(rows, steps)
-    identical = pc.mean(compared["identical"]).as_py() or 0.0
-    return Series(steps, round(nfe_up + steps), compared["mse"].to_numpy(), identical, uncompared)
+    uncompared = dict(sorted(errors.uncompared.items()))
+    return Series(steps, round(nfe_up + steps), errors, errors.mean("identical") or 0.0, uncompared)
 
 
 def choose_examples(
-    run: Folder, latents: Folder, collection: Collection, how: Preprocess, rows: pa.Table, steps: int
+    run: Folder, latents: Folder, collection: Collection, how: Preprocess, errors: Errors, steps: int
 ) -> dict[str, list[Example]]:
-    """Images at a number of steps, by heading: evenly spread over the collection, the best and the worst."""
-    compared, _ = split_by_status(rows, steps)
-    order = np.argsort(compared["mse"].to_numpy(), kind="stable")
-    chosen = {
-        "A sample of the collection": np.linspace(0, len(order) - 1, min(EXAMPLES, len(order))).astype(int),
-        "Best": order[:EXAMPLES],
-        "Worst": order[::-1][:EXAMPLES],
-    }
-    listed = {heading: compared.take(pa.array(indices)).to_pylist() for heading, indices in chosen.items()}
+    """Images at a number of steps, by heading: drawn from the collection, the best and the worst."""
+    drawn = sorted(errors.sample, key=lambda image: (image.shard, image.row))
+    chosen = {"A sample of the collection": drawn, "Best": errors.best, "Worst": errors.worst}
+    listed = {heading: images[:EXAMPLES] for heading, images in chosen.items()}
     shards: dict[str, set[str]] = defaultdict(set)
-    for row in (row for group in listed.values() for row in group):
-        shards[row["shard"]].add(row["image_id"])
+    for image in (image for group in listed.values() for image in group):
+        shards[image.shard].add(image.image_id)
     reconstructed = _reconstructed(run, shards, steps)
     originals = _originals(latents, collection, how, shards)
     return {
         heading: [
-            Example(name, steps, row["mse"], row["psnr"], originals[name], reconstructed[name])
-            for row in group
-            if (name := row["image_id"]) in originals
+            Example(name, steps, image.error, psnr(image.error), originals[name], reconstructed[name])
+            for image in group
+            if (name := image.image_id) in originals
         ]
         for heading, group in listed.items()
     }

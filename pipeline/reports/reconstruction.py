@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from palindrome.pipeline.images.metrics import statistics
 from palindrome.pipeline.reports.charts import (
     LIGHT,
     WIDTH,
@@ -21,6 +20,9 @@ from palindrome.pipeline.reports.charts import (
     tooltip,
 )
 from palindrome.pipeline.reports.page import fixed, render, scientific
+from palindrome.pipeline.runs.errors import BINS, Errors
+
+WIDTHS = (1, 2, 4, 5, 10, 20)  # of the histogram's bars, in bins of runs.errors
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,12 @@ class Example:
 @dataclass(frozen=True)
 class Series:
     """All images at one number of decoding steps. `nfe`: network evaluations per image, encoding and decoding together.
-    `mse`: float64 [N], one per compared image, pixels in [0, 1]. `identical`: the fraction of identical 8-bit values.
-    `uncompared`: number of images that were not compared, by reason (missing, changed, ...)."""
+    `errors`: mean squared errors of the compared images, pixels in [0, 1]. `identical`: the fraction of identical 8-bit
+    values. `uncompared`: number of images that were not compared, by reason (missing, changed, ...)."""
 
     steps: int
     nfe: int
-    mse: np.ndarray
+    errors: Errors
     identical: float
     uncompared: Mapping[str, int]
 
@@ -74,37 +76,34 @@ def reconstruction_report(
     )
 
 
-def histogram(errors: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Finite positive errors, a float array [N_s] per series -> edges float64 [B + 1] in log10, counts int64 [S, B].
+def histogram(series: Sequence[Errors]) -> tuple[np.ndarray, np.ndarray]:
+    """Errors, at least one of them above 0 -> edges float64 [B + 1] in log10, counts int64 [S, B] of those above 0.
     Every error is in exactly one bin. All series share the bins; their number grows with the number of images."""
-    logs = [np.log10(e) for e in errors]
-    everything = np.concatenate(logs)
-    most = np.clip(2 * math.sqrt(max(map(len, logs))), 8, 48)
-    span = np.ptp(everything)
-    width = next((w for w in (0.05, 0.1, 0.2, 0.25, 0.5, 1.0) if span <= w * most), 1.0 * math.ceil(span / most))
-    # Bin numbers are compared as integers, so that no error on an edge falls between two bins.
-    first, last = (math.floor(v / width) for v in (everything.min(), everything.max()))
-    counts = [np.bincount(np.floor(v / width).astype(int) - first, minlength=last - first + 1) for v in logs]
-    return np.arange(first, last + 2) * width, np.stack(counts)
+    most = np.clip(2 * math.sqrt(max(errors.positive for errors in series)), 8, 48)
+    drawn = [errors for errors in series if errors.positive]
+    span = math.log10(max(errors.most for errors in drawn)) - math.log10(min(errors.least for errors in drawn))
+    width = next((w for w in WIDTHS if span * BINS <= w * most), BINS * math.ceil(span / most))
+    # Bins are joined by their numbers, as integers, so that no error on an edge falls between two bins.
+    bins = [{b // width: 0 for b in errors.bins} for errors in series]
+    for joined, errors in zip(bins, series, strict=True):
+        for b, count in errors.bins.items():
+            joined[b // width] += count
+    numbers = range(min(min(joined) for joined in bins if joined), max(max(joined) for joined in bins if joined) + 1)
+    counts = np.array([[joined.get(b, 0) for b in numbers] for joined in bins])
+    return np.arange(numbers.start, numbers.stop + 1) * (width / BINS), counts
 
 
 def _row(series: Series) -> dict[str, Any]:
-    positive, exact, not_finite = _kinds(series.mse)
+    errors = series.errors
     return {
         **vars(series),
-        "images": len(series.mse),
-        "figures": statistics(series.mse),
-        "positive": len(positive),
-        "exact": exact,
-        "not_finite": not_finite,
+        "images": errors.count,
+        "figures": errors.figures(),
+        "positive": errors.positive,
+        "exact": errors.exact,
+        "not_finite": errors.not_finite,
         "uncompared": {reason: count for reason, count in series.uncompared.items() if count},
     }
-
-
-def _kinds(mse: np.ndarray) -> tuple[np.ndarray, int, int]:
-    """The finite errors above 0, the number of errors equal to 0, and the number that are not finite."""
-    finite = np.isfinite(mse)
-    return mse[finite & (mse > 0)], int((mse == 0).sum()), int((~finite).sum())
 
 
 def _plot_height(series: Sequence[Series]) -> float:
@@ -116,7 +115,7 @@ def _plot_height(series: Sequence[Series]) -> float:
 def _curve(series: Sequence[Series]) -> tuple[Markup | None, list[str]]:
     """Mean and p99 of the error against the network evaluations, log-log, None with fewer than two points; and the
     series that are not drawn."""
-    figures = [(s, statistics(s.mse)) for s in sorted(series, key=lambda s: s.nfe)]
+    figures = [(s, s.errors.figures()) for s in sorted(series, key=lambda s: s.nfe)]
     drawn = [(s, f) for s, f in figures if s.nfe > 0 and f["mean"] > 0]
     if len(drawn) < 2:
         return None, []
@@ -153,17 +152,18 @@ def _curve(series: Sequence[Series]) -> tuple[Markup | None, list[str]]:
 @styled
 def _histograms(series: Sequence[Series]) -> Markup | None:
     """One histogram per series, with a shared axis of log10 MSE."""
-    compared = [(s, *_kinds(s.mse)) for s in series if len(s.mse)]
-    if not any(len(positive) for _, positive, *_ in compared):
+    compared = [s for s in series if s.errors.count]
+    if not any(s.errors.positive for s in compared):
         return None
-    edges, counts = histogram([positive for _, positive, *_ in compared])
+    edges, counts = histogram([s.errors for s in compared])
     most, row = int(counts.max()), max(54.0, _plot_height(series) / len(compared))
     figure = new_figure(len(compared) * row + 56)
     rows = figure.subplots(len(compared), sharex=True, squeeze=False)[:, 0]
     labels = []
-    for axes, (s, positive, exact, not_finite), in_bins in zip(rows, compared, counts, strict=True):
-        title = f"{len(positive):,} images" + (f" + {exact:,} exact" if exact else "")
-        title += f" + {not_finite:,} not finite" if not_finite else ""
+    for axes, s, in_bins in zip(rows, compared, counts, strict=True):
+        errors = s.errors
+        title = f"{errors.positive:,} images" + (f" + {errors.exact:,} exact" if errors.exact else "")
+        title += f" + {errors.not_finite:,} not finite" if errors.not_finite else ""
         axes.set_title(f"{s.steps:,} steps", loc="left", color=LIGHT["text"], fontweight="bold")
         axes.set_title(title, loc="right")
         filled = in_bins.nonzero()[0]
@@ -179,7 +179,7 @@ def _histograms(series: Sequence[Series]) -> Markup | None:
         axes.set_axisbelow(True)
         axes.spines["left"].set_visible(False)
         axes.tick_params(labelbottom=axes is rows[-1])
-        labels.append(f"{s.steps:,} steps: {title}, median {scientific(statistics(s.mse)['median'])}")
+        labels.append(f"{s.steps:,} steps: {title}, median {scientific(errors.quantile(0.5))}")
     figure.supxlabel("mean squared error, logarithmic", fontsize="medium")
     figure.supylabel("images", fontsize="medium")
     return inline(to_svg(figure), f"Histogram of log10 MSE: {'; '.join(labels)}")

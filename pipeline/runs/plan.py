@@ -141,6 +141,13 @@ def read_plan(run: Folder) -> Iterator[Shard]:
     return _read_files(run, range(json.loads(run.read(COMPLETE))["files"]))
 
 
+def shard_names(run: Folder) -> Iterator[str]:
+    """The names of the shards in the plan's order, without reading the rest. Raises FileNotFoundError if there is no
+    plan."""
+    for i in range(json.loads(run.read(COMPLETE))["files"]):
+        yield from run.read_parquet(f"plan/{i:06d}.parquet", ["name"])["name"].to_pylist()
+
+
 def _read_files(run: Folder, numbers: range) -> Iterator[Shard]:
     for i in numbers:
         try:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Self
 
@@ -14,7 +14,6 @@ import pyarrow.parquet as pq
 
 from palindrome.pipeline.base.errors import RunError
 from palindrome.pipeline.base.text import one_line
-from palindrome.pipeline.base.threads import in_threads
 from palindrome.pipeline.images.records import Image, Reject
 from palindrome.pipeline.runs.entries import entries
 from palindrome.pipeline.runs.kinds import LATENTS, REJECTS
@@ -190,14 +189,6 @@ def _fragment(
     with open_ranges(run.fs, run.path(f"{LATENTS}/{shard}.parquet")) as file:
         fragment = dataset.ParquetFileFormat().make_fragment(file)
         yield fragment, which.expression(fragment.physical_schema)
-
-
-def read_rejects(run: Folder, done: Collection[str]) -> Iterator[dict[str, Any]]:
-    """The rejects of the committed shards, as rows of schemas.REJECT_SCHEMA."""
-    # A shard that is not committed will write its rejects again.
-    names = (name for name in run.files(REJECTS) if name.removesuffix(".parquet") in done)
-    for table in in_threads(lambda name: run.read_parquet(f"{REJECTS}/{name}"), names):
-        yield from table.to_pylist()
 
 
 def rejects(run: Folder, manifest: Manifest, reason: str | None = None) -> Iterator[dict[str, Any]]:

@@ -3,8 +3,8 @@
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,102 +13,126 @@ import pyarrow.compute as pc
 from palindrome.pipeline.base.errors import writing
 from palindrome.pipeline.base.log import note
 from palindrome.pipeline.base.threads import in_threads
-from palindrome.pipeline.images.metrics import statistics
-from palindrome.pipeline.runs.kinds import IMAGES, LATENTS, RECONSTRUCTIONS
+from palindrome.pipeline.runs.errors import Errors
+from palindrome.pipeline.runs.kinds import IMAGES, LATENTS, RECONSTRUCTIONS, REJECTS
 from palindrome.pipeline.runs.outcome import Failure
-from palindrome.pipeline.runs.schemas import ERROR_SCHEMA, REGENERATED_SCHEMA
-from palindrome.pipeline.runs.shards import committed, read_rejects, shard_metadata
+from palindrome.pipeline.runs.tallies import READS, Committed, Tally, committed_shards, reasons, tables, tally
 from palindrome.pipeline.storage.folder import Folder
-
-T = TypeVar("T")
-READS = 32  # shards read at once
-WORST = 20  # ids named
-NAMED = 1000  # ids named of the images that do not come back to the bit; the rows say it of all
 
 
 def latents_summary(run: Folder, measured: bool) -> dict[str, Any]:
     """Counts, rejects by reason, seconds, and the round-trip error where it was measured."""
-    shards = sorted(committed(run))
-    summary = {"images": 0, "latents": 0, "rejects": 0, **_account(run, shards, LATENTS)}
-    summary["rejects_by_reason"] = rejects_by_reason(run, shards)
+
+    def read(shard: Committed) -> Tally:
+        with run.parquet_file(f"{LATENTS}/{shard.name}.parquet", shard.file.size) as file:
+            found = Tally.of_footer(file)
+            for first, rows in tables(file, ["image_id", "mse", "identical"]) if measured else ():
+                numbers, identical = first + np.arange(len(rows)), column(rows, "identical")
+                found.errors[""].add(shard.name, numbers, rows["image_id"], column(rows, "mse"), identical < 1)
+        found.add_rejects(run, shard)
+        return found
+
+    found = tally(committed_shards(run, LATENTS), read, "measured" if measured else "latents", run, run)
+    summary = {"images": 0, "latents": 0, "rejects": 0, **_account(found), "rejects_by_reason": _sorted(found.reasons)}
     if measured:
-        columns = {"image_id": pa.string(), "mse": pa.float64(), "identical": pa.float64()}
-        tables = _of_each(lambda shard: run.read_parquet(f"{LATENTS}/{shard}.parquet", list(columns)), shards)
-        nothing = pa.schema(columns).empty_table()
-        rows = pa.concat_tables([nothing, *tables], promote_options="permissive")
-        others = rows.filter(pc.less(rows["identical"], 1))["image_id"]
-        summary["round_trip"] = {
-            **error_statistics(rows),
-            "not_identical": len(others),
-            "not_identical_ids": others.slice(0, NAMED).to_pylist(),
-        }
+        errors = found.errors[""]
+        named = [image.image_id for image in errors.first_different]
+        about = {"not_identical": errors.different, "not_identical_ids": named}
+        summary["round_trip"] = {**error_statistics(errors), **about}
     return summary
 
 
 def rejects_by_reason(run: Folder, shards: Collection[str]) -> dict[str, int]:
     """Counts over the shards that are done."""
-    return dict(sorted(Counter(reject["reason"] for reject in read_rejects(run, shards)).items()))
+    # A shard that is not committed will write its rejects again.
+    names = ((name.removesuffix(".parquet"), size) for name, size in run.files(REJECTS).items())
+    done = (shard for shard in names if shard[0] in shards)
+    found: Counter[str] = Counter()
+    for counts in in_threads(lambda shard: reasons(run, *shard), done, READS):
+        found.update(counts)
+    return _sorted(found)
 
 
-def reconstructions_summary(run: Folder, rows: pa.Table, steps: Sequence[int]) -> dict[str, Any]:
-    """Counts, seconds, and for each number of steps the errors in `rows` and the images that could not be compared."""
-    summary = _account(run, sorted(committed(run, RECONSTRUCTIONS)), RECONSTRUCTIONS)
+def read_errors(run: Folder, plan: Folder) -> Tally:
+    """The tally of a reconstruction, with the errors by number of steps; `plan` is the encode run."""
+
+    def read(shard: Committed) -> Tally:
+        with run.parquet_file(f"{RECONSTRUCTIONS}/{shard.name}.parquet", shard.file.size) as file:
+            found = Tally.of_footer(file)
+            for first, rows in tables(file, ["image_id", "steps", "status", "mse", "identical"]):
+                compared = pc.equal(rows["status"], "compared").to_numpy()
+                for steps, numbers, these in _by_steps(rows):
+                    errors, at = found.errors[steps], compared[numbers]
+                    errors.uncompared.update(these.filter(pa.array(~at))["status"].to_pylist())
+                    these = these.filter(pa.array(at))
+                    mse, identical = column(these, "mse"), column(these, "identical")
+                    errors.add(shard.name, first + numbers[at], these["image_id"], mse, identical=identical)
+        return found
+
+    return tally(committed_shards(run, RECONSTRUCTIONS), read, "reconstructions", plan, run)
+
+
+def reconstructions_summary(found: Tally, steps: Sequence[int]) -> dict[str, Any]:
+    """Of `read_errors`: counts, seconds, and for each number of steps the errors and the images that could not be
+    compared."""
+    summary = _account(found)
     summary["by_steps"] = []
     for count in steps:
-        compared, uncompared = split_by_status(rows, count)
-        identical = pc.mean(compared["identical"]).as_py()
-        found = {**error_statistics(compared), "identical": identical, "uncompared": uncompared}
-        summary["by_steps"].append({"steps": count, **found})
+        errors = found.errors[str(count)]
+        about = {"identical": errors.mean("identical"), "uncompared": _sorted(errors.uncompared)}
+        summary["by_steps"].append({"steps": count, **error_statistics(errors), **about})
     return summary
 
 
 def generated_summary(run: Folder) -> dict[str, Any]:
     """Counts and seconds."""
-    return {"images": 0, **_account(run, sorted(committed(run, IMAGES)), IMAGES)}
+
+    def read(shard: Committed) -> Tally:
+        with run.parquet_file(f"{IMAGES}/{shard.name}.parquet", shard.file.size) as file:
+            return Tally.of_footer(file)
+
+    return {"images": 0, **_account(tally(committed_shards(run, IMAGES), read, "images", run, run))}
 
 
-def read_errors(run: Folder) -> pa.Table:
-    """All rows of a reconstruction, with the name of their `shard`, without the images."""
-    columns = [name for name in ERROR_SCHEMA.names if name != "image"]
-    nothing = ERROR_SCHEMA.empty_table().select(columns)
-    tables = [nothing.append_column("shard", pa.array([], pa.string()))]
+def regenerated_summary(run: Folder, plan: Folder) -> dict[str, Any]:
+    """Counts, seconds, and for each number of steps images, mean and 99th percentile of `to_longest`; `plan` is the
+    encode run."""
 
-    def read(shard: str) -> pa.Table:
-        rows = run.read_parquet(f"{RECONSTRUCTIONS}/{shard}.parquet", columns).replace_schema_metadata()
-        return rows.append_column("shard", pa.repeat(shard, len(rows)))
+    def read(shard: Committed) -> Tally:
+        with run.parquet_file(f"{IMAGES}/{shard.name}.parquet", shard.file.size) as file:
+            found = Tally.of_footer(file)
+            for first, rows in tables(file, ["image_id", "steps", "to_longest"]):
+                for steps, numbers, these in _by_steps(rows):
+                    distances = column(these, "to_longest")
+                    found.errors[steps].add(shard.name, first + numbers, these["image_id"], distances)
+        return found
 
-    return pa.concat_tables([*tables, *_of_each(read, sorted(committed(run, RECONSTRUCTIONS)))])
-
-
-def mean_nfe(run: Folder) -> float:
-    """Network evaluations that encoding spent on an image, over all its rows: a tolerance makes them differ."""
-    spent = count = 0
-    for table in _of_each(lambda shard: run.read_parquet(f"{LATENTS}/{shard}.parquet", ["nfe"]), committed(run)):
-        nfe = table["nfe"]
-        spent, count = spent + (pc.sum(nfe).as_py() or 0), count + len(nfe)
-    return spent / max(count, 1)
-
-
-def split_by_status(rows: pa.Table, steps: int) -> tuple[pa.Table, dict[str, int]]:
-    """Of the rows at a number of steps: those compared, and reason -> count of those that were not."""
-    rows = rows.filter(pc.equal(rows["steps"], steps))
-    others = Counter(status for status in rows["status"].to_pylist() if status != "compared")
-    return rows.filter(pc.equal(rows["status"], "compared")), dict(sorted(others.items()))
+    found = tally(committed_shards(run, IMAGES), read, "regenerated", plan, run)
+    by_steps = []
+    for steps, errors in sorted(found.errors.items(), key=lambda item: int(item[0])):
+        figures = errors.figures()
+        by_steps.append({"steps": int(steps), "images": errors.count, "mean": figures["mean"], "p99": figures["p99"]})
+    return {"images": 0, **_account(found), "by_steps": by_steps}
 
 
-def error_statistics(rows: pa.Table) -> dict[str, Any]:
+def mean_nfe(latents: Folder, run: Folder) -> float:
+    """Network evaluations that encoding spent on an image, over all rows of an encode run: a tolerance makes them
+    differ. `run` is the run that asks, which keeps what was read."""
+
+    def read(shard: Committed) -> Tally:
+        nfe = latents.read_parquet(f"{LATENTS}/{shard.name}.parquet", ["nfe"], shard.file.size)["nfe"]
+        return Tally(1, Counter(nfe=pc.sum(nfe).as_py() or 0, latents=len(nfe)))
+
+    found = tally(committed_shards(latents, LATENTS), read, "nfe", latents, run)
+    return found.counts["nfe"] / max(found.counts["latents"], 1)
+
+
+def error_statistics(errors: Errors) -> dict[str, Any]:
     """count, how many of them are `not_finite` and left out of the figures, mean, median, p99, max of `mse`, the mean
     PSNR of those that are not exact, and the worst ids, worst first. What has no finite value is None."""
-    mse = rows["mse"].to_numpy()
-    figures = {name: value if math.isfinite(value) else None for name, value in statistics(mse).items()}
-    worst = np.argsort(-np.where(np.isfinite(mse), mse, np.inf), kind="stable")[:WORST]
-    not_finite = int((~np.isfinite(mse)).sum())
-    return {
-        "count": len(mse),
-        "not_finite": not_finite,
-        **figures,
-        "worst": rows["image_id"].take(pa.array(worst)).to_pylist(),
-    }
+    figures = {name: value if math.isfinite(value) else None for name, value in errors.figures().items()}
+    worst = [image.image_id for image in errors.worst]
+    return {"count": errors.count, "not_finite": errors.not_finite, **figures, "worst": worst}
 
 
 def put_summary(run: Folder, summary: dict[str, Any], failures: Sequence[Failure]) -> None:
@@ -118,29 +142,22 @@ def put_summary(run: Folder, summary: dict[str, Any], failures: Sequence[Failure
         run.put("summary.json", (json.dumps({**summary, "failed_shards": failed}, indent=2) + "\n").encode())
 
 
-def _account(run: Folder, shards: Sequence[str], below: str) -> dict[str, Any]:
-    counts: Counter[str] = Counter()
-    seconds: Counter[str] = Counter()
-    for metadata in _of_each(lambda shard: shard_metadata(run, shard, below), shards):
-        counts.update(metadata["counts"])
-        seconds.update(metadata["timings"])
-    return {"shards": len(shards), **counts, **{k: round(v, 3) for k, v in seconds.items()}}
+def column(rows: pa.Table, name: str) -> np.ndarray:
+    """A column as float64, NaN where it is null."""
+    return rows[name].to_numpy().astype(np.float64)
 
 
-def _of_each(read: Callable[[str], T], shards: Iterable[str]) -> Iterator[T]:
-    """What is read of each shard, in their order; many at once, as an object store takes tens of milliseconds each."""
-    return in_threads(read, shards, READS)
+def _by_steps(rows: pa.Table) -> Iterator[tuple[str, np.ndarray, pa.Table]]:
+    """For each number of steps: its name, the indices of its rows, and its rows."""
+    steps = rows["steps"].to_numpy()
+    for count in np.unique(steps).tolist():
+        at = np.flatnonzero(steps == count)
+        yield str(count), at, rows.take(pa.array(at))
 
 
-def consistency(run: Folder) -> list[dict[str, Any]]:
-    """For each number of steps: images, mean and 99th percentile of `to_longest`."""
-    nothing = REGENERATED_SCHEMA.empty_table().select(["steps", "to_longest"])
-    names = sorted(committed(run, IMAGES))
-    tables = _of_each(lambda shard: run.read_parquet(f"{IMAGES}/{shard}.parquet", nothing.column_names), names)
-    rows = pa.concat_tables([nothing, *(table.replace_schema_metadata() for table in tables)])
-    found = []
-    for steps in sorted(pc.unique(rows["steps"]).to_pylist()):
-        distances = rows.filter(pc.equal(rows["steps"], steps))["to_longest"].to_numpy()
-        about = {"steps": steps, "images": len(distances), "mean": float(distances.mean())}
-        found.append({**about, "p99": float(np.quantile(distances, 0.99))})
-    return found
+def _account(found: Tally) -> dict[str, Any]:
+    return {"shards": found.shards, **found.counts, **{k: round(v, 3) for k, v in found.seconds.items()}}
+
+
+def _sorted(counts: Counter[str]) -> dict[str, int]:
+    return dict(sorted(counts.items()))

@@ -25,6 +25,7 @@ from palindrome.pipeline.storage.uri import absolute as absolute
 AWS_FILES = ("~/.aws/credentials", "~/.aws/config")
 TEMPORARY = ".tmp-"  # prefix of the names of unfinished files, which readers ignore
 WEB_WAITS = {"total": 300, "sock_connect": 10, "sock_read": 20}  # seconds for a web server that does not answer
+FOOTER_BYTES = 1 << 16  # that pyarrow reads at the end of a Parquet file
 GROUP_ROWS, GROUP_BYTES = 1024, 32 << 20  # a row group of TableWriter is written at either
 
 Options = Mapping[str, Mapping[str, Any]]  # fsspec's storage options by protocol: {"s3": {"endpoint_url": ...}}
@@ -108,10 +109,12 @@ def open_fs(uri: str, options: Options) -> tuple[Any, str]:
     return fs, str(fs._strip_protocol(path))
 
 
-def open_ranges(fs: Any, path: str) -> Any:
+def open_ranges(fs: Any, path: str, size: int | None = None) -> Any:
     """Opens a file for a reader that knows the ranges it needs. fsspec's read-ahead cache, which would fetch megabytes
-    after each range, is off."""
-    return fs.open(path, "rb") if isinstance(fs, LocalFileSystem) else fs.open(path, "rb", cache_type="none")
+    after each range, is off. With its `size` in bytes no request asks for that."""
+    if isinstance(fs, LocalFileSystem):
+        return fs.open(path, "rb")
+    return fs.open(path, "rb", cache_type="none", **({} if size is None else {"size": size}))
 
 
 class _Ranges(FSSpecHandler):
@@ -159,16 +162,19 @@ class Folder:
     def read(self, name: str) -> bytes:
         return bytes(self.fs.cat_file(self.path(name)))
 
-    def read_parquet(self, name: str, columns: list[str] | None = None) -> pa.Table:
-        """A table; with `columns`, reads only their bytes."""
+    def read_parquet(self, name: str, columns: list[str] | None = None, size: int | None = None) -> pa.Table:
+        """A table; with `columns`, reads only their bytes; with `size`, as parquet_file."""
         if columns is None:
             return pq.read_table(pa.BufferReader(self.read(name)))
-        with self.parquet_file(name) as file:
+        with self.parquet_file(name, size) as file:
             return file.read(columns)
 
-    def parquet_file(self, name: str) -> pq.ParquetFile:
-        """A Parquet file opened for range reads: of the footer, or of some rows."""
-        return pq.ParquetFile(open_ranges(self.fs, self.path(name)), pre_buffer=True)
+    def parquet_file(self, name: str, size: int | None = None) -> pq.ParquetFile:
+        """A Parquet file opened for range reads: of the footer, or of some rows. With its `size` in bytes, as a listing
+        has it, no request asks for that, and a small file takes one."""
+        if size is not None and size <= FOOTER_BYTES and not self.is_local:
+            return pq.ParquetFile(pa.BufferReader(self.read(name)))
+        return pq.ParquetFile(open_ranges(self.fs, self.path(name), size), pre_buffer=True)
 
     def files(self, below: str) -> dict[str, int]:
         """Sizes in bytes, by name, of the finished files in a folder, not of its subfolders; {} if it is missing."""

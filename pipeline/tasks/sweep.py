@@ -13,18 +13,21 @@ from torch import Tensor
 
 from palindrome.model.condition import Condition
 from palindrome.model.ddim import noise_index, sample_noise
-from palindrome.pipeline.images.metrics import moments, statistics, to_model
+from palindrome.pipeline.images.metrics import moments, to_model
 from palindrome.pipeline.images.records import Image, Shard
 from palindrome.pipeline.runs.inversion import Inversion
 from palindrome.pipeline.runs.kinds import SWEPT, setting_name
 from palindrome.pipeline.runs.outcome import Receipt
 from palindrome.pipeline.runs.schemas import SWEEP_SCHEMA
-from palindrome.pipeline.runs.shards import ShardWriter, committed, shard_metadata
+from palindrome.pipeline.runs.shards import ShardWriter, shard_metadata
+from palindrome.pipeline.runs.summary import column
+from palindrome.pipeline.runs.tallies import Committed, Tally, committed_shards, tables, tally
 from palindrome.pipeline.runtime.device import Model, stopwatch
 from palindrome.pipeline.runtime.reader import Reader
 from palindrome.pipeline.storage.folder import Folder
 from palindrome.pipeline.tasks.encode import measure
 
+AVERAGED = ("identical", "nfe", "mean", "std", "kurtosis", "correlation", "noise_mse")  # columns of SWEEP_SCHEMA
 # The DDIM paper's Table 2: reconstruction error by steps.
 TABLE_2 = {10: 0.014, 20: 0.0065, 50: 0.0023, 100: 0.0009, 200: 0.0004, 500: 0.0001, 1000: 0.0001}
 
@@ -128,28 +131,34 @@ def _noise_error(model: Model, noise: Tensor, how: Inversion, condition: Conditi
 def read_sweep(run: Folder) -> list[dict[str, Any]]:
     """A row for each setting in the folder, sorted by ladder and NFE: its parameters, the number of images, and
     statistics over them. Values that are not finite are None."""
-    done: dict[str, list[str]] = defaultdict(list)
-    for unit in sorted(committed(run, SWEPT)):
-        done[unit.partition("-")[2]].append(unit)
-    rows = [_row(run, names) for names in done.values()]
+    done: dict[str, list[Committed]] = defaultdict(list)
+    for unit in committed_shards(run, SWEPT):
+        done[unit.name.partition("-")[2]].append(unit)
+    rows = [_row(run, name, units) for name, units in done.items()]
     return sorted(rows, key=lambda row: (row["ladder"], row["corrections"], row["dtype"], row["nfe"]))
 
 
-def _row(run: Folder, names: list[str]) -> dict[str, Any]:
-    """The row of one setting, from the units `names`."""
-    seconds = 0.0
-    for name in names:
-        metadata = shard_metadata(run, name, SWEPT)
-        seconds += metadata["timings"]["round_trip_seconds"]
-    columns = [field.name for field in SWEEP_SCHEMA if field.type != pa.string()]
-    tables = [run.read_parquet(f"{SWEPT}/{name}.parquet", columns).replace_schema_metadata() for name in names]
-    found = {name: column.to_numpy() for name, column in zip(columns, pa.concat_tables(tables).columns, strict=True)}
-    setting = Setting.of(metadata["setting"])
+def _row(run: Folder, name: str, units: Sequence[Committed]) -> dict[str, Any]:
+    """The row of the setting of that name, from its units."""
+
+    def read(unit: Committed) -> Tally:
+        with run.parquet_file(f"{SWEPT}/{unit.name}.parquet", unit.file.size) as file:
+            found = Tally.of_footer(file)
+            for first, rows in tables(file, ["image_id", "mse", *AVERAGED]):
+                others = {name: column(rows, name) for name in AVERAGED}
+                others["exact"] = others["identical"] == 1
+                numbers = first + np.arange(len(rows))
+                found.errors[""].add(unit.name, numbers, rows["image_id"], column(rows, "mse"), **others)
+        return found
+
+    found = tally(units, read, f"sweep_{name}", run, run)
+    errors = found.errors[""]
+    setting = Setting.of(shard_metadata(run, units[0].name, SWEPT)["setting"])
     how = setting.how
-    count, steps = len(found["mse"]), how.steps
+    count, steps = errors.count, how.steps
     plain = not how.corrections
-    up = _mean(found["nfe"])
-    figures = statistics(found["mse"])
+    up = errors.mean("nfe")
+    figures = errors.figures()
     return {
         "ladder": setting.ladder,
         "steps": steps,
@@ -163,19 +172,13 @@ def _row(run: Folder, names: list[str]) -> dict[str, Any]:
         "images": count,
         **{f"mse_{name}": _finite(figures[name]) for name in ("mean", "median", "p99", "max")},
         "psnr": _finite(figures["psnr"]),
-        "values_identical": _mean(found["identical"]),
-        "images_identical": _mean(found["identical"] == 1),
-        **{f"latent_{name}": _mean(found[name]) for name in ("mean", "std", "kurtosis", "correlation")},
-        "noise_mse": _mean(found["noise_mse"]),
-        "seconds_an_image": seconds / count if count else None,
+        "values_identical": errors.mean("identical"),
+        "images_identical": errors.mean("exact"),
+        **{f"latent_{name}": errors.mean(name) for name in ("mean", "std", "kurtosis", "correlation")},
+        "noise_mse": errors.mean("noise_mse"),
+        "seconds_an_image": found.seconds["round_trip_seconds"] / count if count else None,
         "paper_mse": TABLE_2.get(steps) if plain else None,
     }
-
-
-def _mean(values: np.ndarray) -> float | None:
-    """The mean of the finite values."""
-    values = values[np.isfinite(values)]
-    return float(values.mean()) if len(values) else None
 
 
 def _finite(value: float) -> float | None:

@@ -88,7 +88,7 @@ def times():
 
     def times(folder):
         again = {"summary.json", "report.html"}
-        files = (path for path in Path(folder).rglob("*") if path.is_file())
+        files = (path for path in Path(folder).rglob("*") if path.is_file() and path.parent.name != "tallies")
         return {str(p.relative_to(folder)): p.stat().st_mtime_ns for p in files if p.name not in again}
 
     return times

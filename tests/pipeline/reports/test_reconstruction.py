@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image as PIL
 
@@ -21,6 +22,7 @@ from palindrome.pipeline.reports.reconstruction import (
     histogram,
     reconstruction_report,
 )
+from palindrome.pipeline.runs.errors import Errors
 
 NASTY = "<script>alert('1')</script>&\"/" + "long" * 40 + ".png"
 VOID = {"meta", "img", "br"}
@@ -85,8 +87,14 @@ def errors(count: int = 1000, centre: float = -4.0, seed: int = 0) -> np.ndarray
     return 10 ** np.random.default_rng(seed).normal(centre, 0.4, count)
 
 
-def series(steps: int, mse: np.ndarray, uncompared: Mapping[str, int] | None = None) -> Series:
-    return Series(steps, 2 * steps, mse, 0.25, uncompared or {})
+def of(mse: np.ndarray) -> Errors:
+    found = Errors()
+    found.add("shard", np.arange(len(mse)), pa.array([f"{i}.png" for i in range(len(mse))]), mse)
+    return found
+
+
+def series(steps: int, mse: np.ndarray, uncompared: Mapping[str, int] | None = None, identical: float = 0.25) -> Series:
+    return Series(steps, 2 * steps, of(mse), identical, uncompared or {})
 
 
 def full() -> str:
@@ -156,7 +164,7 @@ def test_cards_tell_steps_and_errors() -> None:
 
 def test_table_is_numpys() -> None:
     mse = errors(1234)
-    run = Series(50, 100, mse, 0.98765, {"missing": 1200, "changed": 1, "truncated": 0})
+    run = series(50, mse, {"missing": 1200, "changed": 1, "truncated": 0}, 0.98765)
     _, (steps, nfe, count, *figures, psnr, identical, uncompared) = Page(reconstruction_report("t", {}, [run], {})).rows
     assert (steps, nfe, count) == (["50"], ["100"], ["1,234"])
     expected = [np.mean(mse), np.median(mse), np.percentile(mse, 99), np.max(mse)]
@@ -167,7 +175,7 @@ def test_table_is_numpys() -> None:
 
 def test_exact_and_strange_errors_are_counted_apart() -> None:
     mse = np.concatenate([errors(100), np.zeros(3), [np.nan, np.inf]])
-    text = reconstruction_report("t", {}, [Series(50, 100, mse, 0.99999, {})], {})
+    text = reconstruction_report("t", {}, [series(50, mse, identical=0.99999)], {})
     page = Page(text)
     finite, positive = mse[:103], mse[:100]
     _, _, count, mean, _, _, _, psnr, identical, uncompared = page.rows[1]
@@ -182,7 +190,7 @@ def test_exact_and_strange_errors_are_counted_apart() -> None:
     [10.0 ** np.arange(-12, 1)], [np.array([5e-324, 1.0])], [np.array([0.1, 0.1 + 1e-16])],
 ])  # fmt: skip
 def test_histogram_holds_every_error(parts: Sequence[np.ndarray]) -> None:
-    edges, counts = histogram(parts)
+    edges, counts = histogram([of(part) for part in parts])
     assert counts.shape == (len(parts), len(edges) - 1) and len(edges) <= 51
     assert counts.sum(1).tolist() == [len(p) for p in parts]
     logs = np.log10(np.concatenate(parts))
@@ -234,7 +242,7 @@ def test_same_input_same_bytes() -> None:
 
 @pytest.mark.parametrize("mse", [np.zeros(0), np.full(3, np.nan)])
 def test_nothing_to_show(mse: np.ndarray) -> None:
-    text = reconstruction_report("t", {}, [Series(50, 100, mse, math.nan, {"missing": 256})], {"A sample": []})
+    text = reconstruction_report("t", {}, [series(50, mse, {"missing": 256}, math.nan)], {"A sample": []})
     assert Page(text).rows[1][-7:] == [["–"]] * 6 + [["256 missing"]]
     assert ("No image could be compared" in text) == (not len(mse)) and "No images." in text and "<svg" not in text
     assert "No image could be compared" in reconstruction_report("t", {}, [], {})
@@ -243,7 +251,7 @@ def test_nothing_to_show(mse: np.ndarray) -> None:
 
 
 def test_all_exact() -> None:
-    text = reconstruction_report("t", {}, [Series(50, 100, np.zeros(4), 1.0, {})], {})
+    text = reconstruction_report("t", {}, [series(50, np.zeros(4), identical=1.0)], {})
     assert [c[0] for c in Page(text).rows[1][3:9]] == ["0", "0", "0", "0", "∞", "100%"]
     assert "Every compared image came back exactly" in text and "<svg" not in text
 

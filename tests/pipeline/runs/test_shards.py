@@ -18,9 +18,9 @@ from palindrome.pipeline.runs.shards import (
     latent_rows,
     latent_writer,
     read_latents,
-    read_rejects,
     shard_metadata,
 )
+from palindrome.pipeline.runs.summary import rejects_by_reason
 from palindrome.pipeline.storage.folder import Folder
 
 SHAPE = (3, 4, 5)
@@ -210,7 +210,9 @@ def test_rejects_have_a_file_only_where_there_are_some(run):
     put(run, "with", draw(1, "float16"), rejects=rejects)
     put(run, "without", draw(1, "float16"))
     assert list(run.files("rejects")) == ["with.parquet"]
-    assert list(read_rejects(run, {"with", "without"})) == [vars(reject) for reject in rejects]
+    assert run.read_parquet("rejects/with.parquet").to_pylist() == [vars(reject) for reject in rejects]
+    assert rejects_by_reason(run, {"with", "without"}) == {"corrupt": 1, "empty": 1}
+    assert rejects_by_reason(run, {"without"}) == {}
 
 
 def test_rejects_are_written_before_the_commit(run, tmp_path):

@@ -15,7 +15,15 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 
 from palindrome.pipeline.base.errors import SourceError, StoreError
-from palindrome.pipeline.storage.folder import Folder, TableWriter, current_options, is_outage, options_for, using
+from palindrome.pipeline.storage.folder import (
+    FOOTER_BYTES,
+    Folder,
+    TableWriter,
+    current_options,
+    is_outage,
+    options_for,
+    using,
+)
 
 ROOT = Path(__file__).parents[3]
 MIB = 1 << 20
@@ -175,6 +183,20 @@ def test_small_objects_take_one_request_and_footers_few_bytes(store, proxy):
     with behind.parquet_file("t.parquet") as file:
         assert file.metadata.num_rows == 1000
     assert [method for method, _ in proxy.requests] == ["HEAD", "GET"]
+
+
+def test_a_listing_s_size_saves_a_request_and_a_small_file_takes_one(store, proxy):
+    run = folder(store)
+    large = pa.concat_tables([TABLE] * 20).combine_chunks()
+    for name, table in (("small", TABLE.slice(0, 9)), ("large", large)):
+        run.put_parquet(name, table, compression="none", use_dictionary=False)
+    sizes = run.files("")
+    assert sizes["small"] < FOOTER_BYTES < sizes["large"]
+    behind = Folder(run.uri, store.through(proxy).options)
+    for name, table, requests in (("small", TABLE.slice(0, 9), 1), ("large", large, 2)):
+        proxy.requests.clear()
+        assert behind.read_parquet(name, ["n"], sizes[name]).equals(table.select(["n"]))
+        assert [method for method, _ in proxy.requests] == ["GET"] * requests
 
 
 def test_faults_are_ridden_out(store, proxy):
