@@ -1,4 +1,4 @@
-"""Unconditional pixel models: folders with a UNet2DModel in diffusers' layout, which opens ours as we open its.
+"""Pixel models, also of classes: folders with a UNet2DModel in diffusers' layout, which opens ours as we open its.
 
 unet/config.json, unet/diffusion_pytorch_model.safetensors, scheduler/scheduler_config.json, model_index.json
 """
@@ -6,10 +6,12 @@ unet/config.json, unet/diffusion_pytorch_model.safetensors, scheduler/scheduler_
 import dataclasses
 import hashlib
 import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Integral
 from typing import Any, Self
 
 import fsspec
@@ -17,6 +19,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from palindrome.model.condition import Condition
 from palindrome.model.ddim import Network
 from palindrome.model.diffusers_folder import INDEX, STEM, DiffusersFolder
 from palindrome.model.engine import Engine
@@ -39,11 +42,13 @@ class UNet2D(Checkpoint):
 
     `weights` maps diffusers' parameter names to tensors of the stored dtype. A network with twice as many outputs as
     inputs predicts the variance too (Nichol & Dhariwal, section 3.1), by the second half, which DDIM has no use for.
+    A class-conditional network is told the class of an image that is kept with it in the column `class_column`.
     """
 
     config: UNetConfig
     weights: Mapping[str, Tensor]
     process: Process
+    class_column: str = "label"
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -81,12 +86,34 @@ class UNet2D(Checkpoint):
         """Raises as Engine does."""
         return Engine(self.network(device), execution)
 
+    def condition(self, rows: Sequence[Mapping[str, Any]]) -> Condition | None:
+        """`class`: int64 [B]; or for the class embedding `identity`, float32 [B, E]. Raises ValueError where an image
+        has no class, or one that the network does not know."""
+        c, column = self.config, self.class_column
+        if not c.class_conditional:
+            return None
+        values: list[Any] = [row.get(column) for row in rows]
+        if any(value is None for value in values):
+            raise ValueError(f"the network is class-conditional, and an image's {column!r} is missing or null")
+        if c.class_embed_type == "identity":
+            return Condition({"class": torch.tensor(values, dtype=torch.float32)})
+        for value in values:
+            known = c.num_class_embeds if c.class_embed_type is None else None
+            if not isinstance(value, Integral) or not 0 <= value < (known or math.inf):
+                raise ValueError(
+                    f"{column!r} is {value!r}, not the number of a class{f' below {known}' if known else ''}"
+                )
+        return Condition({"class": torch.tensor(values, dtype=torch.int64)})
+
     def with_process(self, process: Process) -> Self:
         return dataclasses.replace(self, process=process)
 
 
 def save(checkpoint: UNet2D, uri: str, storage_options: Mapping[str, Any] | None = None) -> None:
-    """Writes the folder, `model_index.json`, by which readers know one, last. The weights keep their dtype."""
+    """Writes the folder, `model_index.json`, by which readers know one, last. The weights keep their dtype.
+    Raises ValueError for a network that diffusers' UNet2DModel can't express."""
+    if settings := checkpoint.config.beyond_diffusers:
+        raise ValueError(f"diffusers' UNet2DModel has no {settings[0]}: this network has no folder in its layout")
     fs, root = fsspec.url_to_fs(uri, **storage_options or {})
     weights = {k: v.detach().cpu().contiguous() for k, v in checkpoint.weights.items()}
     index = {
