@@ -141,12 +141,7 @@ def load(uri: str, storage_options: Mapping[str, Any] | None = None, allow_pickl
     scheduler_name = folder.component("scheduler", "scheduler_config.json")
     config_dict, scheduler_dict = folder.read_json(config_name), folder.read_json(scheduler_name)
     try:
-        config = UNetConfig.from_dict(config_dict)
-        if config.in_channels not in (1, 3) or config.out_channels not in (config.in_channels, 2 * config.in_channels):
-            raise ValueError(
-                f"{config.in_channels} in_channels and {config.out_channels} out_channels: a pixel model has 1 or 3"
-                " channels, and as many outputs, or twice as many if it predicts the variance"
-            )
+        config = pixel_config(UNetConfig.from_dict(config_dict))
     except (ValueError, TypeError) as e:
         raise CheckpointError(f"{uri}/{config_name}: {e}") from e
     try:
@@ -155,16 +150,31 @@ def load(uri: str, storage_options: Mapping[str, Any] | None = None, allow_pickl
         raise CheckpointError(f"{uri}/{scheduler_name}: {e}") from e
     file, weights = folder.weights(config_name.removesuffix("config.json"), allow_pickle)
     weights = {_modern_name(k): v for k, v in weights.items()}
+    check_weights(config, weights, f"{uri}/{file}")
+    return UNet2D(config, weights, process)
+
+
+def pixel_config(config: UNetConfig) -> UNetConfig:
+    """The config itself. Raises ValueError where its channels are not those of a model of pixels."""
+    if config.in_channels not in (1, 3) or config.out_channels not in (config.in_channels, 2 * config.in_channels):
+        raise ValueError(
+            f"{config.in_channels} in_channels and {config.out_channels} out_channels: a pixel model has 1 or 3"
+            " channels, and as many outputs, or twice as many if it predicts the variance"
+        )
+    return config
+
+
+def check_weights(config: UNetConfig, weights: Mapping[str, Tensor], where: str) -> None:
+    """Raises CheckpointError, which begins with `where`, unless they are those of this network, and finite."""
     with torch.device("meta"):
         expected = {k: v.shape for k, v in UNet(config).state_dict().items()}
     for name in sorted(expected.keys() | weights.keys()):
         if name not in weights or name not in expected or weights[name].shape != expected[name]:
             found = tuple(weights[name].shape) if name in weights else "nothing"
             wanted = tuple(expected[name]) if name in expected else "nothing"
-            raise CheckpointError(f"{uri}/{file}: {name} is {found}, and the config asks for {wanted}")
+            raise CheckpointError(f"{where}: {name} is {found}, and the config asks for {wanted}")
         if not weights[name].isfinite().all():
-            raise CheckpointError(f"{uri}/{file}: {name} holds values that are not finite (NaN or infinite)")
-    return UNet2D(config, weights, process)
+            raise CheckpointError(f"{where}: {name} holds values that are not finite (NaN or infinite)")
 
 
 def _check_pipeline(folder: DiffusersFolder) -> None:
