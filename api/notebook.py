@@ -8,7 +8,7 @@ Everything runs in this process, on its GPU if it has one, without a cluster.
 """
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -20,6 +20,7 @@ from PIL import Image as PIL
 from pyarrow.dataset import Dataset
 from torch import Tensor
 
+from palindrome.model.condition import ClassOf, Condition
 from palindrome.model.interpolate import slerp
 from palindrome.pipeline.images.decode import Rejected, decode, from_pillow
 from palindrome.pipeline.images.metrics import to_model, to_pixels
@@ -106,21 +107,26 @@ class Run:
         latents = found["latent"].combine_chunks().to_numpy_ndarray()
         return np.asarray(latents[[position[image_id] for image_id in wanted]], np.float32)
 
-    def decode(self, images: Ids | np.ndarray | Tensor, steps: int | None = None) -> list[PIL.Image]:
-        """Decodes images of the run by their ids, or latents [N, C, H, W] or [C, H, W], to RGB or L images.
+    def decode(
+        self, images: Ids | np.ndarray | Tensor, steps: int | None = None, class_: int | None = None
+    ) -> list[PIL.Image]:
+        """Decodes images of the run by their ids, or latents [N, C, H, W] or [C, H, W], to RGB or L images; of a
+        class-conditional model, as images of the class `class_`.
 
         The result equals that of `palindrome regenerate`: on the run's own ladder, or on one with `steps` steps up to
         the same level. Raises KeyError for an id without a latent; ValueError for latents of another shape, for steps
-        that do not fit the schedule, and if the model is not the one that made the latents.
+        that do not fit the schedule, if the model is not the one that made the latents, and for a class that is missing
+        or that the model does not know.
         """
-        x = torch.from_numpy(self._latents(images))
+        x, condition = torch.from_numpy(self._latents(images)), self._condition(class_)
         ladder, *_ = self.encoded.ladders([] if steps is None else [steps], self._loaded.checkpoint.process)
-        decoded = (self._loaded.decode(batch, ladder) for batch in x.split(BATCH) if len(batch))
+        parts = [batch for batch in x.split(BATCH) if len(batch)]
+        decoded = (self._loaded.decode(batch, ladder, condition(len(batch))) for batch in parts)
         return [to_pillow(pixels) for batch in decoded for pixels in to_pixels(batch)]
 
-    def encode(self, image: PIL.Image | bytes | Location) -> np.ndarray:
+    def encode(self, image: PIL.Image | bytes | Location, class_: int | None = None) -> np.ndarray:
         """The latent of one image, float32 [C, H, W], with the run's preprocessing, inversion and dtype: the latent
-        that encode would have stored.
+        that encode would have stored; `class_` is as for `decode`.
 
         `image` is the content of a file, its path or fsspec URI; or a Pillow image at its current frame, turned upright
         by its EXIF. Prefer files: Pillow itself reads a few unusual PNGs and TIFFs differently. Raises ValueError
@@ -135,22 +141,37 @@ class Run:
                 pixels, *_ = decode(image if isinstance(image, bytes) else self._read(image), how)
         except Rejected as e:
             raise ValueError(f"{e.reason}: {e.detail}") from None
-        latents, _ = latents_of(self._loaded, to_model(np.stack([pixels])), self.encoded.inversion)
+        x, condition = to_model(np.stack([pixels])), self._condition(class_)(1)
+        latents, _ = latents_of(self._loaded, x, self.encoded.inversion, condition=condition)
         return latents[0].float().numpy()
 
     def interpolate(
-        self, a: str | np.ndarray | Tensor, b: str | np.ndarray | Tensor, frames: int = 11, steps: int | None = None
+        self,
+        a: str | np.ndarray | Tensor,
+        b: str | np.ndarray | Tensor,
+        frames: int = 11,
+        steps: int | None = None,
+        class_: int | None = None,
     ) -> list[PIL.Image]:
         """Images between two images, both included: decodes latents interpolated spherically, at equal angles. `a` and
-        `b` are ids or latents [C, H, W]; `steps` is as for `decode`. Raises what `decode` raises, and ValueError for
-        fewer than 2 frames, or if no unique arc connects the latents."""
+        `b` are ids or latents [C, H, W]; `steps` and `class_` are as for `decode`. Raises what `decode` raises, and
+        ValueError for fewer than 2 frames, or if no unique arc connects the latents."""
         if frames < 2:
             raise ValueError(f"frames must be at least 2, for both ends; got {frames}")
         ends = [torch.from_numpy(self._latents(end)) for end in (a, b)]
         if any(len(end) != 1 for end in ends):
             raise ValueError("an interpolation is between two single images")
         from_a, to_b = (end.expand(frames, -1, -1, -1) for end in ends)
-        return self.decode(slerp(from_a, to_b, torch.linspace(0, 1, frames, dtype=torch.float64)), steps)
+        return self.decode(slerp(from_a, to_b, torch.linspace(0, 1, frames, dtype=torch.float64)), steps, class_)
+
+    def _condition(self, class_: int | None) -> Callable[[int], Condition | None]:
+        """The condition of a number of images of that class. Raises ValueError."""
+        model = self._loaded.checkpoint
+        if class_ is not None:
+            model = model.with_classes(ClassOf(value=class_))
+        elif self.encoded.classes and self.encoded.classes.value is None:
+            raise ValueError("the model is class-conditional: class_ says what the images are")
+        return lambda count: model.condition([{}] * count)
 
     def _latents(self, images: Ids | np.ndarray | Tensor) -> np.ndarray:
         """The latents passed, or those stored under the ids passed: float32 [N, C, H, W]."""

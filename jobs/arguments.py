@@ -70,7 +70,7 @@ class Options:
 
 
 def flag_of(name: str) -> str:
-    return "--" + name.replace("_", "-")
+    return "--" + name.rstrip("_").replace("_", "-")  # `class_` is --class
 
 
 @contextmanager

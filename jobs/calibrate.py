@@ -8,8 +8,9 @@ import numpy as np
 import torch
 
 from palindrome.jobs.arguments import ConfigError, Range, config_error
-from palindrome.jobs.config import CollectionOptions, ComputeConfig, PictureOptions, Planned
+from palindrome.jobs.config import ClassOptions, CollectionOptions, ComputeConfig, PictureOptions, Planned
 from palindrome.jobs.estimate import executor_of
+from palindrome.model.condition import Condition
 from palindrome.model.families import Checkpoint
 from palindrome.model.fit import candidates, fit_ladder
 from palindrome.model.inversion import evaluations
@@ -27,7 +28,7 @@ BATCH = 64  # images on the device at once
 
 
 @dataclass(frozen=True, kw_only=True)
-class CalibrateConfig(CollectionOptions, PictureOptions, ComputeConfig):
+class CalibrateConfig(CollectionOptions, PictureOptions, ClassOptions, ComputeConfig):
     """Fit a ladder to some images of a collection: the levels with the least round-trip error for a number of steps."""
 
     GROUP: ClassVar[str] = "inversion"
@@ -61,6 +62,7 @@ def run(config: CalibrateConfig) -> int:
     with config_error("--model"):
         _, model = load_model(config.model, config.allow_pickle)
         how = config.preprocess(model.image_shape)
+    model = config.conditioned(model)
     process = model.process
     top = default_top(process, config.steps) if config.top is None else config.top
     with config_error("--steps" if config.top is None else "--top"):
@@ -114,13 +116,18 @@ def _calibrate(
     """By ladder, including the fitted one: its levels and the round trip's statistics on the images."""
     model, x = Model(checkpoint, threads), to_model(pixels)
     tune_process(model)
-    products = torch.cat([model.epsilon_products(part, fine) for part in x.split(BATCH)]).mean(0).numpy()
+
+    def condition(part: torch.Tensor) -> Condition | None:
+        return checkpoint.condition([{}] * len(part))
+
+    parts = x.split(BATCH)
+    products = torch.cat([model.epsilon_products(part, fine, condition(part)) for part in parts]).mean(0).numpy()
     fitted = fit_ladder(products, fine, checkpoint.process, config.steps, config.corrections)
     found: dict[str, dict[str, Any]] = {}
     for kind, levels in {**ladders, "fitted": fitted}.items():
         errors = []
-        for part in x.split(BATCH):
-            latents, *_ = model.encode(part, levels, config.corrections)
-            errors.append(round_trip_error(part, model.decode(latents, levels)))
+        for part in parts:
+            latents, *_ = model.encode(part, levels, config.corrections, condition=condition(part))
+            errors.append(round_trip_error(part, model.decode(latents, levels, condition(part))))
         found[kind] = {"levels": list(levels), **statistics(np.concatenate(errors))}
     return found

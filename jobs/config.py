@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -12,7 +13,9 @@ from palindrome.pipeline.storage.folder import by_protocol
 
 if TYPE_CHECKING:
     from palindrome.infra.submission import Cluster
+    from palindrome.model.condition import ClassOf
     from palindrome.model.execution import Execution
+    from palindrome.model.families import Checkpoint
     from palindrome.pipeline.images.decode import Preprocess
     from palindrome.pipeline.runs.selection import Selection
     from palindrome.pipeline.storage.folder import Folder
@@ -256,6 +259,56 @@ class CollectionOptions(Options):
         """Arguments of `open_collection`."""
         kind = None if self.format == "auto" else self.format
         return {"kind": kind, "image_column": self.image_column, "extensions": self.extensions}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassOptions(Options):
+    """Options of the commands that tell a class-conditional model one class."""
+
+    GROUP: ClassVar[str] = "model"
+    AT_FAULT: ClassVar[str] = "--class"
+    """The flag that messages name."""
+
+    class_: Annotated[int, Range(0)] | None = None
+    """The number of the class that all images are taken to be of, for a class-conditional model."""
+
+    def classes(self) -> "ClassOf | None":
+        """None if no flag says it. Raises ConfigError."""
+        from palindrome.model.condition import ClassOf  # imports torch
+
+        return None if self.class_ is None else ClassOf(value=self.class_)
+
+    def conditioned(self, model: "Checkpoint", classes: "ClassOf | None" = None) -> "Checkpoint":
+        """The model, told the classes that the flags say, or else `classes`. Raises ConfigError if it needs to be told
+        and is not, or is no class-conditional one."""
+        classes = self.classes() or classes
+        if classes is None and model.class_conditional:
+            raise ConfigError(f"{self.AT_FAULT}: the model is class-conditional, and is told no class")
+        with config_error(self.AT_FAULT):
+            return model if classes is None else model.with_classes(classes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassColumnOptions(ClassOptions):
+    """Options of the commands that tell a class-conditional model each image's class."""
+
+    GROUP: ClassVar[str] = "model"
+    AT_FAULT: ClassVar[str] = "--class-column"
+
+    class_column: str | None = None
+    """The column with the number of each image's class, for a class-conditional model."""
+
+    def classes(self) -> "ClassOf | None":
+        from palindrome.model.condition import ClassOf  # imports torch
+
+        if self.class_column is not None and self.class_ is not None:
+            raise ConfigError("--class-column: can't be combined with --class")
+        return super().classes() or (None if self.class_column is None else ClassOf(self.class_column))
+
+    def with_class_column(self, keep: Sequence[str]) -> tuple[str, ...]:
+        """The columns to read with the images: `keep`, and the column of classes."""
+        more = self.class_column if self.class_column not in (None, *keep) else None
+        return (*keep, *([more] if more else []))
 
 
 @dataclass(frozen=True, kw_only=True)

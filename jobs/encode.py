@@ -6,7 +6,7 @@ from math import prod
 from typing import Annotated, Any, ClassVar, Literal
 
 from palindrome.jobs.arguments import ConfigError, Range, config_error
-from palindrome.jobs.config import CollectionOptions, PictureOptions, ReadingConfig
+from palindrome.jobs.config import ClassColumnOptions, CollectionOptions, PictureOptions, ReadingConfig
 from palindrome.jobs.sharded import Remaining, ShardedJob, remaining_shards, run_sharded
 from palindrome.model.execution import FLOAT32, Execution
 from palindrome.model.families import Checkpoint
@@ -35,7 +35,7 @@ from palindrome.pipeline.tasks.encode import Encode
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncodeConfig(CollectionOptions, PictureOptions, ReadingConfig):
+class EncodeConfig(CollectionOptions, PictureOptions, ClassColumnOptions, ReadingConfig):
     """Encode an image collection to latents by DDIM inversion, one Parquet file per shard in OUT/latents."""
 
     GROUP: ClassVar[str] = "inversion"
@@ -96,10 +96,12 @@ def run(config: EncodeConfig) -> int:
     """Encodes the remaining shards and returns the exit code."""
     with config_error("--images"):
         uri = absolute(config.images)
-        collection = open_collection(uri, keep=config.keep, reserved=LATENT_COLUMNS, **config.reading())
+        keep = config.with_class_column(config.keep)
+        collection = open_collection(uri, keep=keep, reserved=LATENT_COLUMNS, **config.reading())
     with config_error("--model"):
         where, model = load_model(config.model, config.allow_pickle)
         how = config.preprocess(model.image_shape)
+    model = config.conditioned(model)
     with config_error("--out"):
         earlier = earlier_manifest(Folder(absolute(config.out)), "encode")
     if earlier:
@@ -148,7 +150,7 @@ def run(config: EncodeConfig) -> int:
     job = ShardedJob(
         name="encode",
         model=model,
-        settings={"images": uri, "model": where, "steps": inversion.steps},
+        settings={"images": uri, "model": where, "steps": inversion.steps, "keep": keep},
         facts={**facts, "collection": source},
         plan=plan,
         evaluations=inversion.nfe_up + inversion.steps * measured,

@@ -5,7 +5,7 @@ from math import prod
 from typing import Annotated, ClassVar, Literal
 
 from palindrome.jobs.arguments import ConfigError, Range, config_error
-from palindrome.jobs.config import ImagesConfig
+from palindrome.jobs.config import ClassOptions, ImagesConfig
 from palindrome.jobs.sharded import Remaining, ShardedJob, remaining_shards, run_sharded
 from palindrome.model.execution import Execution
 from palindrome.pipeline.images.pixels import grid, pixels_of, png
@@ -26,7 +26,7 @@ SHOWN, COLUMNS = 64, 8  # samples in samples.png
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateConfig(ImagesConfig):
+class GenerateConfig(ImagesConfig, ClassOptions):
     """Generate images from noise x_T ~ N(0, I), one Parquet file per shard in OUT/images.
 
     Sample i depends only on the seed, i and the model, not on batches, shards or workers."""
@@ -70,6 +70,7 @@ def run(config: GenerateConfig) -> int:
         raise ConfigError("--sigma-hat: can't be combined with --eta")
     with config_error("--model"):
         where, model = load_model(config.model, config.allow_pickle)
+    model = config.conditioned(model)
     with config_error("--out"):
         earlier = earlier_manifest(Folder(absolute(config.out)), "generate")
     if earlier:

@@ -7,7 +7,7 @@ from math import prod
 from typing import Annotated, Any, ClassVar, Literal
 
 from palindrome.jobs.arguments import ConfigError, Range, config_error, flag_of
-from palindrome.jobs.config import ImagesConfig, SelectionOptions
+from palindrome.jobs.config import ClassOptions, ImagesConfig, SelectionOptions
 from palindrome.jobs.sharded import Remaining, ShardedJob, remaining_shards, run_sharded
 from palindrome.model.execution import Execution
 from palindrome.pipeline.images.records import REASONS
@@ -42,7 +42,7 @@ PATH_FLAGS = ("pairs", "path", "grid", "sequence")  # exactly one is required
 
 
 @dataclass(frozen=True, kw_only=True)
-class InterpolateConfig(ImagesConfig, SelectionOptions):
+class InterpolateConfig(ImagesConfig, SelectionOptions, ClassOptions):
     """Decode images between the latents of an encode run: one Parquet file per shard in OUT/images, one row per
     frame."""
 
@@ -111,13 +111,16 @@ def run(config: InterpolateConfig) -> int:
         pairs = read_pairs(config.pairs) if config.pairs and not config.drawn() else None
     with config_error("--model"):
         where, model = encoded.load_model(config.model, config.allow_pickle)
+    if model.class_conditional and config.class_ is None and (encoded.classes is None or encoded.classes.value is None):
+        raise ConfigError("--class: the images have classes of their own: which one are the frames between them of?")
+    model = config.conditioned(model, encoded.classes)
     with config_error("--steps"):
         [levels] = encoded.ladders(() if config.steps is None else (config.steps,), model.process)
     with config_error("--out"):
         known = plan_totals(out)
     # A requested image may not exist: that is reported before the folder is claimed.
     paths = _paths(config, latents, sorted(encoded.done), which, pairs) if known is None else []
-    facts = {"model_digest": model.digest, "levels": list(levels)}
+    facts = {"model_digest": model.digest, "levels": list(levels), **model.told()}
 
     def plan(out: Folder) -> Remaining:
         pieces = (grid_pieces if config.grid else path_pieces)(paths, config.frames)

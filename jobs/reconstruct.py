@@ -81,7 +81,7 @@ def run(config: ReconstructConfig) -> int:
         name="reconstruct",
         model=model,
         settings={"latents": encoded.folder.uri},
-        facts={"model_digest": model.digest, "ladders": [list(levels) for levels in ladders]},
+        facts={"model_digest": model.digest, "ladders": [list(levels) for levels in ladders], **model.told()},
         plan=plan,
         evaluations=sum(len(levels) - 1 for levels in ladders),
         written=len(ladders) * prod(model.image_shape),

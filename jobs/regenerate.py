@@ -6,7 +6,7 @@ from math import prod
 from typing import Annotated, ClassVar
 
 from palindrome.jobs.arguments import ConfigError, Range, config_error
-from palindrome.jobs.config import ImagesConfig, SelectionOptions
+from palindrome.jobs.config import ClassOptions, ImagesConfig, SelectionOptions
 from palindrome.jobs.sharded import Remaining, ShardedJob, remaining_latents, run_sharded
 from palindrome.model.execution import Execution
 from palindrome.pipeline.reports.regeneration import put_report
@@ -23,7 +23,7 @@ from palindrome.pipeline.tasks.regenerate import Regenerate
 
 
 @dataclass(frozen=True, kw_only=True)
-class RegenerateConfig(ImagesConfig, SelectionOptions):
+class RegenerateConfig(ImagesConfig, SelectionOptions, ClassOptions):
     """Decode the latents of an encode run to images, one Parquet file per shard in OUT/images."""
 
     GROUP: ClassVar[str] = "sampling"
@@ -61,10 +61,11 @@ def run(config: RegenerateConfig) -> int:
     which = config.selection(latents, min(encoded.done))
     with config_error("--model"):
         where, model = encoded.load_model(config.model, config.allow_pickle)
+    model = config.conditioned(model, encoded.classes)
     with config_error("--steps"):
         ladders = encoded.ladders(config.steps, model.process)
     how = {"eta": config.eta, "use_sigma_hat": config.sigma_hat}
-    facts = {"model_digest": model.digest, "ladders": [list(levels) for levels in ladders]}
+    facts = {"model_digest": model.digest, "ladders": [list(levels) for levels in ladders], **model.told()}
 
     def plan(out: Folder) -> Remaining:
         return remaining_latents(encoded, committed(out, IMAGES), "decode")

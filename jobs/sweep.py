@@ -8,7 +8,7 @@ from pathlib import PurePosixPath
 from typing import Annotated, Any, ClassVar, Literal
 
 from palindrome.jobs.arguments import ConfigError, Range, config_error
-from palindrome.jobs.config import CollectionOptions, PictureOptions, ReadingConfig
+from palindrome.jobs.config import ClassColumnOptions, CollectionOptions, PictureOptions, ReadingConfig
 from palindrome.jobs.sharded import Remaining, ShardedJob, run_sharded
 from palindrome.model.execution import Execution
 from palindrome.model.ladder import TOP_LOG_SNR
@@ -32,7 +32,7 @@ from palindrome.pipeline.tasks.sweep import Setting, Sweep, read_sweep, units
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepConfig(CollectionOptions, PictureOptions, ReadingConfig):
+class SweepConfig(CollectionOptions, PictureOptions, ClassColumnOptions, ReadingConfig):
     """Encode and decode a collection with every combination of the settings, and report the error against the network
     evaluations as a table, a CSV file and a plot.
 
@@ -78,10 +78,11 @@ def run(config: SweepConfig) -> int:
     """Measures the remaining units, writes table and plot, and returns the exit code."""
     with config_error("--images"):
         uri = absolute(config.images)
-        collection = open_collection(uri, **config.reading())
+        collection = open_collection(uri, keep=config.with_class_column(()), **config.reading())
     with config_error("--model"):
         where, model = load_model(config.model, config.allow_pickle)
         how = config.preprocess(model.image_shape)
+    model = config.conditioned(model)
     with config_error("--out"):
         earlier = earlier_manifest(Folder(absolute(config.out)), "sweep")
     # Sweeps of versions before go on to 0.8 of the timesteps.
@@ -124,6 +125,7 @@ def run(config: SweepConfig) -> int:
         facts={
             "model_digest": model.digest,
             "top_log_snr": top_log_snr,
+            **model.told(),
             "preprocess": how.record(),
             "collection": source,
         },

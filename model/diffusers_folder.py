@@ -98,20 +98,28 @@ class DiffusersFolder:
         return sorted(path.rstrip("/").rpartition("/")[2] for path in paths)
 
     def _tensors(self, name: str) -> dict[str, Tensor]:
+        if name.endswith(".bin"):
+            return self.pickled(name)
+        try:
+            return dict(safetensors.torch.load(self.read(name)))
+        except SafetensorError as e:
+            raise CheckpointError(f"{self.uri}/{name} is not a safetensors file: {e}") from e
+
+    def pickled(self, name: str) -> dict[str, Tensor]:
+        """The tensors in a pickle, by name; nothing else is read from it."""
         content = self.read(name)
-        if not name.endswith(".bin"):
-            try:
-                return dict(safetensors.torch.load(content))
-            except SafetensorError as e:
-                raise CheckpointError(f"{self.uri}/{name} is not a safetensors file: {e}") from e
         try:
             loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
             loaded = loaded.get("state_dict", loaded)
             if not all(isinstance(value, Tensor) for value in loaded.values()):
                 raise TypeError("it holds other things than tensors by name")
         except (pickle.UnpicklingError, RuntimeError, EOFError, TypeError, AttributeError) as e:
-            raise CheckpointError(f"{self.uri}/{name} is no file of weights: {str(e).splitlines()[0]}") from e
+            raise CheckpointError(f"{self.uri}/{name} is no file of weights: {_first_line(e)}") from e
         return dict(loaded)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _default(names: list[str], ending: str) -> list[str]:

@@ -69,5 +69,5 @@ def check_ladder(levels: Sequence[float], num_train_timesteps: int) -> Ladder:
     if len(levels) < 2 or levels[0] != CLEAN:
         raise ValueError(f"a ladder begins with {CLEAN} and has at least one timestep, not {list(levels)[:4]}")
     if any(not b > a for a, b in pairwise(levels)) or levels[1] < 0 or levels[-1] > num_train_timesteps - 1:
-        raise ValueError(f"a ladder increases strictly from timestep 0 on and stays below {num_train_timesteps}")
+        raise ValueError(f"a ladder increases strictly and stays below {num_train_timesteps}")
     return tuple(int(level) if level == int(level) else float(level) for level in levels)

@@ -7,7 +7,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from palindrome.model.condition import Condition
+from palindrome.model.condition import ClassOf, Condition
 from palindrome.model.ddim import Network
 from palindrome.model.diffusers_folder import CheckpointError as CheckpointError
 from palindrome.model.execution import FLOAT32, Execution
@@ -49,9 +49,30 @@ class Checkpoint(ABC):
         """x0 [B, *latent_shape] -> images [B, *image_shape], about [-1, 1]."""
         return state
 
+    @property
+    def class_conditional(self) -> bool:
+        """Whether the network is told the class of each image."""
+        return False
+
+    def with_classes(self, classes: ClassOf) -> Self:
+        """The same model, told these classes. Raises ValueError for a model that knows none, or not that one."""
+        raise ValueError("the model is not class-conditional")
+
+    def with_any_class(self) -> Self:
+        """The same model, told one class for all images: to measure speed and rounding."""
+        return self.with_classes(ClassOf(value=0)) if self.class_conditional else self
+
+    def told(self) -> dict[str, Any]:
+        """What run.json records of the conditions: `classes` of a class-conditional model."""
+        return {}
+
+    def refusal(self, row: Mapping[str, Any]) -> str:
+        """Why the network can't be told of an image with these columns; "" if it can."""
+        return ""
+
     def condition(self, rows: Sequence[Mapping[str, Any]]) -> Condition | None:
         """What the network is told of images, from the columns kept with them, by name; None for an unconditional
-        model."""
+        model. Raises ValueError where `refusal` has a reason."""
         return None
 
     @abstractmethod
@@ -60,7 +81,7 @@ class Checkpoint(ABC):
 
     def describe(self) -> dict[str, Any]:
         """What another program needs besides the weights to walk a ladder with this network, as JSON's types."""
-        return self.process.describe()
+        return {**self.process.describe(), **self.told()}
 
     def as_described(self, found: Mapping[str, Any]) -> Self:
         """The same network on the process that a run was made on, whose run.json is `found`."""

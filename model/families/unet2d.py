@@ -1,4 +1,4 @@
-"""Unconditional pixel models: folders with a UNet2DModel in diffusers' layout, which opens ours as we open its.
+"""Pixel models, also of classes: folders with a UNet2DModel in diffusers' layout, which opens ours as we open its.
 
 unet/config.json, unet/diffusion_pytorch_model.safetensors, scheduler/scheduler_config.json, model_index.json
 """
@@ -6,10 +6,12 @@ unet/config.json, unet/diffusion_pytorch_model.safetensors, scheduler/scheduler_
 import dataclasses
 import hashlib
 import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Integral
 from typing import Any, Self
 
 import fsspec
@@ -17,6 +19,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from palindrome.model.condition import ClassOf, Condition
 from palindrome.model.ddim import Network
 from palindrome.model.diffusers_folder import INDEX, STEM, DiffusersFolder
 from palindrome.model.engine import Engine
@@ -39,11 +42,13 @@ class UNet2D(Checkpoint):
 
     `weights` maps diffusers' parameter names to tensors of the stored dtype. A network with twice as many outputs as
     inputs predicts the variance too (Nichol & Dhariwal, section 3.1), by the second half, which DDIM has no use for.
+    A class-conditional network is told the class of each image that `classes` says.
     """
 
     config: UNetConfig
     weights: Mapping[str, Tensor]
     process: Process
+    classes: ClassOf | None = None
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -81,12 +86,53 @@ class UNet2D(Checkpoint):
         """Raises as Engine does."""
         return Engine(self.network(device), execution)
 
+    @property
+    def class_conditional(self) -> bool:
+        return self.config.class_conditional
+
+    def with_classes(self, classes: ClassOf) -> Self:
+        if not self.class_conditional:
+            return super().with_classes(classes)
+        told = dataclasses.replace(self, classes=classes)
+        if classes.value is not None and (why := told.refusal({})):
+            raise ValueError(why)
+        return told
+
+    def told(self) -> dict[str, Any]:
+        return {} if self.classes is None else {"classes": self.classes.record()}
+
+    def refusal(self, row: Mapping[str, Any]) -> str:
+        if not self.class_conditional:
+            return ""
+        value = None if self.classes is None else self.classes(row)
+        if value is None:
+            return "the model is class-conditional, and the image has no class"
+        if self.config.class_embed_type == "identity":
+            return "" if isinstance(value, Sequence) else f"the class is {value!r}, not an embedding"
+        known = self.config.num_class_embeds if self.config.class_embed_type is None else None
+        if isinstance(value, Integral) and 0 <= int(value) < (known or math.inf):
+            return ""
+        return f"the class is {value!r}, not a number{f' below {known}' if known else ''}"
+
+    def condition(self, rows: Sequence[Mapping[str, Any]]) -> Condition | None:
+        """`class`: int64 [B]; or for the class embedding `identity`, float32 [B, E]."""
+        if not self.class_conditional:
+            return None
+        for why in filter(None, map(self.refusal, rows)):
+            raise ValueError(why)
+        assert self.classes is not None  # else refused
+        dtype = torch.float32 if self.config.class_embed_type == "identity" else torch.int64
+        return Condition({"class": torch.tensor([self.classes(row) for row in rows], dtype=dtype)})
+
     def with_process(self, process: Process) -> Self:
         return dataclasses.replace(self, process=process)
 
 
 def save(checkpoint: UNet2D, uri: str, storage_options: Mapping[str, Any] | None = None) -> None:
-    """Writes the folder, `model_index.json`, by which readers know one, last. The weights keep their dtype."""
+    """Writes the folder, `model_index.json`, by which readers know one, last. The weights keep their dtype.
+    Raises ValueError for a network that diffusers' UNet2DModel can't express."""
+    if settings := checkpoint.config.beyond_diffusers:
+        raise ValueError(f"diffusers' UNet2DModel has no {settings[0]}: this network has no folder in its layout")
     fs, root = fsspec.url_to_fs(uri, **storage_options or {})
     weights = {k: v.detach().cpu().contiguous() for k, v in checkpoint.weights.items()}
     index = {
@@ -114,12 +160,7 @@ def load(uri: str, storage_options: Mapping[str, Any] | None = None, allow_pickl
     scheduler_name = folder.component("scheduler", "scheduler_config.json")
     config_dict, scheduler_dict = folder.read_json(config_name), folder.read_json(scheduler_name)
     try:
-        config = UNetConfig.from_dict(config_dict)
-        if config.in_channels not in (1, 3) or config.out_channels not in (config.in_channels, 2 * config.in_channels):
-            raise ValueError(
-                f"{config.in_channels} in_channels and {config.out_channels} out_channels: a pixel model has 1 or 3"
-                " channels, and as many outputs, or twice as many if it predicts the variance"
-            )
+        config = pixel_config(UNetConfig.from_dict(config_dict))
     except (ValueError, TypeError) as e:
         raise CheckpointError(f"{uri}/{config_name}: {e}") from e
     try:
@@ -128,16 +169,31 @@ def load(uri: str, storage_options: Mapping[str, Any] | None = None, allow_pickl
         raise CheckpointError(f"{uri}/{scheduler_name}: {e}") from e
     file, weights = folder.weights(config_name.removesuffix("config.json"), allow_pickle)
     weights = {_modern_name(k): v for k, v in weights.items()}
+    check_weights(config, weights, f"{uri}/{file}")
+    return UNet2D(config, weights, process)
+
+
+def pixel_config(config: UNetConfig) -> UNetConfig:
+    """The config itself. Raises ValueError where its channels are not those of a model of pixels."""
+    if config.in_channels not in (1, 3) or config.out_channels not in (config.in_channels, 2 * config.in_channels):
+        raise ValueError(
+            f"{config.in_channels} in_channels and {config.out_channels} out_channels: a pixel model has 1 or 3"
+            " channels, and as many outputs, or twice as many if it predicts the variance"
+        )
+    return config
+
+
+def check_weights(config: UNetConfig, weights: Mapping[str, Tensor], where: str) -> None:
+    """Raises CheckpointError, which begins with `where`, unless they are those of this network, and finite."""
     with torch.device("meta"):
         expected = {k: v.shape for k, v in UNet(config).state_dict().items()}
     for name in sorted(expected.keys() | weights.keys()):
         if name not in weights or name not in expected or weights[name].shape != expected[name]:
             found = tuple(weights[name].shape) if name in weights else "nothing"
             wanted = tuple(expected[name]) if name in expected else "nothing"
-            raise CheckpointError(f"{uri}/{file}: {name} is {found}, and the config asks for {wanted}")
+            raise CheckpointError(f"{where}: {name} is {found}, and the config asks for {wanted}")
         if not weights[name].isfinite().all():
-            raise CheckpointError(f"{uri}/{file}: {name} holds values that are not finite (NaN or infinite)")
-    return UNet2D(config, weights, process)
+            raise CheckpointError(f"{where}: {name} holds values that are not finite (NaN or infinite)")
 
 
 def _check_pipeline(folder: DiffusersFolder) -> None:

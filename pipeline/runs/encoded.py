@@ -6,6 +6,7 @@ from typing import Any, Self
 
 import pyarrow.dataset as dataset
 
+from palindrome.model.condition import ClassOf
 from palindrome.model.execution import FLOAT32, Execution
 from palindrome.model.families import Checkpoint
 from palindrome.model.ladder import Ladder, check_ladder
@@ -78,7 +79,14 @@ class EncodeRun:
             raise WrongModel(
                 f"the latents were made by another model: digest {digest[:12]}…, and this one's is {model.digest[:12]}…"
             )
-        return uri, model.as_described(self.manifest.content)
+        model = model.as_described(self.manifest.content)
+        return uri, model if self.classes is None else model.with_classes(self.classes)
+
+    @property
+    def classes(self) -> ClassOf | None:
+        """What a class-conditional model was told of the images; None for another."""
+        found = self.manifest.content.get("classes")
+        return None if found is None else ClassOf.of(found)
 
     def ladders(self, steps: Sequence[int], process: Process) -> tuple[Ladder, ...]:
         """A ladder for each number of steps, of the run's kind and up to its top level. For its own number of steps, or

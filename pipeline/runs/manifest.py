@@ -112,7 +112,7 @@ def claim(
                 before = {**json.loads(json.dumps(dict(defaults or {}))), **before}
             for name in sorted((now.keys() | before.keys()) - set(mutable)):
                 if now.get(name) != before.get(name):
-                    label = f"--{name.replace('_', '-')}" if key == "config" else f"{key} {name}"
+                    label = f"--{name.rstrip('_').replace('_', '-')}" if key == "config" else f"{key} {name}"
                     raise ManifestError(
                         f"{run.uri} belongs to another command: {label} was {before.get(name)}, now {now.get(name)}"
                     )

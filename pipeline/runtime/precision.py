@@ -46,10 +46,11 @@ def _trial(
         return model
 
     def errors(precision: str, x: Tensor) -> dict[str, Any]:
-        latents = model_in(precision).encode(x, how.levels, how.corrections, how.tolerance)[0]
+        condition = checkpoint.with_any_class().condition([{}] * len(x))
+        latents = model_in(precision).encode(x, how.levels, how.corrections, how.tolerance, condition)[0]
         stored = latents.to(getattr(torch, how.dtype)).float()
         decoders = {"round_trip": precision, "decoded_by_float32": FLOAT32.precision}
-        decoded = {name: model_in(decoder).decode(stored, how.levels) for name, decoder in decoders.items()}
+        decoded = {name: model_in(decoder).decode(stored, how.levels, condition) for name, decoder in decoders.items()}
         return {"images": len(x), **{name: float(round_trip_error(x, y).mean()) for name, y in decoded.items()}}
 
     baseline = FLOAT32.precision

@@ -41,10 +41,11 @@ def decode_noise(model: Model, batch_size: int, seconds: float) -> tuple[int, di
     image each, and the time as `stopwatch` gives it."""
     levels = ladder("linear", STEPS, model.checkpoint.process.num_train_timesteps)
     x = torch.randn(batch_size, *model.checkpoint.latent_shape)
-    model.decode(x, levels)
+    condition = model.checkpoint.with_any_class().condition([{}] * batch_size)
+    model.decode(x, levels, condition)
     spent, until, evaluations = stopwatch(model), time.monotonic() + seconds, 0
     while time.monotonic() < until:
-        model.decode(x, levels)
+        model.decode(x, levels, condition)
         evaluations += len(x) * STEPS
     return evaluations, spent()
 

@@ -111,10 +111,11 @@ def open_fs(uri: str, options: Options) -> tuple[Any, str]:
 
 def open_ranges(fs: Any, path: str, size: int | None = None) -> Any:
     """Opens a file for a reader that knows the ranges it needs. fsspec's read-ahead cache, which would fetch megabytes
-    after each range, is off. With its `size` in bytes no request asks for that."""
+    after each range, is off. With its `size` in bytes, on S3, no request asks for that."""
     if isinstance(fs, LocalFileSystem):
         return fs.open(path, "rb")
-    return fs.open(path, "rb", cache_type="none", **({} if size is None else {"size": size}))
+    known = {"size": size} if size is not None and "s3" in fs.protocol else {}
+    return fs.open(path, "rb", cache_type="none", **known)
 
 
 class _Ranges(FSSpecHandler):

@@ -174,6 +174,13 @@ class S3(S3FileSystem):
         """One GET; s3fs would request the size first."""
         return bytes(await super()._cat_file(path, *args, max_concurrency=max_concurrency or 1, **kwargs))
 
+    def _open(self, path: str, *args: Any, size: int | None = None, **kwargs: Any) -> Any:
+        """With `size`, in bytes, no request asks for it, neither now nor, as in s3fs, at the first read."""
+        file = super()._open(path, *args, size=size, **kwargs)
+        if size is not None:
+            file.details = {"name": path, "size": size, "type": "file"}
+        return file
+
     async def _mkdir(self, path: str, *args: Any, **kwargs: Any) -> None:
         """Does nothing. s3fs would try to create a bucket that it can't list."""
 

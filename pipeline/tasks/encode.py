@@ -1,6 +1,6 @@
 """Images -> latents: one shard of an encode run."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import compress
 from typing import Any
@@ -41,22 +41,30 @@ class Encode:
         schema = latent_schema(model.checkpoint.latent_shape, self.inversion.dtype, self.reader.collection.kept)
         with latent_writer(self.run, shard.name, schema, self.metadata, once=not self.again) as out:
             for batch in self.reader.batches(shard):
-                rows, rejects = None, list(batch.rejects)
-                if batch.images:
-                    x = to_model(np.stack([image.pixels for image in batch.images]))
-                    condition = model.checkpoint.condition([image.kept for image in batch.images])
+                images, refused = split_by_class(model, batch.images)
+                rows, rejects = None, [*batch.rejects, *refused]
+                if images:
+                    x = to_model(np.stack([image.pixels for image in images]))
+                    condition = model.checkpoint.condition([image.kept for image in images])
                     latents, found = latents_of(model, x, self.inversion, self.measured, condition)
-                    images, good = batch.images, finite(latents)
+                    good = finite(latents)
                     if not good.all():  # to pick rows copies them
-                        images = list(compress(batch.images, good))
+                        rejects += [_not_finite(image) for image in compress(images, ~good)]
+                        images = list(compress(images, good))
                         latents, found = latents[good], {name: values[good] for name, values in found.items()}
-                        rejects += [_not_finite(image) for image in compress(batch.images, ~good)]
                     rows = latent_rows(schema, images, latents.numpy(), found)
                 out.add(rows, rejects)
                 model.advance(len(batch.images))
             seconds = spent()
             written = out.commit(seconds)
             return Receipt(shard.name, out.rows, out.refused, **seconds, bytes=written)
+
+
+def split_by_class(model: Model, images: Sequence[Image]) -> tuple[list[Image], list[Reject]]:
+    """The images that the network can be told of, and rejects of the others."""
+    why = [model.checkpoint.refusal(image.kept) for image in images]
+    refused = [Reject(i.image_id, i.source, "no_class", w) for i, w in zip(images, why, strict=True) if w]
+    return [image for image, w in zip(images, why, strict=True) if not w], refused
 
 
 def _not_finite(image: Image) -> Reject:

@@ -1,7 +1,7 @@
 """The check of `verify --deep`: decodes some latents and compares them with originals and stored errors."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -42,9 +42,10 @@ def verify_decoding(run: Folder, count: int, account: Account) -> Iterator[Findi
         return
     model, levels = Model(loaded, execution=encoded.execution), encoded.inversion.levels
     how, collection = encoded.preprocess, encoded.collection
+    more = [encoded.classes.column] if encoded.classes and encoded.classes.column else []
     for shard, positions in _spread(run, account.rows_of_shard, count):
         file = f"{LATENTS}/{shard.name}.parquet"
-        for row in _rows(run, file, positions):
+        for row in _rows(run, file, positions, more):
             image_id = row["image_id"]
             found = read_raw(collection, _only(shard, image_id))
             image = read_image(next(raw for raw in found if raw.image_id == image_id), how)
@@ -55,7 +56,7 @@ def verify_decoding(run: Folder, count: int, account: Account) -> Iterator[Findi
                 yield Finding(file, f"{image_id}: its original has changed: content_hash differs")
                 continue
             x, latent = to_model(np.stack([image.pixels])), torch.from_numpy(np.stack([row["latent"]]))
-            mse = float(round_trip_error(x, model.decode(latent, levels))[0])
+            mse = float(round_trip_error(x, model.decode(latent, levels, loaded.condition([row])))[0])
             account.errors.append(mse)
             stored = row["mse"]
             if not math.isfinite(mse):
@@ -83,8 +84,9 @@ def _spread(run: Folder, of_shard: Mapping[str, int], count: int) -> Iterator[tu
             return
 
 
-def _rows(run: Folder, file: str, positions: list[int]) -> Iterator[dict[str, Any]]:
-    """The rows at these positions."""
+def _rows(run: Folder, file: str, positions: list[int], more: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """The rows at these positions, with `more` columns."""
+    columns = list(dict.fromkeys(["image_id", "content_hash", "latent", "mse", *more]))
     first = 0
     with open_checked(run, file) as opened:
         for group in range(opened.metadata.num_row_groups):
@@ -92,7 +94,7 @@ def _rows(run: Folder, file: str, positions: list[int]) -> Iterator[dict[str, An
             in_group = [position - first for position in positions if first <= position < first + rows]
             first += rows
             if in_group:
-                table = opened.read_row_group(group, ["image_id", "content_hash", "latent", "mse"]).take(in_group)
+                table = opened.read_row_group(group, columns).take(in_group)
                 latents = table["latent"].combine_chunks().to_numpy_ndarray().astype(np.float32)
                 for row, latent in zip(table.drop_columns(["latent"]).to_pylist(), latents, strict=True):
                     yield {**row, "latent": latent}

@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 
+from palindrome.model.condition import ClassOf
 from palindrome.model.ddim import sample
 from palindrome.model.families.base import CheckpointError
 from palindrome.model.families.unet2d import CONFIG, INDEX, SCHEDULER, WEIGHTS, UNet2D, load, save
@@ -448,3 +449,70 @@ def test_the_clean_end_is_where_the_scheduler_has_it(checkpoint, folder, clean_e
     assert before.process.alpha_bar(-1) == 1.0, "runs of earlier versions took it to be 1"
     save(loaded, str(folder / "again"))
     assert load(str(folder / "again")).process == loaded.process
+
+
+OF_CLASSES = {
+    "num_class_embeds": 5,
+    "resnet_time_scale_shift": "scale_shift",
+    "attn_norm_num_groups": 4,
+    "down_block_types": ("ResnetDownsampleBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "ResnetUpsampleBlock2D"),
+    "upsample_type": "resnet",
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", [{}, {"time_embedding_type": "learned", "num_train_timesteps": 100}], ids=repr)
+def test_a_network_of_classes_passes_both_ways(randomize, small, tmp_path, change):
+    unet = randomize(UNet2DModel(**{**small, **OF_CLASSES, **change}))
+    DDPMPipeline(unet, DDPMScheduler(**SCHEDULER_KWARGS)).save_pretrained(tmp_path / "theirs")
+    loaded = load(str(tmp_path / "theirs"))
+    save(loaded, str(tmp_path / "ours"))
+    again = UNet2DModel.from_pretrained(tmp_path / "ours", subfolder="unet")
+    classes = torch.tensor([4, 1])
+    expected = unet(X, 70, classes).sample
+    assert torch.equal(again(X, 70, classes).sample, expected)
+    condition = loaded.with_classes(ClassOf("label")).condition([{"label": 4}, {"label": 1}])
+    torch.testing.assert_close(loaded.denoiser()(X, 70, condition), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(loaded.network()(X, 70, classes), expected, rtol=0, atol=1e-5)
+    assert load(str(tmp_path / "ours")).digest == loaded.digest
+    along = {"levels": ladder("linear", 5, 100), "process": loaded.process, "condition": condition}
+    latents, residual, _ = invert_exactly(loaded.denoiser(), X, **along, corrections=20)
+    assert residual.max() < 1e-4
+    torch.testing.assert_close(sample(loaded.denoiser(), latents, **along), X, rtol=0, atol=1e-3)
+
+
+def test_the_class_is_that_of_a_column_or_one_for_all(randomize, small, checkpoint):
+    config = UNetConfig(**small, num_class_embeds=5)
+    of_classes = UNet2D(config, randomize(UNet(config)).state_dict(), VP())
+    labelled, fine, second = (of_classes.with_classes(c) for c in (ClassOf("label"), ClassOf("fine"), ClassOf(value=2)))
+    told = labelled.condition([{"label": 3, "fine": 0}, {"label": 0, "fine": 4}]).values["class"]
+    assert torch.equal(told, torch.tensor([3, 0])) and told.dtype == torch.int64
+    assert torch.equal(fine.condition([{"label": 3, "fine": 2}]).values["class"], torch.tensor([2]))
+    assert torch.equal(second.condition([{"label": 3}, {}]).values["class"], torch.tensor([2, 2]))
+    assert fine.digest == of_classes.digest, "the column is of the collection, not of the model"
+    assert labelled.condition([]).values["class"].shape == (0,)
+    assert checkpoint.condition([{"label": 3}]) is None
+    for told, row in ((of_classes, {"label": 1}), (labelled, {}), (labelled, {"label": None}), (labelled, {"fine": 1})):
+        assert "has no class" in told.refusal(row)
+        with pytest.raises(ValueError, match="has no class"):
+            told.condition([row])
+    for value in (5, -1, 1.5, "3"):
+        with pytest.raises(ValueError, match=f"the class is {value!r}, not a number below 5"):
+            labelled.condition([{"label": 1}, {"label": value}])
+    with pytest.raises(ValueError, match="the class is 5, not a number below 5"):
+        of_classes.with_classes(ClassOf(value=5))
+    with pytest.raises(ValueError, match="not class-conditional"):
+        checkpoint.with_classes(ClassOf(value=0))
+    embedded = UNet2D(UNetConfig(**small, class_embed_type="identity"), {}, VP(), ClassOf("label"))
+    assert torch.equal(embedded.condition([{"label": [0.5, 1.0]}]).values["class"], torch.tensor([[0.5, 1.0]]))
+    as_timestep = UNet2D(UNetConfig(**small, class_embed_type="timestep"), {}, VP(), ClassOf("label"))
+    assert torch.equal(as_timestep.condition([{"label": 1000}]).values["class"], torch.tensor([1000]))
+
+
+def test_what_diffusers_can_not_express_is_not_saved(checkpoint, tmp_path):
+    scaled = dataclasses.replace(checkpoint, config=dataclasses.replace(checkpoint.config, timestep_scale=0.25))
+    assert scaled.digest != checkpoint.digest
+    with pytest.raises(ValueError, match="timestep_scale"):
+        save(scaled, str(tmp_path / "checkpoint"))
+    assert not (tmp_path / "checkpoint").exists()

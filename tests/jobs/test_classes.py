@@ -1,0 +1,174 @@
+"""A class-conditional model: an image is told its class, encoded and decoded under it, and decoded under another."""
+
+import dataclasses
+import re
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from palindrome.model import ddim
+from palindrome.model.condition import ClassOf
+from palindrome.model.families import unet2d
+from palindrome.model.inversion import invert_exactly
+from palindrome.model.ladder import ladder
+from palindrome.model.process import VP
+from palindrome.model.unet import UNet
+from palindrome.pipeline.images.decode import Preprocess, decode
+from palindrome.pipeline.images.metrics import to_model, to_pixels
+from palindrome.pipeline.images.pixels import pixels_of
+from palindrome.pipeline.runs.shards import read_latents
+from palindrome.pipeline.storage.folder import Folder
+
+FLAGS = ["--steps", 4, "--ladder", "linear", "--corrections", 2, "--inline"]
+LEVELS = ladder("linear", 4)
+IMAGES = 12
+
+
+@pytest.fixture(scope="module")
+def conditional(tiny):
+    """A model of ten classes, whose outputs depend on the class."""
+    network = UNet(dataclasses.replace(tiny.config, num_class_embeds=10))
+    generator = torch.Generator().manual_seed(1)
+    classes = {
+        "class_embedding.weight": 3 * torch.randn(10, 4 * tiny.config.block_out_channels[0], generator=generator)
+    }
+    return unet2d.UNet2D(network.config, {**tiny.weights, **classes}, VP())
+
+
+@pytest.fixture(scope="module")
+def model(conditional, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("conditional") / "model"
+    unet2d.save(conditional, str(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def images(sample, tmp_path_factory):
+    """Of the sample, one without a class, one of a class that the model does not know."""
+    table = pq.read_table(sample).slice(0, IMAGES)
+    labels = table["label"].to_pylist()
+    labels[3], labels[7] = None, 10
+    path = tmp_path_factory.mktemp("labelled") / "images.parquet"
+    at = table.schema.get_field_index("label")
+    pq.write_table(table.set_column(at, "label", pa.array(labels, pa.int64())), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(palindrome, images, model, tmp_path_factory):
+    out = tmp_path_factory.mktemp("classes") / "run"
+    flags = [*FLAGS, "--class-column", "label", "--measure"]
+    said = palindrome("encode", "--images", images, "--model", model, "--out", out, *flags)
+    assert said.code == 0, said.err
+    return out
+
+
+def rows(run):
+    shards = sorted(path.stem for path in (run / "latents").glob("*.parquet"))
+    for shard in shards:
+        for stored, latents in read_latents(Folder(str(run)), shard, 100):
+            yield from zip(stored, torch.from_numpy(latents), strict=True)
+
+
+def of_class(conditional, number):
+    condition = conditional.with_classes(ClassOf(value=number)).condition([{}])
+    return conditional.denoiser(), condition
+
+
+def _inverted(conditional, pixels, number):
+    network, condition = of_class(conditional, number)
+    x = to_model(pixels[None])
+    return invert_exactly(network, x, LEVELS, VP(), condition=condition, corrections=2)[0][0]
+
+
+def test_each_image_is_encoded_under_its_class(run, pngs, conditional):
+    found = {int(row["image_id"].rpartition("#")[2]): (row, latent) for row, latent in rows(run)}
+    assert sorted(found) == [i for i in range(IMAGES) if i not in (3, 7)]
+    for i, (row, latent) in found.items():
+        pixels, *_ = decode(pngs[i], Preprocess(16))
+        right, wrong = (_inverted(conditional, pixels, (row["label"] + more) % 10) for more in (0, 1))
+        torch.testing.assert_close(latent, right, rtol=1e-3, atol=1e-3)
+        assert (latent - wrong).abs().max() > 0.1
+
+
+def test_an_image_without_a_class_that_the_model_knows_is_a_reject(run):
+    rejects = pq.read_table(run / "rejects").to_pylist()
+    assert [row["reason"] for row in rejects] == ["no_class", "no_class"]
+    assert {row["image_id"].rpartition("#")[2] for row in rejects} == {"3", "7"}
+    assert any("10" in row["detail"] for row in rejects)
+
+
+def test_the_run_says_what_it_was_told_and_verifies(run, palindrome):
+    assert palindrome("verify", run, "--deep", 4).code == 0
+    said = palindrome("status", run)
+    assert said.code == 0
+
+
+def test_it_is_reconstructed_under_its_classes(run, palindrome, tmp_path):
+    said = palindrome("reconstruct", "--latents", run, "--out", tmp_path / "out", "--inline")
+    assert said.code == 0, said.err
+    found = pq.read_table(tmp_path / "out/reconstructions", columns=["image_id", "mse"]).to_pylist()
+    stored = {row["image_id"]: row["mse"] for row, _ in rows(run)}
+    assert len(found) == IMAGES - 2
+    for row in found:
+        assert row["mse"] == pytest.approx(stored[row["image_id"]], rel=1e-3, abs=1e-9)
+
+
+@pytest.mark.parametrize("number", [None, 3])
+def test_it_is_decoded_under_its_classes_or_another(run, palindrome, tmp_path, conditional, number):
+    flags = [] if number is None else ["--class", number]
+    said = palindrome("regenerate", "--latents", run, "--out", tmp_path / "out", "--inline", *flags)
+    assert said.code == 0, said.err
+    images = {row["image_id"]: row for row in pq.read_table(tmp_path / "out/images").to_pylist()}
+    for row, latent in rows(run):
+        network, condition = of_class(conditional, row["label"] if number is None else number)
+        expected = to_pixels(ddim.sample(network, latent[None], LEVELS, VP(), condition=condition))[0]
+        found = pixels_of(images[row["image_id"]]["image"]["bytes"])
+        assert np.abs(found.astype(int) - expected).max() <= 1
+    assert palindrome("verify", tmp_path / "out").code == 0
+
+
+def test_samples_are_of_the_class(model, palindrome, tmp_path, conditional):
+    flags = ["--model", model, "--count", 3, "--seed", 5, "--steps", 4, "--ladder", "linear", "--inline"]
+    said = palindrome("generate", *flags, "--class", 2, "--out", tmp_path / "out")
+    assert said.code == 0, said.err
+    network, condition = of_class(conditional, 2)
+    for row in pq.read_table(tmp_path / "out/images").to_pylist():
+        x = ddim.sample_noise(5, row["index"], conditional.latent_shape)
+        expected = to_pixels(ddim.sample(network, x, LEVELS, VP(), condition=condition))[0]
+        assert np.abs(pixels_of(row["image"]["bytes"]).astype(int) - expected).max() <= 1
+    said = palindrome("generate", *flags, "--class", 3, "--out", tmp_path / "out")
+    assert said.code == 2 and "--class was 2, now 3" in said.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ([], "--class-column: the model is class-conditional, and is told no class"),
+        (["--class", 10], "--class-column: .*10"),
+        (["--class", 1, "--class-column", "label"], "--class-column: can't be combined with --class"),
+        (["--class-column", "colour"], "colour"),
+    ],
+)
+def test_a_class_that_is_not_said_or_not_known_is_an_error(images, model, palindrome, tmp_path, flags, words):
+    said = palindrome("encode", "--images", images, "--model", model, "--out", tmp_path / "out", *FLAGS, *flags)
+    assert said.code == 2
+    assert len(said.err.splitlines()) == 1
+    assert re.search(words, said.err), said.err
+
+
+def test_a_model_without_classes_is_told_none(images, palindrome, tmp_path, tiny):
+    unet2d.save(tiny, str(tmp_path / "model"))
+    flags = ["--images", images, "--model", tmp_path / "model", "--out", tmp_path / "out", *FLAGS]
+    said = palindrome("encode", *flags, "--class", 1)
+    assert said.code == 2 and "the model is not class-conditional" in said.err
+
+
+def test_frames_between_images_need_one_class(run, palindrome, tmp_path):
+    flags = ["--latents", run, "--out", tmp_path / "out", "--pairs", "random:1", "--frames", 3, "--inline"]
+    said = palindrome("interpolate", *flags)
+    assert said.code == 2 and "--class: the images have classes of their own" in said.err
+    assert palindrome("interpolate", *flags, "--class", 4).code == 0
