@@ -8,7 +8,7 @@ Everything runs in this process, on its GPU if it has one, without a cluster.
 """
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -20,7 +20,8 @@ from PIL import Image as PIL
 from pyarrow.dataset import Dataset
 from torch import Tensor
 
-from palindrome.model.condition import ClassOf, Condition
+from palindrome.model.condition import ClassOf
+from palindrome.model.families import Checkpoint
 from palindrome.model.interpolate import slerp
 from palindrome.pipeline.images.decode import Rejected, decode, from_pillow
 from palindrome.pipeline.images.metrics import to_model, to_pixels
@@ -118,10 +119,10 @@ class Run:
         that do not fit the schedule, if the model is not the one that made the latents, and for a class that is missing
         or that the model does not know.
         """
-        x, condition = torch.from_numpy(self._latents(images)), self._condition(class_)
+        x, model = torch.from_numpy(self._latents(images)), self._told(class_)
         ladder, *_ = self.encoded.ladders([] if steps is None else [steps], self._loaded.checkpoint.process)
         parts = [batch for batch in x.split(BATCH) if len(batch)]
-        decoded = (self._loaded.decode(batch, ladder, condition(len(batch))) for batch in parts)
+        decoded = (self._loaded.decode(batch, ladder, model.condition_of_all(len(batch))) for batch in parts)
         return [to_pillow(pixels) for batch in decoded for pixels in to_pixels(batch)]
 
     def encode(self, image: PIL.Image | bytes | Location, class_: int | None = None) -> np.ndarray:
@@ -141,7 +142,7 @@ class Run:
                 pixels, *_ = decode(image if isinstance(image, bytes) else self._read(image), how)
         except Rejected as e:
             raise ValueError(f"{e.reason}: {e.detail}") from None
-        x, condition = to_model(np.stack([pixels])), self._condition(class_)(1)
+        x, condition = to_model(np.stack([pixels])), self._told(class_).condition_of_all(1)
         latents, _ = latents_of(self._loaded, x, self.encoded.inversion, condition=condition)
         return latents[0].float().numpy()
 
@@ -164,14 +165,14 @@ class Run:
         from_a, to_b = (end.expand(frames, -1, -1, -1) for end in ends)
         return self.decode(slerp(from_a, to_b, torch.linspace(0, 1, frames, dtype=torch.float64)), steps, class_)
 
-    def _condition(self, class_: int | None) -> Callable[[int], Condition | None]:
-        """The condition of a number of images of that class. Raises ValueError."""
+    def _told(self, class_: int | None) -> Checkpoint:
+        """The model, told that images are of that class. Raises ValueError."""
         model = self._loaded.checkpoint
         if class_ is not None:
-            model = model.with_classes(ClassOf(value=class_))
-        elif self.encoded.classes and self.encoded.classes.value is None:
+            return model.with_classes(ClassOf(value=class_))
+        if self.encoded.classes and self.encoded.classes.value is None:
             raise ValueError("the model is class-conditional: class_ says what the images are")
-        return lambda count: model.condition([{}] * count)
+        return model
 
     def _latents(self, images: Ids | np.ndarray | Tensor) -> np.ndarray:
         """The latents passed, or those stored under the ids passed: float32 [N, C, H, W]."""

@@ -10,7 +10,6 @@ import torch
 from palindrome.jobs.arguments import ConfigError, Range, config_error
 from palindrome.jobs.config import ClassOptions, CollectionOptions, ComputeConfig, PictureOptions, Planned
 from palindrome.jobs.estimate import executor_of
-from palindrome.model.condition import Condition
 from palindrome.model.families import Checkpoint
 from palindrome.model.fit import candidates, fit_ladder
 from palindrome.model.inversion import evaluations
@@ -116,18 +115,14 @@ def _calibrate(
     """By ladder, including the fitted one: its levels and the round trip's statistics on the images."""
     model, x = Model(checkpoint, threads), to_model(pixels)
     tune_process(model)
-
-    def condition(part: torch.Tensor) -> Condition | None:
-        return checkpoint.condition([{}] * len(part))
-
-    parts = x.split(BATCH)
-    products = torch.cat([model.epsilon_products(part, fine, condition(part)) for part in parts]).mean(0).numpy()
+    parts = [(part, checkpoint.condition_of_all(len(part))) for part in x.split(BATCH)]
+    products = torch.cat([model.epsilon_products(part, fine, condition) for part, condition in parts]).mean(0).numpy()
     fitted = fit_ladder(products, fine, checkpoint.process, config.steps, config.corrections)
     found: dict[str, dict[str, Any]] = {}
     for kind, levels in {**ladders, "fitted": fitted}.items():
         errors = []
-        for part in parts:
-            latents, *_ = model.encode(part, levels, config.corrections, condition=condition(part))
-            errors.append(round_trip_error(part, model.decode(latents, levels, condition(part))))
+        for part, condition in parts:
+            latents, *_ = model.encode(part, levels, config.corrections, condition=condition)
+            errors.append(round_trip_error(part, model.decode(latents, levels, condition)))
         found[kind] = {"levels": list(levels), **statistics(np.concatenate(errors))}
     return found

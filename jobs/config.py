@@ -278,11 +278,11 @@ class ClassOptions(Options):
 
         return None if self.class_ is None else ClassOf(value=self.class_)
 
-    def conditioned(self, model: "Checkpoint", classes: "ClassOf | None" = None) -> "Checkpoint":
-        """The model, told the classes that the flags say, or else `classes`. Raises ConfigError if it needs to be told
-        and is not, or is no class-conditional one."""
-        classes = self.classes() or classes
-        if classes is None and model.class_conditional:
+    def conditioned(self, model: "Checkpoint") -> "Checkpoint":
+        """The model, told the classes that the flags say, or else what it was told before. Raises ConfigError if it
+        needs to be told and is not, or is no class-conditional one."""
+        classes = self.classes()
+        if classes is None and model.class_conditional and not model.told():
             raise ConfigError(f"{self.AT_FAULT}: the model is class-conditional, and is told no class")
         with config_error(self.AT_FAULT):
             return model if classes is None else model.with_classes(classes)

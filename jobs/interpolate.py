@@ -111,9 +111,9 @@ def run(config: InterpolateConfig) -> int:
         pairs = read_pairs(config.pairs) if config.pairs and not config.drawn() else None
     with config_error("--model"):
         where, model = encoded.load_model(config.model, config.allow_pickle)
-    if model.class_conditional and config.class_ is None and (encoded.classes is None or encoded.classes.value is None):
+    if config.class_ is None and encoded.classes and encoded.classes.value is None:
         raise ConfigError("--class: the images have classes of their own: which one are the frames between them of?")
-    model = config.conditioned(model, encoded.classes)
+    model = config.conditioned(model)
     with config_error("--steps"):
         [levels] = encoded.ladders(() if config.steps is None else (config.steps,), model.process)
     with config_error("--out"):

@@ -61,7 +61,7 @@ def run(config: RegenerateConfig) -> int:
     which = config.selection(latents, min(encoded.done))
     with config_error("--model"):
         where, model = encoded.load_model(config.model, config.allow_pickle)
-    model = config.conditioned(model, encoded.classes)
+    model = config.conditioned(model)
     with config_error("--steps"):
         ladders = encoded.ladders(config.steps, model.process)
     how = {"eta": config.eta, "use_sigma_hat": config.sigma_hat}

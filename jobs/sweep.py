@@ -147,10 +147,8 @@ def _settings(config: SweepConfig, process: Process, top: int | None) -> list[Se
     for named in config.ladder:
         with config_error("--steps" if named in KINDS else "--ladder"):
             counts = config.steps if named in KINDS else (None,)
-            ladders = [
-                resolve(named, n, process, None if named == "linear" or not top else max(top, (n or 1) - 1))
-                for n in counts
-            ]
+            last = None if named == "linear" else top
+            ladders = [resolve(named, n, process, last and max(last, (n or 1) - 1)) for n in counts]
         label = PurePosixPath(named).stem if named.endswith(".json") else named
         for levels, count, tolerance, dtype in product(ladders, config.corrections, config.tolerance, config.dtype):
             # Without corrections the tolerance has no effect.

@@ -42,7 +42,12 @@ def coefficients(start: Marginal, end: Marginal, deviation: float = 0.0) -> tupl
     alpha_end (x - sigma_start epsilon) / alpha_start + sqrt(sigma_end^2 - deviation^2) epsilon
     """
     scale = end.alpha / start.alpha
-    return scale, sqrt(max(end.sigma**2 - deviation**2, 0.0)) - scale * start.sigma
+    return scale, direction(end, deviation) - scale * start.sigma
+
+
+def direction(end: Marginal, deviation: float) -> float:
+    """What eq. 12 multiplies epsilon by in "the direction pointing to x_t", next to noise of that deviation."""
+    return sqrt(max(end.sigma**2 - deviation**2, 0.0))
 
 
 def move(x: Tensor, epsilon: Tensor, start: Marginal, end: Marginal, deviation: float = 0.0) -> Tensor:
@@ -93,12 +98,12 @@ def sample(
         start, end, reading = process.marginal(high), process.marginal(low), process.reading(high)
         output = evaluate(network, x, reading, condition)
         deviation = sigma_eta(start, end, 1.0 if use_sigma_hat else eta)
-        direction = sqrt(max(end.sigma**2 - deviation**2, 0.0))
+        of_epsilon = direction(end, deviation)
         if clip:
             x0 = apply(reading.combine(1, 0), x, output).clamp(-1, 1)
-            x = end.alpha * x0 + direction / start.sigma * (x - start.alpha * x0)
+            x = end.alpha * x0 + of_epsilon / start.sigma * (x - start.alpha * x0)
         else:  # eq. 12
-            x = apply(reading.combine(end.alpha, direction), x, output)
+            x = apply(reading.combine(end.alpha, of_epsilon), x, output)
         if noise is not None and stochastic and low != CLEAN:
             x = x + (sigma_hat(start, end) if use_sigma_hat else deviation) * next(noise).to(x)
     return x

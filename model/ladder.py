@@ -9,7 +9,7 @@ from palindrome.model.process import CLEAN, Process
 
 LADDERS = ("linear", "quadratic")
 # log(alpha^2 / sigma^2) where the image is taken to be gone: that of DDPM's linear schedule at 0.8 T, where the paper's
-# code ends. At 0.8 T of a cosine schedule a third of the image is left.
+# code ends. At 0.8 T of a cosine schedule 9 % of the image's variance is left.
 TOP_LOG_SNR = -6.5
 Ladder = tuple[float, ...]
 

@@ -75,6 +75,10 @@ class Checkpoint(ABC):
         model. Raises ValueError where `refusal` has a reason."""
         return None
 
+    def condition_of_all(self, count: int) -> Condition | None:
+        """`condition` of images without columns: noise, or frames between images."""
+        return self.condition([{}] * count)
+
     @abstractmethod
     def with_process(self, process: Process) -> Self:
         """The same network on another process."""

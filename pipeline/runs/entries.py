@@ -1,4 +1,4 @@
-"""Listing one folder of a run, with sizes and modification times."""
+"""Listing one folder of a run, with sizes, modification times and entity tags."""
 
 import os
 from collections.abc import Iterator
@@ -7,14 +7,18 @@ from typing import Any, NamedTuple
 
 from palindrome.pipeline.storage.folder import TEMPORARY, Folder
 
+TAGS = ("ETag", "etag", "generation")  # entity tags, in a listing by fsspec
+
 
 class Entry(NamedTuple):
-    """A file or a subfolder. `modified` is in seconds since 1970, None if the store does not report it."""
+    """A file or a subfolder. `modified` is in seconds since 1970, None if the store does not report it. `tag` is a
+    store's entity tag, which is another whenever the content is; "" if there is none."""
 
     name: str
     size: int
     modified: float | None
     is_file: bool = True
+    tag: str = ""
 
     @property
     def shard(self) -> str | None:
@@ -37,15 +41,11 @@ def entries(run: Folder, below: str) -> Iterator[Entry]:
         except FileNotFoundError:
             pass
         return
-    run.fs.invalidate_cache(run.path(below))
-    try:
-        infos = run.fs.ls(run.path(below), detail=True)
-    except FileNotFoundError:
-        return
-    for info in infos:
+    for info in run.infos(below):
         name = info["name"].rstrip("/").rsplit("/", 1)[-1]
         if name and name != below:  # some stores have an object that represents the folder
-            yield Entry(name, info.get("size") or 0, modified_of(info), info["type"] == "file")
+            tag = next((str(info[key]).strip('"') for key in TAGS if info.get(key)), "")
+            yield Entry(name, info.get("size") or 0, modified_of(info), info["type"] == "file", tag)
 
 
 def modified_of(info: dict[str, Any]) -> float | None:

@@ -27,11 +27,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from palindrome.pipeline.base.threads import in_threads
+from palindrome.pipeline.runs.entries import entries
 from palindrome.pipeline.runs.errors import Errors
 from palindrome.pipeline.runs.kinds import REJECTS
 from palindrome.pipeline.runs.plan import shard_names
 from palindrome.pipeline.runs.schemas import SHARD_KEY
-from palindrome.pipeline.storage.folder import TEMPORARY, Folder
+from palindrome.pipeline.storage.folder import Folder
 
 TALLIES = "tallies"
 FORMAT = 1  # another number whenever a tally of the same shards is another, or is written otherwise
@@ -39,7 +40,6 @@ BLOCK = 1000  # shards of the plan
 READS = 32  # shards read at once
 GROUPS = 64  # row groups of a shard, in memory at once
 AT_ONCE = 256  # files of a disk, that a thread asks for their versions
-TAGS = ("ETag", "etag", "generation")  # entity tags, in a listing by fsspec
 
 
 class Stored(NamedTuple):
@@ -201,36 +201,21 @@ def _is_versioned(shard: Committed) -> bool:
 
 def _stored(run: Folder, below: str) -> dict[str, Stored]:
     """The files of the shards in a folder, by the shard's name."""
-    if run.is_local:
-        try:
-            with os.scandir(run.path(below)) as entries:
-                names = [e.name for e in entries if e.is_file() and not e.name.startswith(TEMPORARY)]
-        except FileNotFoundError:
-            return {}
-        names = [name for name in names if name.endswith(".parquet")]
-        parts = (names[i : i + AT_ONCE] for i in range(0, len(names), AT_ONCE))
-        found = dict(item for part in in_threads(lambda part: _on_disk(run, below, part), parts) for item in part)
-    else:
-        run.fs.invalidate_cache(run.path(below))
-        try:
-            infos = run.fs.ls(run.path(below), detail=True)
-        except FileNotFoundError:
-            return {}
-        found = {}
-        for info in infos:
-            name = info["name"].rsplit("/", 1)[-1]
-            if info["type"] == "file" and name.endswith(".parquet") and not name.startswith(TEMPORARY):
-                tag = next((str(info[key]).strip('"') for key in TAGS if info.get(key)), "")
-                found[name] = Stored(info["size"], tag)
-    return {name.removesuffix(".parquet"): stored for name, stored in found.items()}
+    found = [(entry.shard, entry) for entry in entries(run, below)]
+    shards = {shard: Stored(entry.size, entry.tag) for shard, entry in found if shard}
+    if not run.is_local:
+        return shards
+    names = list(shards)
+    parts = (names[i : i + AT_ONCE] for i in range(0, len(names), AT_ONCE))
+    return dict(item for part in in_threads(lambda part: _on_disk(run, below, part), parts) for item in part)
 
 
-def _on_disk(run: Folder, below: str, names: Iterable[str]) -> list[tuple[str, Stored]]:
+def _on_disk(run: Folder, below: str, shards: Iterable[str]) -> list[tuple[str, Stored]]:
     """Each file is opened: an NFS client asks the server then, where stat may answer from what it knew."""
     found = []
-    for name in names:
-        with suppress(FileNotFoundError), open(run.path(f"{below}/{name}"), "rb", buffering=0) as file:
+    for shard in shards:
+        with suppress(FileNotFoundError), open(run.path(f"{below}/{shard}.parquet"), "rb", buffering=0) as file:
             status = os.fstat(file.fileno())
             version = f"{status.st_ino}-{status.st_mtime_ns}-{status.st_ctime_ns}"
-            found.append((name, Stored(status.st_size, version)))
+            found.append((shard, Stored(status.st_size, version)))
     return found

@@ -46,7 +46,7 @@ def _trial(
         return model
 
     def errors(precision: str, x: Tensor) -> dict[str, Any]:
-        condition = checkpoint.with_any_class().condition([{}] * len(x))
+        condition = checkpoint.with_any_class().condition_of_all(len(x))
         latents = model_in(precision).encode(x, how.levels, how.corrections, how.tolerance, condition)[0]
         stored = latents.to(getattr(torch, how.dtype)).float()
         decoders = {"round_trip": precision, "decoded_by_float32": FLOAT32.precision}

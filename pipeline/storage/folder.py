@@ -179,15 +179,18 @@ class Folder:
 
     def files(self, below: str) -> dict[str, int]:
         """Sizes in bytes, by name, of the finished files in a folder, not of its subfolders; {} if it is missing."""
-        self.fs.invalidate_cache(self.path(below))
-        try:
-            infos = self.fs.ls(self.path(below), detail=True)
-        except FileNotFoundError:
-            return {}
-        named = {info["name"].rsplit("/", 1)[1]: info for info in infos if info["type"] == "file"}
+        named = {info["name"].rsplit("/", 1)[1]: info for info in self.infos(below) if info["type"] == "file"}
         # Some stores have an object without a name that represents the folder.
         finished = ((name, info) for name, info in sorted(named.items()) if name and not name.startswith(TEMPORARY))
         return {name: info["size"] for name, info in finished}
+
+    def infos(self, below: str) -> list[dict[str, Any]]:
+        """What fsspec says of the files and subfolders in a folder, listed anew; [] if it is missing."""
+        self.fs.invalidate_cache(self.path(below))
+        try:
+            return list(self.fs.ls(self.path(below), detail=True))
+        except FileNotFoundError:
+            return []
 
     def put(self, name: str, content: bytes | pa.Buffer) -> None:
         """Writes or replaces one object atomically."""

@@ -25,7 +25,7 @@ from palindrome.pipeline.runs.tallies import Committed, Tally, committed_shards,
 from palindrome.pipeline.runtime.device import Model, stopwatch
 from palindrome.pipeline.runtime.reader import Reader
 from palindrome.pipeline.storage.folder import Folder
-from palindrome.pipeline.tasks.encode import measure
+from palindrome.pipeline.tasks.encode import measure, split_by_class
 
 AVERAGED = ("identical", "nfe", "mean", "std", "kurtosis", "correlation", "noise_mse")  # columns of SWEEP_SCHEMA
 # The DDIM paper's Table 2: reconstruction error by steps.
@@ -83,14 +83,15 @@ class Sweep:
         round_trip = 0.0
         with ShardWriter(self.run, SWEPT, shard.name, SWEEP_SCHEMA, metadata, once=True) as out:
             for batch in self.reader.batches(shard):
+                images, refused = split_by_class(model, batch.images)
                 rows = None
-                if batch.images:
-                    x = to_model(np.stack([image.pixels for image in batch.images]))
+                if images:
+                    x = to_model(np.stack([image.pixels for image in images]))
                     before = model.clock.seconds
-                    found = _round_trip(model, x, setting.how, _condition(model, batch.images))
+                    found = _round_trip(model, x, setting.how, _condition(model, images))
                     round_trip += model.clock.seconds - before
-                    rows = self._rows(model, batch.images, found, setting)
-                out.add(rows, batch.rejects)
+                    rows = self._rows(model, images, found, setting)
+                out.add(rows, [*batch.rejects, *refused])
                 model.advance(len(batch.images))
             seconds = spent()
             written = out.commit({**seconds, "round_trip_seconds": round(round_trip, 3)})

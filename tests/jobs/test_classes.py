@@ -101,6 +101,14 @@ def test_an_image_without_a_class_that_the_model_knows_is_a_reject(run):
     assert any("10" in row["detail"] for row in rejects)
 
 
+def test_a_sweep_rejects_them_too(images, model, palindrome, tmp_path):
+    flags = ["--steps", 4, "--ladder", "linear", "--corrections", 1, "--inline", "--class-column", "label"]
+    said = palindrome("sweep", "--images", images, "--model", model, "--out", tmp_path / "out", *flags)
+    assert said.code == 0, said.err
+    assert "2 rejected as no_class" in said.out
+    assert len(pq.read_table(tmp_path / "out/sweep")) == IMAGES - 2
+
+
 def test_the_run_says_what_it_was_told_and_verifies(run, palindrome):
     assert palindrome("verify", run, "--deep", 4).code == 0
     said = palindrome("status", run)

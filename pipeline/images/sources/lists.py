@@ -19,7 +19,7 @@ from palindrome.pipeline.images.records import Piece
 from palindrome.pipeline.images.sources.base import COMPRESSED, CSV, JSON, LINES, TABLES, Collection, RawImage
 from palindrome.pipeline.images.sources.columns import can_be_read_as, is_text, same_or_wider
 from palindrome.pipeline.images.sources.files import Place, answers, read_files
-from palindrome.pipeline.images.sources.listing import Listed, Seen, list_files, path_of
+from palindrome.pipeline.images.sources.listing import Listed, list_files, path_of
 from palindrome.pipeline.images.sources.servers import Servers
 from palindrome.pipeline.images.sources.tables import byte_columns, first_schema, kept_fields, open_table
 from palindrome.pipeline.images.sources.unpack import compression
@@ -153,7 +153,8 @@ def read(collection: Collection, pieces: Sequence[Piece]) -> Iterator[RawImage]:
 def _another_answers(collection: Collection, place: Place, failed: Iterable[str]) -> bool:
     """Whether another web server of the list answers now: then the network works, and those that failed are gone."""
     fs, _ = open_fs(collection.uri, collection.storage_options)
-    files = chosen(sorted(list_files(collection.uri, collection.storage_options, collection.extensions, Seen())), "")
+    found = list_files(collection.uri, collection.storage_options, collection.extensions)
+    files = chosen(sorted(found), collection.uri)
     entries = pieces(entry for file in files for entry in listed(fs, collection, file.uri))
     asked = set(failed)
     for piece in islice(entries, LOOKED_AT):
