@@ -18,7 +18,7 @@ from palindrome.pipeline.runs.outcome import Failure
 from palindrome.pipeline.runs.plan import add_pieces, plan_totals, read_plan
 from palindrome.pipeline.runs.selection import Selection
 from palindrome.pipeline.runs.shards import committed
-from palindrome.pipeline.runs.summary import generated_summary, put_summary, rejects_by_reason
+from palindrome.pipeline.runs.summary import generated_summary, put_summary
 from palindrome.pipeline.runtime.scheduler import Resources
 from palindrome.pipeline.storage.folder import Folder, absolute
 from palindrome.pipeline.tasks.interpolate import Interpolate
@@ -135,7 +135,7 @@ def run(config: InterpolateConfig) -> int:
 
     def finish(out: Folder, failures: list[Failure]) -> int:
         done = committed(out, IMAGES)
-        summary = {**generated_summary(out), "rejects_by_reason": rejects_by_reason(out, done)}
+        summary = generated_summary(out, with_rejects=True)
         put_summary(out, summary, failures)
         described = {"latents": config.latents, "model": where, "steps": str(len(levels) - 1), "method": config.method}
         put_report(

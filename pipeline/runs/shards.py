@@ -4,12 +4,11 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset as dataset
 import pyarrow.parquet as pq
 
 from palindrome.pipeline.base.errors import RunError
@@ -28,6 +27,9 @@ from palindrome.pipeline.runs.schemas import (
 )
 from palindrome.pipeline.runs.selection import Selection
 from palindrome.pipeline.storage.folder import Folder, TableWriter, open_ranges
+
+if TYPE_CHECKING:
+    import pyarrow.dataset as dataset
 
 MADE = {"model_digest": "by model", "levels": "on the ladder", "preprocess": "from images preprocessed as"}
 
@@ -184,9 +186,11 @@ def read_ids(run: Folder, shard: str, which: Selection) -> list[str]:
 @contextmanager
 def _fragment(
     run: Folder, shard: str, which: Selection
-) -> Iterator[tuple[dataset.ParquetFileFragment, pc.Expression | None]]:
+) -> Iterator[tuple["dataset.ParquetFileFragment", pc.Expression | None]]:
     """A shard's file as a dataset fragment, whose readers skip row groups, and the selection as its filter."""
     with open_ranges(run.fs, run.path(f"{LATENTS}/{shard}.parquet")) as file:
+        import pyarrow.dataset as dataset  # imports pandas, if it is installed
+
         fragment = dataset.ParquetFileFormat().make_fragment(file)
         yield fragment, which.expression(fragment.physical_schema)
 

@@ -9,30 +9,29 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from pyarrow.parquet import ParquetFile
 
 from palindrome.pipeline.base.errors import writing
 from palindrome.pipeline.base.log import note
-from palindrome.pipeline.base.threads import in_threads
 from palindrome.pipeline.runs.errors import Errors
 from palindrome.pipeline.runs.kinds import IMAGES, LATENTS, RECONSTRUCTIONS, REJECTS
 from palindrome.pipeline.runs.outcome import Failure
-from palindrome.pipeline.runs.tallies import READS, Committed, Tally, committed_shards, reasons, tables, tally
+from palindrome.pipeline.runs.tallies import Committed, Tally, committed_shards, reasons, tables, tally
 from palindrome.pipeline.storage.folder import Folder
 
 
 def latents_summary(run: Folder, measured: bool) -> dict[str, Any]:
     """Counts, rejects by reason, seconds, and the round-trip error where it was measured."""
 
-    def read(shard: Committed) -> Tally:
-        with run.parquet_file(f"{LATENTS}/{shard.name}.parquet", shard.file.size) as file:
-            found = Tally.of_footer(file)
-            for first, rows in tables(file, ["image_id", "mse", "identical"]) if measured else ():
-                numbers, identical = first + np.arange(len(rows)), column(rows, "identical")
-                found.errors[""].add(shard.name, numbers, rows["image_id"], column(rows, "mse"), identical < 1)
-        found.add_rejects(run, shard)
+    def read(shard: Committed, file: ParquetFile) -> Tally:
+        found = Tally.of_footer(file)
+        for first, rows in tables(file, ["image_id", "mse", "identical"]) if measured else ():
+            numbers, identical = first + np.arange(len(rows)), column(rows, "identical")
+            found.errors[""].add(shard.name, numbers, rows["image_id"], column(rows, "mse"), identical < 1)
         return found
 
-    found = tally(committed_shards(run, LATENTS), read, "measured" if measured else "latents", run, run)
+    shards, what = committed_shards(run, LATENTS, with_rejects=True), "measured" if measured else "latents"
+    found = tally(run, LATENTS, shards, read, what, run, run)
     summary = {"images": 0, "latents": 0, "rejects": 0, **_account(found), "rejects_by_reason": _sorted(found.reasons)}
     if measured:
         errors = found.errors[""]
@@ -45,31 +44,27 @@ def latents_summary(run: Folder, measured: bool) -> dict[str, Any]:
 def rejects_by_reason(run: Folder, shards: Collection[str]) -> dict[str, int]:
     """Counts over the shards that are done."""
     # A shard that is not committed will write its rejects again.
-    names = ((name.removesuffix(".parquet"), size) for name, size in run.files(REJECTS).items())
-    done = (shard for shard in names if shard[0] in shards)
-    found: Counter[str] = Counter()
-    for counts in in_threads(lambda shard: reasons(run, *shard), done, READS):
-        found.update(counts)
-    return _sorted(found)
+    sizes = ((name.removesuffix(".parquet"), size) for name, size in run.files(REJECTS).items())
+    return _sorted(reasons(run, {name: size for name, size in sizes if name in shards}))
 
 
 def read_errors(run: Folder, plan: Folder) -> Tally:
     """The tally of a reconstruction, with the errors by number of steps; `plan` is the encode run."""
 
-    def read(shard: Committed) -> Tally:
-        with run.parquet_file(f"{RECONSTRUCTIONS}/{shard.name}.parquet", shard.file.size) as file:
-            found = Tally.of_footer(file)
-            for first, rows in tables(file, ["image_id", "steps", "status", "mse", "identical"]):
-                compared = pc.equal(rows["status"], "compared").to_numpy()
-                for steps, numbers, these in _by_steps(rows):
-                    errors, at = found.errors[steps], compared[numbers]
-                    errors.uncompared.update(these.filter(pa.array(~at))["status"].to_pylist())
-                    these = these.filter(pa.array(at))
-                    mse, identical = column(these, "mse"), column(these, "identical")
-                    errors.add(shard.name, first + numbers[at], these["image_id"], mse, identical=identical)
+    def read(shard: Committed, file: ParquetFile) -> Tally:
+        found = Tally.of_footer(file)
+        for first, rows in tables(file, ["image_id", "steps", "status", "mse", "identical"]):
+            compared = pc.equal(rows["status"], "compared").to_numpy()
+            for steps, numbers, these in _by_steps(rows):
+                errors, at = found.errors[steps], compared[numbers]
+                errors.uncompared.update(these.filter(pa.array(~at))["status"].to_pylist())
+                these = these.filter(pa.array(at))
+                mse, identical = column(these, "mse"), column(these, "identical")
+                errors.add(shard.name, first + numbers[at], these["image_id"], mse, identical=identical)
         return found
 
-    return tally(committed_shards(run, RECONSTRUCTIONS), read, "reconstructions", plan, run)
+    shards = committed_shards(run, RECONSTRUCTIONS)
+    return tally(run, RECONSTRUCTIONS, shards, read, "reconstructions", plan, run)
 
 
 def reconstructions_summary(found: Tally, steps: Sequence[int]) -> dict[str, Any]:
@@ -84,30 +79,30 @@ def reconstructions_summary(found: Tally, steps: Sequence[int]) -> dict[str, Any
     return summary
 
 
-def generated_summary(run: Folder) -> dict[str, Any]:
-    """Counts and seconds."""
+def generated_summary(run: Folder, with_rejects: bool = False) -> dict[str, Any]:
+    """Counts and seconds, and if asked for, rejects by reason."""
 
-    def read(shard: Committed) -> Tally:
-        with run.parquet_file(f"{IMAGES}/{shard.name}.parquet", shard.file.size) as file:
-            return Tally.of_footer(file)
+    def read(shard: Committed, file: ParquetFile) -> Tally:
+        return Tally.of_footer(file)
 
-    return {"images": 0, **_account(tally(committed_shards(run, IMAGES), read, "images", run, run))}
+    found = tally(run, IMAGES, committed_shards(run, IMAGES, with_rejects), read, "images", run, run)
+    rejects = {"rejects_by_reason": _sorted(found.reasons)} if with_rejects else {}
+    return {"images": 0, **_account(found), **rejects}
 
 
 def regenerated_summary(run: Folder, plan: Folder) -> dict[str, Any]:
     """Counts, seconds, and for each number of steps images, mean and 99th percentile of `to_longest`; `plan` is the
     encode run."""
 
-    def read(shard: Committed) -> Tally:
-        with run.parquet_file(f"{IMAGES}/{shard.name}.parquet", shard.file.size) as file:
-            found = Tally.of_footer(file)
-            for first, rows in tables(file, ["image_id", "steps", "to_longest"]):
-                for steps, numbers, these in _by_steps(rows):
-                    distances = column(these, "to_longest")
-                    found.errors[steps].add(shard.name, first + numbers, these["image_id"], distances)
+    def read(shard: Committed, file: ParquetFile) -> Tally:
+        found = Tally.of_footer(file)
+        for first, rows in tables(file, ["image_id", "steps", "to_longest"]):
+            for steps, numbers, these in _by_steps(rows):
+                distances = column(these, "to_longest")
+                found.errors[steps].add(shard.name, first + numbers, these["image_id"], distances)
         return found
 
-    found = tally(committed_shards(run, IMAGES), read, "regenerated", plan, run)
+    found = tally(run, IMAGES, committed_shards(run, IMAGES), read, "regenerated", plan, run)
     by_steps = []
     for steps, errors in sorted(found.errors.items(), key=lambda item: int(item[0])):
         figures = errors.figures()
@@ -119,11 +114,11 @@ def mean_nfe(latents: Folder, run: Folder) -> float:
     """Network evaluations that encoding spent on an image, over all rows of an encode run: a tolerance makes them
     differ. `run` is the run that asks, which keeps what was read."""
 
-    def read(shard: Committed) -> Tally:
-        nfe = latents.read_parquet(f"{LATENTS}/{shard.name}.parquet", ["nfe"], shard.file.size)["nfe"]
+    def read(shard: Committed, file: ParquetFile) -> Tally:
+        nfe = file.read(["nfe"], use_threads=False)["nfe"]
         return Tally(1, Counter(nfe=pc.sum(nfe).as_py() or 0, latents=len(nfe)))
 
-    found = tally(committed_shards(latents, LATENTS), read, "nfe", latents, run)
+    found = tally(latents, LATENTS, committed_shards(latents, LATENTS), read, "nfe", latents, run)
     return found.counts["nfe"] / max(found.counts["latents"], 1)
 
 

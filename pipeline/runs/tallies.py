@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -32,12 +32,13 @@ from palindrome.pipeline.runs.errors import Errors
 from palindrome.pipeline.runs.kinds import REJECTS
 from palindrome.pipeline.runs.plan import shard_names
 from palindrome.pipeline.runs.schemas import SHARD_KEY
-from palindrome.pipeline.storage.folder import Folder
+from palindrome.pipeline.storage.folder import FOOTER_BYTES, Folder
 
 TALLIES = "tallies"
 FORMAT = 1  # another number whenever a tally of the same shards is another, or is written otherwise
 BLOCK = 1000  # shards of the plan
-READS = 32  # shards read at once
+READS = 32  # shards read at once, of those that are too large to be read whole
+WHOLE = 64  # shards read at once, of the others
 GROUPS = 64  # row groups of a shard, in memory at once
 AT_ONCE = 256  # files of a disk, that a thread asks for their versions
 
@@ -50,7 +51,7 @@ class Stored(NamedTuple):
 
 
 class Committed(NamedTuple):
-    """A committed shard, and its rejects, if it has some."""
+    """A committed shard, and its rejects, if it has some that are to be counted."""
 
     name: str
     file: Stored
@@ -77,10 +78,6 @@ class Tally:
         found = json.loads(file.metadata.metadata.get(SHARD_KEY, b"{}"))
         return cls(1, Counter(found["counts"]), Counter(found["timings"]))
 
-    def add_rejects(self, run: Folder, shard: Committed) -> None:
-        if shard.rejects is not None:
-            self.reasons.update(reasons(run, shard.name, shard.rejects.size))
-
     def merge(self, other: "Tally") -> None:
         self.shards += other.shards
         self.counts.update(other.counts)
@@ -101,7 +98,7 @@ class Tally:
         return cls(record["shards"], counts, seconds, reasons, defaultdict(Errors, errors))
 
 
-Read = Callable[[Committed], Tally]  # the tally of one shard
+Read = Callable[[Committed, pq.ParquetFile], Tally]  # the tally of one shard
 
 
 def tables(file: pq.ParquetFile, columns: list[str]) -> Iterator[tuple[int, pa.Table]]:
@@ -114,23 +111,35 @@ def tables(file: pq.ParquetFile, columns: list[str]) -> Iterator[tuple[int, pa.T
         first += len(rows)
 
 
-def reasons(run: Folder, shard: str, size: int | None = None) -> dict[str, int]:
-    """How many rejects of a shard there are for each reason."""
-    found = pc.value_counts(run.read_parquet(f"{REJECTS}/{shard}.parquet", ["reason"], size)["reason"])
-    return {row["values"]: row["counts"] for row in found.to_pylist()}
+def reasons(run: Folder, sizes: Mapping[str, int]) -> Counter[str]:
+    """How many rejects there are for each reason, in shards whose files of rejects have these sizes in bytes."""
+
+    def read(shard: Committed, file: pq.ParquetFile) -> Tally:
+        found = pc.value_counts(file.read(["reason"], use_threads=False)["reason"])
+        return Tally(reasons=Counter({row["values"]: row["counts"] for row in found.to_pylist()}))
+
+    return _read(run, REJECTS, [Committed(name, Stored(size, "")) for name, size in sizes.items()], read).reasons
 
 
-def committed_shards(run: Folder, below: str) -> list[Committed]:
-    """The committed shards of a folder, sorted by name."""
-    files, rejects = _stored(run, below), _stored(run, REJECTS)
+def committed_shards(run: Folder, below: str, with_rejects: bool = False) -> list[Committed]:
+    """The committed shards of a folder, sorted by name; without their rejects unless these are to be counted too."""
+    files, rejects = _stored(run, below), _stored(run, REJECTS) if with_rejects else {}
     return [Committed(name, files[name], rejects.get(name)) for name in sorted(files)]
 
 
-def tally(shards: Sequence[Committed], read: Read, about: str, plan: Folder, keep: Folder) -> Tally:
-    """The tally of `shards`, which are part of the plan in `plan`. `read` is called for those of blocks whose tally is
-    not kept in the run folder `keep`; `about`, a name for a file, says what it counts."""
+def tally(
+    run: Folder, below: str, shards: Sequence[Committed], read: Read, about: str, plan: Folder, keep: Folder
+) -> Tally:
+    """The tally of `shards` of a folder, which are part of the plan in `plan`. `read` is called for those of blocks
+    whose tally is not kept in the run folder `keep`; `about`, a name for a file, says what it counts."""
+
+    def of(shards: Sequence[Committed]) -> Tally:
+        found = _read(run, below, shards, read)
+        found.reasons += reasons(run, {shard.name: shard.rejects.size for shard in shards if shard.rejects})
+        return found
+
     if not shards or not all(_is_versioned(shard) for shard in shards):
-        return _read(shards, read)
+        return of(shards)
     kept = {name for name in keep.files(TALLIES) if name.startswith(f"{about}-")}
     blocks = _blocks(shards, plan)
     names = [_name(about, block) for block in blocks]
@@ -141,7 +150,7 @@ def tally(shards: Sequence[Committed], read: Read, about: str, plan: Folder, kee
         found = Tally()
         for block, name, known in zip(blocks, names, in_threads(lambda n: _load(keep, n, kept), names), strict=True):
             if known is None:
-                known = _read(block, read)
+                known = of(block)
                 _put(keep, name, known)
             found.merge(known)
         if len(names) > 1:
@@ -152,11 +161,27 @@ def tally(shards: Sequence[Committed], read: Read, about: str, plan: Folder, kee
     return found
 
 
-def _read(shards: Iterable[Committed], read: Read) -> Tally:
+def _read(run: Folder, below: str, shards: Sequence[Committed], read: Read) -> Tally:
     """Many at once, as an object store takes tens of milliseconds each."""
     found = Tally()
-    for one in in_threads(read, shards, READS):
-        found.merge(one)
+
+    def path(shard: Committed) -> str:
+        return f"{below}/{shard.name}.parquet"
+
+    def one(shard: Committed) -> Tally:
+        with run.parquet_file(path(shard), shard.file.size) as file:
+            return read(shard, file)
+
+    small = [] if run.is_local else [shard for shard in shards if shard.file.size <= FOOTER_BYTES]
+    parts = [small[i : i + WHOLE] for i in range(0, len(small), WHOLE)]
+    # In a thread, so that the next arrive while these are counted.
+    opened = in_threads(lambda part: run.small_parquet_files([path(shard) for shard in part]), parts, 1)
+    for part, files in zip(parts, opened, strict=True):
+        for shard, file in zip(part, files, strict=True):
+            found.merge(read(shard, file))
+    large = shards if run.is_local else [shard for shard in shards if shard.file.size > FOOTER_BYTES]
+    for its in in_threads(one, large, READS):
+        found.merge(its)
     return found
 
 

@@ -4,7 +4,7 @@ import errno
 import os
 import re
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -176,6 +176,15 @@ class Folder:
         if size is not None and size <= FOOTER_BYTES and not self.is_local:
             return pq.ParquetFile(pa.BufferReader(self.read(name)))
         return pq.ParquetFile(open_ranges(self.fs, self.path(name), size), pre_buffer=True)
+
+    def small_parquet_files(self, names: Sequence[str]) -> list[pq.ParquetFile]:
+        """Several Parquet files, read whole. An object store is asked for all at once, by one event loop: that takes a
+        third less CPU time than a thread for each."""
+        found = self.fs.cat_ranges([self.path(name) for name in names], None, None)
+        for content in found:
+            if isinstance(content, Exception):
+                raise content
+        return [pq.ParquetFile(pa.BufferReader(content)) for content in found]
 
     def files(self, below: str) -> dict[str, int]:
         """Sizes in bytes, by name, of the finished files in a folder, not of its subfolders; {} if it is missing."""

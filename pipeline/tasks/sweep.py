@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from pyarrow.parquet import ParquetFile
 from torch import Tensor
 
 from palindrome.model.condition import Condition
@@ -142,17 +143,16 @@ def read_sweep(run: Folder) -> list[dict[str, Any]]:
 def _row(run: Folder, name: str, units: Sequence[Committed]) -> dict[str, Any]:
     """The row of the setting of that name, from its units."""
 
-    def read(unit: Committed) -> Tally:
-        with run.parquet_file(f"{SWEPT}/{unit.name}.parquet", unit.file.size) as file:
-            found = Tally.of_footer(file)
-            for first, rows in tables(file, ["image_id", "mse", *AVERAGED]):
-                others = {name: column(rows, name) for name in AVERAGED}
-                others["exact"] = others["identical"] == 1
-                numbers = first + np.arange(len(rows))
-                found.errors[""].add(unit.name, numbers, rows["image_id"], column(rows, "mse"), **others)
+    def read(unit: Committed, file: ParquetFile) -> Tally:
+        found = Tally.of_footer(file)
+        for first, rows in tables(file, ["image_id", "mse", *AVERAGED]):
+            others = {name: column(rows, name) for name in AVERAGED}
+            others["exact"] = others["identical"] == 1
+            numbers = first + np.arange(len(rows))
+            found.errors[""].add(unit.name, numbers, rows["image_id"], column(rows, "mse"), **others)
         return found
 
-    found = tally(units, read, f"sweep_{name}", run, run)
+    found = tally(run, SWEPT, units, read, f"sweep_{name}", run, run)
     errors = found.errors[""]
     setting = Setting.of(shard_metadata(run, units[0].name, SWEPT)["setting"])
     how = setting.how

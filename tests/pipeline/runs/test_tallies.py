@@ -60,13 +60,18 @@ def run(tmp_path):
 @pytest.fixture
 def summarised(monkeypatch):
     """summarised(run) -> its summary, and the places of the shards that were read for it."""
-    read, names = Folder.parquet_file, []
+    read, several, names = Folder.parquet_file, Folder.small_parquet_files, []
 
     def noting(folder, name, *arguments):
         names.append(name)
         return read(folder, name, *arguments)
 
+    def noting_several(folder, read):
+        names.extend(read)
+        return several(folder, read)
+
     monkeypatch.setattr(Folder, "parquet_file", noting)
+    monkeypatch.setattr(Folder, "small_parquet_files", noting_several)
     places = {f"latents/{shard.name}.parquet": place for place, shard in enumerate(PLANNED)}
 
     def summarised(run):
