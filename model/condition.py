@@ -1,7 +1,9 @@
 """What a network is told of each sample besides its state and the level: a class, or the encoding of a text."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -10,16 +12,35 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Condition:
-    """Tensors [B, ...] by name, one row per sample. The family that makes them knows what they mean."""
+    """Tensors [B, ...] by name, one row per sample. The family that makes them knows what they mean.
+
+    With `dropped`, the same tensors of a prediction without a condition, the network is guided by `weight`.
+    """
 
     values: Mapping[str, Tensor]
+    dropped: Mapping[str, Tensor] | None = None
+    weight: float = 1.0
 
     def __getitem__(self, rows: Tensor | slice) -> "Condition":
         """Of some of the samples."""
-        return Condition({name: value[rows] for name, value in self.values.items()})
+        return self._map(lambda value: value[rows])
 
     def to(self, device: torch.device) -> "Condition":
-        return Condition({name: value.to(device) for name, value in self.values.items()})
+        return self._map(lambda value: value.to(device))
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "Condition":
+        values, dropped = (
+            None if tensors is None else {name: change(value) for name, value in tensors.items()}
+            for tensors in (self.values, self.dropped)
+        )
+        return Condition(values or {}, dropped, self.weight)
+
+    @cached_property
+    def both(self) -> "Condition":
+        """`dropped` followed by `values`, for 2 B samples. It is made once, as an engine looks for the very tensors of
+        its last call."""
+        dropped = self.dropped or {}
+        return Condition({name: torch.cat([dropped[name], value]) for name, value in self.values.items()})
 
 
 @dataclass(frozen=True)
@@ -42,3 +63,23 @@ class ClassOf:
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> "ClassOf":
         return cls(record["column"], record["class"])
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Classifier-free guidance: u + weight (c - u) of the network's outputs c under a class and u under `null_class`,
+    which stands for none. Weight 1 is no guidance (Ho & Salimans, arXiv 2207.12598, eq. 6, where it is 1 + w).
+
+    Raises ValueError for a weight that is negative or not finite.
+    """
+
+    weight: float
+    null_class: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.weight < math.inf:
+            raise ValueError(f"the weight is {self.weight}, not a number of at least 0")
+
+    def record(self) -> dict[str, Any]:
+        """The key `guidance` of run.json."""
+        return asdict(self)

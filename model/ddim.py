@@ -22,9 +22,16 @@ output [B, C, H, W]."""
 
 
 def evaluate(network: Network, x: Tensor, reading: Reading, condition: Condition | None = None) -> Tensor:
-    """One network evaluation, in the state's dtype."""
+    """One network evaluation, in the state's dtype; with guidance, one of a batch of two, whose outputs are combined as
+    epsilon would be: at one state, both are affine."""
     given = x if reading.scale == 1 else reading.scale * x
-    output = network(given, reading.told) if condition is None else network(given, reading.told, condition)
+    if condition is None:
+        output = network(given, reading.told)
+    elif condition.dropped is None:
+        output = network(given, reading.told, condition)
+    else:
+        without, with_it = network(torch.cat([given, given]), reading.told, condition.both).chunk(2)
+        output = torch.lerp(without, with_it, condition.weight)
     return output.to(x.dtype)
 
 

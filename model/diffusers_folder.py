@@ -87,7 +87,7 @@ class DiffusersFolder:
                 raise CheckpointError(f"{self.uri}/{where} is no index of weights: it has no weight_map") from e
         tensors: dict[str, Tensor] = {}
         for part in parts:
-            tensors |= self._tensors(part)
+            tensors |= self.tensors(part)
         return where, {WRAPPERS.sub("", key): value for key, value in tensors.items()}
 
     def _names(self, folder: str) -> list[str]:
@@ -97,7 +97,8 @@ class DiffusersFolder:
             return []
         return sorted(path.rstrip("/").rpartition("/")[2] for path in paths)
 
-    def _tensors(self, name: str) -> dict[str, Tensor]:
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """The tensors in a file of weights, by name."""
         if name.endswith(".bin"):
             return self.pickled(name)
         try:

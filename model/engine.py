@@ -1,17 +1,29 @@
 """A checkpoint's network, made ready to be evaluated often: in a precision, compiled or not, each timestep embedded
 once."""
 
+from collections.abc import Iterator
 from functools import cache
 from shutil import which
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from palindrome.model.condition import Condition
 from palindrome.model.execution import HALVES, Execution
-from palindrome.model.unet import UNet
 
 KEPT = 8  # of what the network was told last of timesteps and classes: batches in flight, and corrections of a step
+
+
+class Told(Protocol):
+    """What an Engine needs of a network, an nn.Module: all that it is told of a timestep and of classes can be computed
+    ahead of its evaluation. `model.unet.UNet` documents the methods."""
+
+    def biases(self, t: Tensor, classes: Tensor | None, dtype: torch.dtype | None) -> list[Tensor]: ...
+    def evaluate(self, x: Tensor, biases: list[Tensor]) -> Tensor: ...
+    def lower(self, dtype: torch.dtype) -> Any: ...
+    def to(self, *args: Any, **kwargs: Any) -> Any: ...
+    def parameters(self) -> Iterator[nn.Parameter]: ...
 
 
 class Engine:
@@ -23,12 +35,12 @@ class Engine:
     network is to be compiled for a CPU and there is no C++ compiler.
     """
 
-    def __init__(self, network: UNet, execution: Execution) -> None:
-        device = network.conv_in.weight.device
+    def __init__(self, network: Told, execution: Execution) -> None:
+        device = next(network.parameters()).device
         self.compiled, self.dtype = execution.compiled, HALVES.get(execution.precision, torch.float32)
         network.lower(self.dtype)
         if self.dtype in HALVES.values():  # the layout of tensor cores; on CPUs it is that already
-            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            network.to(memory_format=torch.channels_last)
         allowed = execution.precision == "tf32"  # torch allows it to convolutions unless told otherwise
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
         if self.compiled and device.type == "cpu" and not any(map(which, ("c++", "g++", "clang++"))):

@@ -13,6 +13,10 @@ By Tweedie's formula the ideal epsilon's Jacobian is (I - alpha_b^2 / sigma_b^2 
 its eigenvalues near 0 along the images and near 1 / sigma_b across them. So those of G lie between 0 and kappa =
 1 - s sigma_a / sigma_b, for which 2 / (2 - kappa) is the best relaxation. Where alpha_b is 0, s is sigma_b / sigma_a
 instead, and kappa 0: nothing of x_b lies along the images.
+
+Guidance by W > 1 combines two such epsilons to u + W (c - u): the eigenvalues of G then lie between -(W - 1) kappa and
+W kappa, whose middle is that of 0 and kappa. So the relaxation remains the best one, but what it leaves is up to
+2 W - 1 times as much, and below 1 only where kappa < 1 / W: in steps that are short enough.
 """
 
 from collections.abc import Sequence
@@ -125,6 +129,8 @@ def _solve(
     """The y with y = G(y), from a first one; its residual, float [B], and the evaluations, int32 [B]. Samples that are
     done leave the batch."""
     kappa = step.kappa
+    weight = 1.0 if condition is None else condition.weight
+    left = min(1.0, max(2 * weight - 1, 1.0) * kappa / (2 - kappa))  # the relaxed fixed point leaves at most so much
     solved, least = y.clone(), x.new_full((len(x),), float("inf"))
     count = torch.zeros(len(x), dtype=torch.int32, device=x.device)
     active = torch.arange(len(x), device=x.device)
@@ -143,7 +149,7 @@ def _solve(
         if not tolerance:  # nobody leaves, and to ask would have a GPU waited for
             y = update
             continue
-        going = size * kappa / (2 - kappa) > tolerance  # the relaxed fixed point leaves at most so much of it
+        going = size * left > tolerance
         if not going.any():
             break
         y = update

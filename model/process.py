@@ -237,20 +237,19 @@ class Flow(Process):
         return {"process": "flow", **dataclasses.asdict(self)}
 
 
-@dataclass(frozen=True)
-class EDM(Process):
-    """x0 + s epsilon for s from sigma_min to sigma_max, and the raw network F of D = c_skip z + c_out F(c_in z, ln(s) /
-    4) (Karras et al., arXiv 2206.00364, table 1). Level i is the i-th of their eq. 5's steps, from the clean end."""
+@dataclass(frozen=True, kw_only=True)
+class Sigmas(Process):
+    """x0 + s epsilon for s from sigma_min to sigma_max. Level i is the i-th of the steps of Karras et al. (arXiv
+    2206.00364, eq. 5), from the clean end: s^(1 / rho) rises evenly."""
 
-    sigma_data: float = 0.5
     sigma_min: float = 0.002
     sigma_max: float = 80.0
     rho: float = 7.0
     num_train_timesteps: int = 1000
 
     def __post_init__(self) -> None:
-        if not (0 < self.sigma_min < self.sigma_max < math.inf and self.sigma_data > 0 and self.rho > 0):
-            raise ValueError(f"{self}: 0 < sigma_min < sigma_max, and sigma_data and rho above 0 are needed")
+        if not (0 < self.sigma_min < self.sigma_max < math.inf and self.rho > 0):
+            raise ValueError(f"{self}: 0 < sigma_min < sigma_max, and rho above 0 are needed")
         if self.num_train_timesteps < 2:
             raise ValueError(f"num_train_timesteps is {self.num_train_timesteps}; at least 2 are needed")
 
@@ -260,6 +259,18 @@ class EDM(Process):
         s = np.linspace(*ends, self.num_train_timesteps) ** self.rho
         norm = np.hypot(1, s)
         return 1 / norm, s / norm
+
+
+@dataclass(frozen=True, kw_only=True)
+class EDM(Sigmas):
+    """The raw network F of D = c_skip z + c_out F(c_in z, ln(s) / 4) (Karras et al., table 1)."""
+
+    sigma_data: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.sigma_data < math.inf:
+            raise ValueError(f"sigma_data is {self.sigma_data}, not a number above 0")
 
     def reading(self, level: float) -> Reading:
         alpha, sigma = self.marginal(level)
@@ -271,3 +282,41 @@ class EDM(Process):
 
     def describe(self) -> dict[str, Any]:
         return {"process": "edm", **dataclasses.asdict(self)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SongVP(Sigmas):
+    """The network of Song et al.'s continuous VP process (arXiv 2011.13456), D = z - s F(z / sqrt(s^2 + 1), (M - 1) t),
+    with s^2 = exp(beta_d t^2 / 2 + beta_min t) - 1 (Karras et al., table 1). F predicts epsilon."""
+
+    beta_d: float = 19.9
+    beta_min: float = 0.1
+    M: int = 1000
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (self.beta_d > 0 and self.beta_min > 0 and self.M > 1):
+            raise ValueError(f"beta_d {self.beta_d} and beta_min {self.beta_min} must be above 0, M {self.M} above 1")
+
+    def reading(self, level: float) -> Reading:
+        alpha, sigma = self.marginal(level)
+        of_t = sqrt(self.beta_min**2 - 4 * self.beta_d * math.log(alpha))  # 1 + s^2 = 1 / alpha^2
+        told = (self.M - 1) * (of_t - self.beta_min) / self.beta_d
+        return Reading(told, 1.0, Affine(1 / alpha, -sigma / alpha), Affine(0.0, 1.0))
+
+    def describe(self) -> dict[str, Any]:
+        return {"process": "song_vp", **dataclasses.asdict(self)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SongVE(Sigmas):
+    """The network of Song et al.'s VE process, D = z + s F(z, ln(s / 2)) (Karras et al., table 1). F predicts
+    -epsilon."""
+
+    def reading(self, level: float) -> Reading:
+        alpha, sigma = self.marginal(level)
+        x0, epsilon = Affine(1 / alpha, sigma / alpha), Affine(0.0, -1.0)
+        return Reading(math.log(sigma / alpha / 2), 1 / alpha, x0, epsilon)
+
+    def describe(self) -> dict[str, Any]:
+        return {"process": "song_ve", **dataclasses.asdict(self)}

@@ -23,6 +23,7 @@ KNOWN: dict[str, tuple[str | None, ...]] = {
 
 # Keys of diffusers' config that this network knows in one setting only.
 _FIXED = {"act_fn": ("silu", "swish")}
+DIFFUSERS, OWN = "UNet2DModel", "PalindromeUNet"  # the values of _class_name
 # Settings that diffusers' UNet2DModel has not: OpenAI's networks need them (model/families/openai.py).
 _OURS = ("num_attention_heads", "num_attention_heads_up", "time_proj_dim", "timestep_scale")
 
@@ -155,13 +156,13 @@ class UNetConfig:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> Self:
-        """From the content of diffusers' `unet/config.json`."""
-        if config.get("_class_name", "UNet2DModel") != "UNet2DModel":
-            raise ValueError(f"_class_name is {config['_class_name']!r}, not 'UNet2DModel'")
+        """From the content of diffusers' `unet/config.json`, or of ours for a network `beyond_diffusers`."""
+        if (name := config.get("_class_name", DIFFUSERS)) not in (DIFFUSERS, OWN):
+            raise ValueError(f"_class_name is {name!r}, not {DIFFUSERS!r}")
         for key, known in _FIXED.items():
             if config.get(key, known[0]) not in known:
                 raise ValueError(f"{key} is {config[key]!r}; only {known[0]!r} is supported")
-        known_keys = {f.name for f in dataclasses.fields(cls)} - set(_OURS)
+        known_keys = {f.name for f in dataclasses.fields(cls)} - set(() if name == OWN else _OURS)
         unknown = [k for k in config if k not in known_keys and k not in _FIXED and not k.startswith("_")]
         if unknown:
             raise ValueError(f"unknown key {unknown[0]!r}")
@@ -181,7 +182,7 @@ class UNetConfig:
 
         It goes into the digests of checkpoints: what versions before did not write is left out at its default."""
         fixed = {key: known[0] for key, known in _FIXED.items()}
-        found = {"_class_name": "UNet2DModel", **fixed, **dataclasses.asdict(self)}
+        found = {"_class_name": DIFFUSERS, **fixed, **dataclasses.asdict(self)}
         if self.mid_block_scale_factor == 1:
             found["mid_block_scale_factor"] = 1  # and not 1.0
         left_out = set(_OURS) - set(self.beyond_diffusers)

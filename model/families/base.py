@@ -1,17 +1,25 @@
 """The interface of a model family: all that the pipeline asks of a model, whatever its network is."""
 
+import dataclasses
+import hashlib
+import json
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Integral
+from typing import Any, Self, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from palindrome.model.condition import ClassOf, Condition
+from palindrome.model.condition import ClassOf, Condition, Guidance
 from palindrome.model.ddim import Network
 from palindrome.model.diffusers_folder import CheckpointError as CheckpointError
 from palindrome.model.execution import FLOAT32, Execution
 from palindrome.model.process import Process
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 class Checkpoint(ABC):
@@ -62,8 +70,18 @@ class Checkpoint(ABC):
         """The same model, told one class for all images: to measure speed and rounding."""
         return self.with_classes(ClassOf(value=0)) if self.class_conditional else self
 
+    @property
+    def guidance(self) -> Guidance | None:
+        """None without guidance."""
+        return None
+
+    def with_guidance(self, weight: float, null_class: int | None = None) -> Self:
+        """The same model, guided by that weight; 1 is no guidance. Without `null_class`, the model's own. Raises
+        ValueError for a weight that is negative or not finite, and for a model that can't be guided so."""
+        raise ValueError("the model is not class-conditional")
+
     def told(self) -> dict[str, Any]:
-        """What run.json records of the conditions: `classes` of a class-conditional model."""
+        """What run.json records of the conditions: `classes` of a class-conditional model, and `guidance`."""
         return {}
 
     def refusal(self, row: Mapping[str, Any]) -> str:
@@ -90,3 +108,111 @@ class Checkpoint(ABC):
     def as_described(self, found: Mapping[str, Any]) -> Self:
         """The same network on the process that a run was made on, whose run.json is `found`."""
         return self.with_process(self.process.as_described(found))
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfClasses(Checkpoint):
+    """A model whose network is told the number of each image's class, if it is class-conditional: of the class that
+    `classes` says, and of none by `null_class`, where it was trained with that."""
+
+    classes: ClassOf | None = None
+    null_class: int | None = None
+    guidance: Guidance | None = None
+
+    @abstractmethod
+    def refusal_of(self, value: Any) -> str:
+        """Why the network can't be told that class; "" if it can."""
+
+    @property
+    def class_dtype(self) -> torch.dtype:
+        """Of what the network is told of the classes."""
+        return torch.int64
+
+    def with_classes(self, classes: ClassOf) -> Self:
+        if not self.class_conditional:
+            return super().with_classes(classes)
+        told = dataclasses.replace(self, classes=classes)
+        if classes.value is not None and (why := told.refusal({})):
+            raise ValueError(why)
+        return told
+
+    def with_guidance(self, weight: float, null_class: int | None = None) -> Self:
+        if not self.class_conditional:
+            return super().with_guidance(weight, null_class)
+        if weight == 1:
+            return dataclasses.replace(self, guidance=None)
+        before = None if self.guidance is None else self.guidance.null_class
+        known = (number for number in (null_class, before, self.null_class) if number is not None)
+        if (null := next(known, None)) is None:
+            raise ValueError("guidance needs the class that stands for none, and the model does not say which it is")
+        if null != self.null_class and (why := self.refusal_of(null)):
+            raise ValueError(f"the class that stands for none: {why}")
+        return dataclasses.replace(self, guidance=Guidance(weight, null))
+
+    def told(self) -> dict[str, Any]:
+        told = {"classes": self.classes, "guidance": self.guidance}
+        return {name: value.record() for name, value in told.items() if value is not None}
+
+    def refusal(self, row: Mapping[str, Any]) -> str:
+        if not self.class_conditional:
+            return ""
+        value = None if self.classes is None else self.classes(row)
+        if value is None:
+            return "the model is class-conditional, and the image has no class"
+        return self.refusal_of(value)
+
+    def condition(self, rows: Sequence[Mapping[str, Any]]) -> Condition | None:
+        """`class`: [B] or [B, E], of `class_dtype`."""
+        if not self.class_conditional:
+            return None
+        for why in filter(None, map(self.refusal, rows)):
+            raise ValueError(why)
+        assert self.classes is not None  # else refused
+        classes = torch.tensor([self.classes(row) for row in rows], dtype=self.class_dtype)
+        if self.guidance is None:
+            return Condition({"class": classes})
+        return Condition(
+            {"class": classes},
+            dropped={"class": torch.full_like(classes, self.guidance.null_class)},
+            weight=self.guidance.weight,
+        )
+
+
+def refusal_of_number(value: Any, known: int | None) -> str:
+    """Why that is no class of a network that knows the numbers below `known`, or all; "" if it is one."""
+    if isinstance(value, Integral) and 0 <= int(value) < (known or math.inf):
+        return ""
+    return f"the class is {value!r}, not a number{f' below {known}' if known else ''}"
+
+
+def digest_of(configs: Any, weights: Mapping[str, Tensor]) -> str:
+    """sha256 over configs, of JSON's types, and the weights as stored, 64 hex digits."""
+    h = hashlib.sha256()
+    h.update(json.dumps(configs, sort_keys=True).encode())
+    for name, value in sorted(weights.items()):
+        h.update(f"\0{name} {value.dtype} {tuple(value.shape)}\0".encode())
+        h.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return h.hexdigest()
+
+
+def placed(network: Module, device: torch.device | str) -> Module:
+    """The network in float32 on a device, in evaluation mode, without gradients.
+
+    On CPU its weights lie channels last, and the activations follow: oneDNN's convolutions need no reordering then.
+    """
+    if torch.device(device).type == "cpu":
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return network.to(device, torch.float32).eval().requires_grad_(False)
+
+
+def check_weights(network: Callable[[], nn.Module], weights: Mapping[str, Tensor], where: str) -> None:
+    """Raises CheckpointError, which begins with `where`, unless they are those of what `network` makes, and finite."""
+    with torch.device("meta"):
+        expected = {k: v.shape for k, v in network().state_dict().items()}
+    for name in sorted(expected.keys() | weights.keys()):
+        if name not in weights or name not in expected or weights[name].shape != expected[name]:
+            found = tuple(weights[name].shape) if name in weights else "nothing"
+            wanted = tuple(expected[name]) if name in expected else "nothing"
+            raise CheckpointError(f"{where}: {name} is {found}, and the config asks for {wanted}")
+        if not weights[name].isfinite().all():
+            raise CheckpointError(f"{where}: {name} holds values that are not finite (NaN or infinite)")

@@ -14,9 +14,10 @@ from typing import Any
 from torch import Tensor
 
 from palindrome.model.diffusers_folder import WRAPPERS, CheckpointError, DiffusersFolder
-from palindrome.model.families.unet2d import UNet2D, check_weights, pixel_config
+from palindrome.model.families.base import check_weights
+from palindrome.model.families.unet2d import UNet2D, pixel_config
 from palindrome.model.process import VP
-from palindrome.model.unet import UNetConfig
+from palindrome.model.unet import UNet, UNetConfig
 
 ENDINGS = (".pt", ".pth")
 GROUPS = 32  # of every norm
@@ -280,7 +281,7 @@ def load(uri: str, storage_options: Mapping[str, Any] | None = None, allow_pickl
         raise CheckpointError(f"{uri}: {e.args[0]} is missing, which OpenAI's U-Nets have") from e
     except (ValueError, TypeError) as e:
         raise CheckpointError(f"{uri}: {e}") from e
-    check_weights(config, weights, uri)
+    check_weights(lambda: UNet(config), weights, uri)
     try:
         return UNet2D(config, weights, _process(flags))
     except (ValueError, TypeError) as e:

@@ -12,7 +12,7 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from palindrome.model.ddim import invert, sample
 from palindrome.model.inversion import invert_exactly
 from palindrome.model.ladder import ladder, logsnr_ladder
-from palindrome.model.process import BETA_SCHEDULES, CLEAN, EDM, PREDICTION_TYPES, VP, Flow, Marginal
+from palindrome.model.process import BETA_SCHEDULES, CLEAN, EDM, PREDICTION_TYPES, VP, Flow, Marginal, SongVE, SongVP
 
 # --- The table of betas ---------------------------------------------------------------------------------------------
 
@@ -88,7 +88,10 @@ def test_rescaled_betas_end_at_alpha_0_as_diffusers_do(prediction_type):
         VP(rescale_betas_zero_snr=True)
 
 
-@pytest.mark.parametrize("process", [VP(), VP(rescale_betas_zero_snr=True, prediction_type="sample"), Flow(), EDM()])
+@pytest.mark.parametrize(
+    "process",
+    [VP(), VP(rescale_betas_zero_snr=True, prediction_type="sample"), Flow(), EDM(), SongVP(), SongVE()],
+)
 def test_levels_between_timesteps_lie_between_them(process):
     for level in (0, 3, 998):
         here, between, above = (process.marginal(level + part) for part in (0, 0.25, 1))
@@ -145,11 +148,26 @@ def of_edm(given, c_noise, sigma_data=0.5):
     return (posterior_mean(z, 1, s) - c_skip * z) / c_out
 
 
+def of_song_vp(given, told):
+    """Song et al.'s network of the VP process, whose output is epsilon (Karras et al., table 1)."""
+    t = told / 999
+    s = sqrt(math.exp(19.9 * t**2 / 2 + 0.1 * t) - 1)
+    return (given * sqrt(s**2 + 1) - posterior_mean(given * sqrt(s**2 + 1), 1, s)) / s
+
+
+def of_song_ve(z, told):
+    """That of the VE process, whose output is -epsilon."""
+    s = 2 * math.exp(told)
+    return (posterior_mean(z, 1, s) - z) / s
+
+
 WAYS = {
     **{name: (VP(prediction_type=name), of_betas(VP(prediction_type=name))) for name in PREDICTION_TYPES},
     "flow": (Flow(), of_flow),
     "shifted flow": (Flow(shift=3.0), of_flow),
     "edm": (EDM(), of_edm),
+    "song_vp": (SongVP(), of_song_vp),
+    "song_ve": (SongVE(), of_song_ve),
 }
 
 
@@ -263,7 +281,7 @@ def test_sampling_to_and_from_alpha_0_equals_diffusers():
     torch.testing.assert_close(sample(network, start, levels, process), x, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("bad", [Flow, EDM])
+@pytest.mark.parametrize("bad", [Flow, EDM, SongVP, SongVE])
 def test_impossible_processes_are_refused(bad):
     with pytest.raises(ValueError):
         bad(num_train_timesteps=0)
@@ -271,8 +289,8 @@ def test_impossible_processes_are_refused(bad):
         bad(**({"shift": 0.0} if bad is Flow else {"sigma_max": 0.001}))
 
 
-@pytest.mark.parametrize("process", [VP(), ZERO_SNR[0], Flow(shift=2.0), EDM()])
+@pytest.mark.parametrize("process", [VP(), ZERO_SNR[0], Flow(shift=2.0), EDM(), SongVP(M=100), SongVE(sigma_max=50)])
 def test_a_description_is_json_and_makes_the_process_again(process):
     found = json.loads(json.dumps(process.describe()))
-    kind = {"flow": Flow, "edm": EDM}.get(found.pop("process", None), VP)
+    kind = {"flow": Flow, "edm": EDM, "song_vp": SongVP, "song_ve": SongVE}.get(found.pop("process", None), VP)
     assert kind(**found) == process

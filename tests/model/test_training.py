@@ -1,6 +1,7 @@
 """The training loop without Ray: its learning rate, its steps, and the state from which it resumes."""
 
 import io
+from dataclasses import replace
 from itertools import repeat
 
 import pytest
@@ -11,7 +12,7 @@ from palindrome.model.process import VP
 from palindrome.model.training import Hyperparameters, Training
 
 DEFAULTS = {"lr": 1e-3, "lr_warmup": 0, "lr_decay": "none", "weight_decay": 0.0, "ema": 0.9999, "grad_clip": 1.0}
-BATCH = torch.randint(256, (4, 16, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+BATCH = torch.randint(256, (4, 16, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)), None
 
 
 def how(steps=3, **settings):
@@ -19,8 +20,9 @@ def how(steps=3, **settings):
     return Hyperparameters(steps=steps, **given)
 
 
-def training(settings, state=None):
-    return Training(PRESETS["tiny"], VP(), settings, torch.device("cpu"), state=state)
+def training(settings, state=None, classes=None):
+    unet = replace(PRESETS["tiny"], num_class_embeds=classes)
+    return Training(unet, VP(), settings, torch.device("cpu"), state=state)
 
 
 def test_the_learning_rate_rises_and_falls():
@@ -76,3 +78,48 @@ def test_samples_are_the_same_every_time():
     first = trained.samples(2)
     assert first.shape == (2, 3, 16, 16) and not torch.equal(first[0], first[1])
     assert torch.equal(first, trained.samples(2))
+
+
+def of_classes(*classes):
+    return BATCH[0], torch.tensor(classes)
+
+
+def test_the_classes_that_are_told_are_trained():
+    """Of four classes only two occur, and no image is told as of none."""
+    trained = training(how(flip=False), classes=4)
+    before = trained.network.class_embedding.weight.clone()
+    list(trained.steps(repeat(of_classes(0, 2, 2, 0))))
+    changed = (trained.network.class_embedding.weight != before).any(dim=1)
+    assert changed.tolist() == [True, False, True, False]
+    assert trained.checkpoint(torch.float32).null_class is None
+
+
+def test_some_are_told_as_of_no_class():
+    """By a half of 400 images the null class is trained, by all of them no other."""
+    told = []
+
+    def spied(dropout):
+        trained = training(how(steps=100, class_dropout=dropout), classes=4)
+        forward, told[:] = trained.network.forward, []
+        trained.network.forward = lambda x, t, classes: told.append(classes) or forward(x, t, classes)
+        list(trained.steps(repeat(of_classes(0, 1, 2, 1))))
+        return trained, torch.stack(told)
+
+    trained, told_by_half = spied(0.5)
+    assert trained.checkpoint(torch.float32).null_class == 3
+    none = told_by_half == 3
+    assert 140 < none.sum() < 260  # 200, six deviations
+    assert ((told_by_half == torch.tensor([0, 1, 2, 1])) | none).all()
+    assert (spied(1.0)[1] == 3).all()
+
+
+def test_samples_of_classes_are_of_one_after_the_other():
+    """Not of the null class."""
+    trained = training(how(class_dropout=0.1), classes=3)
+    with torch.no_grad():
+        trained.average.module.class_embedding.weight.normal_(generator=torch.Generator().manual_seed(0))
+    told, module = set(), trained.average.module
+    forward = module.forward
+    module.forward = lambda x, t, classes: told.add(tuple(classes.tolist())) or forward(x, t, classes)
+    assert trained.samples(4).isfinite().all()
+    assert told == {(0, 1, 0, 1)}

@@ -108,7 +108,7 @@ def test_their_reverse_ddim_is_ours(case, outputs, loaded, told):
 
 
 @torch.no_grad()
-def test_those_that_diffusers_can_express_are_saved_for_it(case, loaded, told, tmp_path):
+def test_folders_are_opened_by_us_and_those_that_diffusers_can_express_by_it(case, loaded, told, tmp_path):
     beyond = loaded.config.beyond_diffusers
     expected = {
         "all_resolutions": ["num_attention_heads"],
@@ -120,15 +120,16 @@ def test_those_that_diffusers_can_express_are_saved_for_it(case, loaded, told, t
     }
     name = next(name for name, other in CASES.items() if other is case)
     assert beyond == expected.get(name, [])
-    if beyond:
-        with pytest.raises(ValueError, match=beyond[0]):
-            save(loaded, str(tmp_path / "folder"))
-        return
     save(loaded, str(tmp_path / "folder"))
     again = load_folder(str(tmp_path / "folder"))
-    assert again.digest == loaded.digest
-    from diffusers import UNet2DModel
+    assert again.digest == loaded.digest and again.config == loaded.config
+    from diffusers import DDIMPipeline, UNet2DModel
 
+    if beyond:  # diffusers must not open it, and pass over what it does not know
+        for opened in (UNet2DModel, DDIMPipeline):
+            with pytest.raises((OSError, ValueError, AttributeError)):
+                opened.from_pretrained(tmp_path / "folder", **({"subfolder": "unet"} if opened is UNet2DModel else {}))
+        return
     theirs = UNet2DModel.from_pretrained(tmp_path / "folder", subfolder="unet")
     x = MADE["noise_for"](case["seed"])
     classes = None if told is None else told.values["class"]

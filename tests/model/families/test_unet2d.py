@@ -504,15 +504,21 @@ def test_the_class_is_that_of_a_column_or_one_for_all(randomize, small, checkpoi
         of_classes.with_classes(ClassOf(value=5))
     with pytest.raises(ValueError, match="not class-conditional"):
         checkpoint.with_classes(ClassOf(value=0))
-    embedded = UNet2D(UNetConfig(**small, class_embed_type="identity"), {}, VP(), ClassOf("label"))
+    embedded = UNet2D(UNetConfig(**small, class_embed_type="identity"), {}, VP(), classes=ClassOf("label"))
     assert torch.equal(embedded.condition([{"label": [0.5, 1.0]}]).values["class"], torch.tensor([[0.5, 1.0]]))
-    as_timestep = UNet2D(UNetConfig(**small, class_embed_type="timestep"), {}, VP(), ClassOf("label"))
+    as_timestep = UNet2D(UNetConfig(**small, class_embed_type="timestep"), {}, VP(), classes=ClassOf("label"))
     assert torch.equal(as_timestep.condition([{"label": 1000}]).values["class"], torch.tensor([1000]))
 
 
-def test_what_diffusers_can_not_express_is_not_saved(checkpoint, tmp_path):
+def test_what_diffusers_can_not_express_has_a_folder_that_it_does_not_open(checkpoint, tmp_path):
     scaled = dataclasses.replace(checkpoint, config=dataclasses.replace(checkpoint.config, timestep_scale=0.25))
     assert scaled.digest != checkpoint.digest
-    with pytest.raises(ValueError, match="timestep_scale"):
-        save(scaled, str(tmp_path / "checkpoint"))
-    assert not (tmp_path / "checkpoint").exists()
+    save(scaled, str(tmp_path))
+    found = load(str(tmp_path))
+    assert found.config == scaled.config and found.digest == scaled.digest
+    with pytest.raises(OSError, match="diffusion_pytorch_model"):
+        UNet2DModel.from_pretrained(tmp_path, subfolder="unet")
+    renamed = json.loads((tmp_path / CONFIG).read_text()) | {"_class_name": "UNet2DModel"}
+    (tmp_path / CONFIG).write_text(json.dumps(renamed))
+    with pytest.raises(CheckpointError, match="unknown key 'timestep_scale'"):
+        load(str(tmp_path))
