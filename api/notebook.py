@@ -109,17 +109,21 @@ class Run:
         return np.asarray(latents[[position[image_id] for image_id in wanted]], np.float32)
 
     def decode(
-        self, images: Ids | np.ndarray | Tensor, steps: int | None = None, class_: int | None = None
+        self,
+        images: Ids | np.ndarray | Tensor,
+        steps: int | None = None,
+        class_: int | None = None,
+        guidance: float | None = None,
     ) -> list[PIL.Image]:
         """Decodes images of the run by their ids, or latents [N, C, H, W] or [C, H, W], to RGB or L images; of a
-        class-conditional model, as images of the class `class_`.
+        class-conditional model, as images of the class `class_`, with the weight `guidance` (default: the run's).
 
         The result equals that of `palindrome regenerate`: on the run's own ladder, or on one with `steps` steps up to
         the same level. Raises KeyError for an id without a latent; ValueError for latents of another shape, for steps
-        that do not fit the schedule, if the model is not the one that made the latents, and for a class that is missing
-        or that the model does not know.
+        that do not fit the schedule, if the model is not the one that made the latents, for a class that is missing or
+        that the model does not know, and for guidance of a model that has no class for none.
         """
-        x, model = torch.from_numpy(self._latents(images)), self._told(class_)
+        x, model = torch.from_numpy(self._latents(images)), self._told(class_, guidance)
         ladder, *_ = self.encoded.ladders([] if steps is None else [steps], self._loaded.checkpoint.process)
         parts = [batch for batch in x.split(BATCH) if len(batch)]
         decoded = (self._loaded.decode(batch, ladder, model.condition_of_all(len(batch))) for batch in parts)
@@ -153,21 +157,25 @@ class Run:
         frames: int = 11,
         steps: int | None = None,
         class_: int | None = None,
+        guidance: float | None = None,
     ) -> list[PIL.Image]:
         """Images between two images, both included: decodes latents interpolated spherically, at equal angles. `a` and
-        `b` are ids or latents [C, H, W]; `steps` and `class_` are as for `decode`. Raises what `decode` raises, and
-        ValueError for fewer than 2 frames, or if no unique arc connects the latents."""
+        `b` are ids or latents [C, H, W]; `steps`, `class_` and `guidance` are as for `decode`. Raises what `decode`
+        raises, and ValueError for fewer than 2 frames, or if no unique arc connects the latents."""
         if frames < 2:
             raise ValueError(f"frames must be at least 2, for both ends; got {frames}")
         ends = [torch.from_numpy(self._latents(end)) for end in (a, b)]
         if any(len(end) != 1 for end in ends):
             raise ValueError("an interpolation is between two single images")
         from_a, to_b = (end.expand(frames, -1, -1, -1) for end in ends)
-        return self.decode(slerp(from_a, to_b, torch.linspace(0, 1, frames, dtype=torch.float64)), steps, class_)
+        between = slerp(from_a, to_b, torch.linspace(0, 1, frames, dtype=torch.float64))
+        return self.decode(between, steps, class_, guidance)
 
-    def _told(self, class_: int | None) -> Checkpoint:
-        """The model, told that images are of that class. Raises ValueError."""
+    def _told(self, class_: int | None, guidance: float | None = None) -> Checkpoint:
+        """The model, told that images are of that class, and guided. Raises ValueError."""
         model = self._loaded.checkpoint
+        if guidance is not None:
+            model = model.with_guidance(guidance)
         if class_ is not None:
             return model.with_classes(ClassOf(value=class_))
         if self.encoded.classes and self.encoded.classes.value is None:

@@ -41,8 +41,8 @@ class CalibrateConfig(CollectionOptions, PictureOptions, ClassOptions, ComputeCo
     out: str
     """The ladder file to write, JSON; a path or an fsspec URI that ends in .json."""
     model: str
-    """The checkpoint: a folder in diffusers' layout, a path or an fsspec URI; or a Hugging Face repository, ORG/NAME or
-    ORG/NAME@REVISION, if huggingface_hub is installed."""
+    """The checkpoint: a folder in diffusers' layout or with EDM's config, or a .pt file of OpenAI's, a path or an
+    fsspec URI; or a Hugging Face repository, ORG/NAME or ORG/NAME@REVISION, if huggingface_hub is installed."""
     steps: Annotated[int, Range(1)]
     """The number of steps of the ladder."""
     corrections: Annotated[int, Range(0, 100)] = 3

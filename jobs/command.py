@@ -27,6 +27,7 @@ JOBS = {
     "interpolate": "latents -> the images between them",
     "animate": "write the paths of interpolate as strips and videos",
     "train": "train a model on an image collection",
+    "convert": "write a model as a checkpoint folder with safetensors",
     "status": "show the progress of a run",
     "verify": "check that a run is complete and consistent",
     "rejects": "list the inputs that a run rejected",

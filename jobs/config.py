@@ -3,12 +3,14 @@
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from palindrome.jobs.arguments import ConfigError, Options, Range, config_error, flag_of
+from palindrome.pipeline.base.errors import SettingError
 from palindrome.pipeline.storage.folder import by_protocol
 
 if TYPE_CHECKING:
@@ -137,7 +139,7 @@ class ComputeConfig(Config):
     inline: bool = False
     """Compute in this process, without Ray, on one GPU or all CPUs: for tens of images, or to debug."""
     allow_pickle: bool = False
-    """Also load weights that are a pickle (.bin), as tensors alone: for checkpoints that you trust."""
+    """Also load weights that are a pickle (.bin, .pt), as tensors alone: for checkpoints that you trust."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -261,6 +263,17 @@ class CollectionOptions(Options):
         return {"kind": kind, "image_column": self.image_column, "extensions": self.extensions}
 
 
+@contextmanager
+def class_column_error(column: str | None) -> Iterator[None]:
+    """An error about the column of --class-column, which is read as those of --keep are, names that flag."""
+    try:
+        yield
+    except SettingError as e:
+        if e.field == "keep" and column is not None and column in str(e):
+            e.field = "class_column"
+        raise
+
+
 @dataclass(frozen=True, kw_only=True)
 class ClassOptions(Options):
     """Options of the commands that tell a class-conditional model one class."""
@@ -271,6 +284,14 @@ class ClassOptions(Options):
 
     class_: Annotated[int, Range(0)] | None = None
     """The number of the class that all images are taken to be of, for a class-conditional model."""
+
+    guidance: Annotated[float, Range(0)] | None = None
+    """The weight W of classifier-free guidance, u + W (c - u), for a class-conditional model: each network evaluation
+    is then one with the class, c, and one without, u (default: 1, no guidance; for latents, that of their encode
+    run)."""
+    null_class: Annotated[int, Range(0)] | None = None
+    """The number of the class that stands for none, for --guidance (default: the one with which palindrome trained the
+    model)."""
 
     def classes(self) -> "ClassOf | None":
         """None if no flag says it. Raises ConfigError."""
@@ -285,7 +306,13 @@ class ClassOptions(Options):
         if classes is None and model.class_conditional and not model.told():
             raise ConfigError(f"{self.AT_FAULT}: the model is class-conditional, and is told no class")
         with config_error(self.AT_FAULT):
-            return model if classes is None else model.with_classes(classes)
+            model = model if classes is None else model.with_classes(classes)
+        if self.guidance is None:
+            if self.null_class is not None:
+                raise ConfigError("--null-class: goes with --guidance")
+            return model
+        with config_error("--guidance" if self.null_class is None else "--null-class"):
+            return model.with_guidance(self.guidance, self.null_class)
 
 
 @dataclass(frozen=True, kw_only=True)

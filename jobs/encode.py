@@ -6,7 +6,13 @@ from math import prod
 from typing import Annotated, Any, ClassVar, Literal
 
 from palindrome.jobs.arguments import ConfigError, Range, config_error
-from palindrome.jobs.config import ClassColumnOptions, CollectionOptions, PictureOptions, ReadingConfig
+from palindrome.jobs.config import (
+    ClassColumnOptions,
+    CollectionOptions,
+    PictureOptions,
+    ReadingConfig,
+    class_column_error,
+)
 from palindrome.jobs.sharded import Remaining, ShardedJob, remaining_shards, run_sharded
 from palindrome.model.execution import FLOAT32, Execution
 from palindrome.model.families import Checkpoint
@@ -51,8 +57,8 @@ class EncodeConfig(CollectionOptions, PictureOptions, ClassColumnOptions, Readin
     }
 
     model: str
-    """The checkpoint: a folder in diffusers' layout, a path or an fsspec URI; or a Hugging Face repository, ORG/NAME or
-    ORG/NAME@REVISION, if huggingface_hub is installed."""
+    """The checkpoint: a folder in diffusers' layout or with EDM's config, or a .pt file of OpenAI's, a path or an
+    fsspec URI; or a Hugging Face repository, ORG/NAME or ORG/NAME@REVISION, if huggingface_hub is installed."""
     steps: Annotated[int, Range(1)] | None = None
     """Steps from the image to its latent (default: 20, or those of the ladder's file or list)."""
     corrections: Annotated[int, Range(0, 100)] = 3
@@ -94,7 +100,7 @@ class EncodeConfig(CollectionOptions, PictureOptions, ClassColumnOptions, Readin
 
 def run(config: EncodeConfig) -> int:
     """Encodes the remaining shards and returns the exit code."""
-    with config_error("--images"):
+    with config_error("--images"), class_column_error(config.class_column):
         uri = absolute(config.images)
         keep = config.with_class_column(config.keep)
         collection = open_collection(uri, keep=keep, reserved=LATENT_COLUMNS, **config.reading())

@@ -38,8 +38,8 @@ class GenerateConfig(ImagesConfig, ClassOptions):
     """
 
     model: str
-    """The checkpoint: a folder in diffusers' layout, a path or an fsspec URI; or a Hugging Face repository, ORG/NAME or
-    ORG/NAME@REVISION, if huggingface_hub is installed."""
+    """The checkpoint: a folder in diffusers' layout or with EDM's config, or a .pt file of OpenAI's, a path or an
+    fsspec URI; or a Hugging Face repository, ORG/NAME or ORG/NAME@REVISION, if huggingface_hub is installed."""
     count: Annotated[int, Range(1)]
     """The number of samples."""
     seed: Annotated[int, Range(0)] = 0

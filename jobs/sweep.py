@@ -8,7 +8,13 @@ from pathlib import PurePosixPath
 from typing import Annotated, Any, ClassVar, Literal
 
 from palindrome.jobs.arguments import ConfigError, Range, config_error
-from palindrome.jobs.config import ClassColumnOptions, CollectionOptions, PictureOptions, ReadingConfig
+from palindrome.jobs.config import (
+    ClassColumnOptions,
+    CollectionOptions,
+    PictureOptions,
+    ReadingConfig,
+    class_column_error,
+)
 from palindrome.jobs.sharded import Remaining, ShardedJob, run_sharded
 from palindrome.model.execution import Execution
 from palindrome.model.ladder import TOP_LOG_SNR
@@ -49,8 +55,8 @@ class SweepConfig(CollectionOptions, PictureOptions, ClassColumnOptions, Reading
     }
 
     model: str
-    """The checkpoint: a folder in diffusers' layout, a path or an fsspec URI; or a Hugging Face repository, ORG/NAME or
-    ORG/NAME@REVISION, if huggingface_hub is installed."""
+    """The checkpoint: a folder in diffusers' layout or with EDM's config, or a .pt file of OpenAI's, a path or an
+    fsspec URI; or a Hugging Face repository, ORG/NAME or ORG/NAME@REVISION, if huggingface_hub is installed."""
     steps: tuple[Annotated[int, Range(1)], ...] = (10, 20, 50, 100)
     """Numbers of steps; ladders given as lists or files have their own."""
     corrections: tuple[Annotated[int, Range(0, 100)], ...] = (0, 1, 2, 3)
@@ -76,7 +82,7 @@ class SweepConfig(CollectionOptions, PictureOptions, ClassColumnOptions, Reading
 
 def run(config: SweepConfig) -> int:
     """Measures the remaining units, writes table and plot, and returns the exit code."""
-    with config_error("--images"):
+    with config_error("--images"), class_column_error(config.class_column):
         uri = absolute(config.images)
         collection = open_collection(uri, keep=config.with_class_column(()), **config.reading())
     with config_error("--model"):

@@ -4,7 +4,7 @@ import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 import ray.train
@@ -14,12 +14,12 @@ from pyarrow.fs import FSSpecHandler, PyFileSystem
 
 from palindrome.infra.cluster import ClusterError, connect
 from palindrome.jobs.arguments import ConfigError, Range, config_error
-from palindrome.jobs.config import CollectionOptions, Config, PictureOptions, Planned
+from palindrome.jobs.config import CollectionOptions, Config, PictureOptions, Planned, class_column_error
 from palindrome.jobs.holding import hold_run
 from palindrome.model.presets import PRESETS
 from palindrome.model.process import VP
 from palindrome.model.training import Hyperparameters
-from palindrome.model.unet import UNet
+from palindrome.model.unet import UNet, UNetConfig
 from palindrome.pipeline.base.errors import RunError
 from palindrome.pipeline.base.log import note, say
 from palindrome.pipeline.base.text import duration, size
@@ -75,6 +75,13 @@ class TrainConfig(CollectionOptions, PictureOptions, Config):
     """What the network predicts."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """The network's precision; auto is bfloat16 if the hardware supports it. Weights are float32."""
+    class_column: str | None = None
+    """Train a class-conditional model: the column with the number of each image's class."""
+    num_classes: Annotated[int, Range(1)] | None = None
+    """How many classes --class-column has, numbered from 0."""
+    class_dropout: Annotated[float, Range(0, 1)] = 0.1
+    """The fraction of images told as of no class, so that the model can be guided (--guidance); it gets one class more
+    for that, the last. 0 trains no such class."""
     save_dtype: Literal["float32", "float16"] = "float32"
     """The dtype of the weights in the checkpoint folder."""
     limit: Annotated[int, Range(1)] | None = None
@@ -88,6 +95,20 @@ class TrainConfig(CollectionOptions, PictureOptions, Config):
     seed: int = 0
     """The seed of initial weights, data order, noise and sample grids."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.class_column is not None and self.num_classes is None:
+            raise ConfigError("--num-classes: is needed with --class-column")
+        if self.num_classes is not None and self.class_column is None:
+            raise ConfigError("--num-classes: goes with --class-column")
+
+    def unet(self) -> UNetConfig:
+        """The network to train."""
+        preset = PRESETS[self.preset]
+        if self.num_classes is None:
+            return preset
+        return replace(preset, num_class_embeds=self.num_classes + (self.class_dropout > 0))
+
     def hyperparameters(self) -> Hyperparameters:
         same = {f.name: getattr(self, f.name) for f in fields(Hyperparameters) if f.name != "steps"}
         return Hyperparameters(steps=self.train_steps, **same)
@@ -95,8 +116,9 @@ class TrainConfig(CollectionOptions, PictureOptions, Config):
 
 def run(config: TrainConfig) -> int:
     """Trains up to `train_steps`, from the last saved state if there is one, and returns the exit code."""
-    with config_error("--images"):
-        collection = open_collection(absolute(config.images), **config.reading())
+    with config_error("--images"), class_column_error(config.class_column):
+        keep = () if config.class_column is None else (config.class_column,)
+        collection = open_collection(absolute(config.images), keep=keep, **config.reading())
     with config_error("--batch-size"):
         if config.batch_size % config.workers:
             raise ConfigError(f"--batch-size: {config.batch_size} is not divisible by --workers {config.workers}")
@@ -111,7 +133,7 @@ def run(config: TrainConfig) -> int:
             return 0
     with config_error("--images"):
         totals = plan_totals(out) or write_plan(out, collection, 512, config.limit)
-    unet = PRESETS[config.preset]
+    unet = config.unet()
     task = Train(
         out=out,
         collection=collection,
@@ -125,6 +147,8 @@ def run(config: TrainConfig) -> int:
         save_dtype=config.save_dtype,
         sample_every=config.sample_every,
         save_every=config.save_every,
+        class_column=config.class_column,
+        num_classes=config.num_classes,
     )
     print(f"training {config.preset} on {totals.images} images for {config.train_steps} steps", flush=True)
     if config.dry_run:

@@ -2,9 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self
-
-import pyarrow.dataset as dataset
+from typing import TYPE_CHECKING, Any, Self
 
 from palindrome.model.condition import ClassOf
 from palindrome.model.execution import FLOAT32, Execution
@@ -22,6 +20,9 @@ from palindrome.pipeline.runs.models import load_model
 from palindrome.pipeline.runs.plan import Totals, plan_totals, read_plan
 from palindrome.pipeline.runs.shards import committed
 from palindrome.pipeline.storage.folder import Folder
+
+if TYPE_CHECKING:
+    import pyarrow.dataset as dataset
 
 
 class WrongModel(ValueError):
@@ -80,7 +81,11 @@ class EncodeRun:
                 f"the latents were made by another model: digest {digest[:12]}…, and this one's is {model.digest[:12]}…"
             )
         model = model.as_described(self.manifest.content)
-        return uri, model if self.classes is None else model.with_classes(self.classes)
+        if self.classes is not None:
+            model = model.with_classes(self.classes)
+        if (guidance := self.manifest.content.get("guidance")) is not None:
+            model = model.with_guidance(**guidance)
+        return uri, model
 
     @property
     def classes(self) -> ClassOf | None:
@@ -105,8 +110,10 @@ class EncodeRun:
 
         return tuple(map(of, steps)) or (own,)
 
-    def rows(self) -> dataset.Dataset:
+    def rows(self) -> "dataset.Dataset":
         """The rows of the committed shards, in the plan's order."""
+        import pyarrow.dataset as dataset  # imports pandas, if it is installed
+
         names = (shard.name for shard in read_plan(self.folder) if shard.name in self.done)
         files = [self.folder.path(f"{LATENTS}/{name}.parquet") for name in names]
         return dataset.dataset(files, filesystem=self.folder.arrow_fs, format="parquet")
@@ -115,7 +122,9 @@ class EncodeRun:
         """How the latents were made, for a report."""
         how = self.inversion
         tolerance = "exact" if how.exact else how.tolerance or "none"
+        guidance = self.manifest.content.get("guidance")
         return {
+            **({} if guidance is None else {"guidance": f"{guidance['weight']:g}"}),
             "inversion": f"{how.method}, corrections a step: {how.corrections}, tolerance: {tolerance}",
             "ladder": f"{self.ladder}, {how.steps} steps to {how.levels[-1]}",
             "precision": f"{self.execution.precision}; stored as {how.dtype}",

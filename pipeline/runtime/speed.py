@@ -87,7 +87,7 @@ def record(uri: str, model: Checkpoint, speed: Speed) -> None:
     folder, name = file_at(uri)
     content = _recorded(folder, name) if folder.exists(name) else {}
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    content[model.digest] = {k: v for k, v in asdict(speed).items() if k != "origin"} | {"measured": now}
+    content[_key(model)] = {k: v for k, v in asdict(speed).items() if k != "origin"} | {"measured": now}
     folder.put(name, (json.dumps(content, indent=2) + "\n").encode())
 
 
@@ -96,11 +96,18 @@ def recall(uri: str, model: Checkpoint) -> Speed:
     folder, name = file_at(uri)
     if not folder.exists(name):
         raise ValueError(f"{uri} does not exist; --calibrate writes it")
-    found = _recorded(folder, name).get(model.digest)
+    found = _recorded(folder, name).get(_key(model))
     if found is None:
-        raise ValueError(f"{uri} has no measurement of this model, digest {model.digest[:12]}…; --calibrate adds one")
+        guided = " with guidance" if model.guidance else ""
+        message = f"{uri} has no measurement of this model{guided}, digest {model.digest[:12]}…; --calibrate adds one"
+        raise ValueError(message)
     figures = {name: found[name] for name in ("evaluations_per_second", "seconds_to_start", "precision")}
     return Speed(**figures, origin=f"measured at {found['measured']}")
+
+
+def _key(model: Checkpoint) -> str:
+    """With guidance an evaluation is one of a batch of two."""
+    return model.digest + (" guided" if model.guidance else "")
 
 
 def _recorded(folder: Folder, name: str) -> dict[str, Any]:

@@ -4,7 +4,10 @@ import json
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from numbers import Integral
 from typing import Any
 
 import ray.train
@@ -19,7 +22,8 @@ from palindrome.pipeline.base.threads import read_ahead
 from palindrome.pipeline.images.decode import Preprocess
 from palindrome.pipeline.images.metrics import to_pixels
 from palindrome.pipeline.images.pixels import grid, png
-from palindrome.pipeline.images.shuffle import shuffled_batches
+from palindrome.pipeline.images.records import Image
+from palindrome.pipeline.images.shuffle import Batch, shuffled_batches
 from palindrome.pipeline.images.sources import Collection
 from palindrome.pipeline.runs.plan import read_plan
 from palindrome.pipeline.storage.folder import Folder, options_for
@@ -31,8 +35,8 @@ SAMPLES = 16  # in a grid
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
-    """A training in the run folder `out`, on the images of its plan. `batch_size` is over all workers; `precision` and
-    `save_dtype` are flags of `palindrome train`."""
+    """A training in the run folder `out`, on the images of its plan. `batch_size` is over all workers; `class_column`,
+    `num_classes`, `precision` and `save_dtype` are flags of `palindrome train`."""
 
     out: Folder
     collection: Collection
@@ -46,6 +50,23 @@ class Train:
     save_dtype: str
     sample_every: int
     save_every: int
+    class_column: str | None = None
+    num_classes: int | None = None
+
+    @property
+    def class_of(self) -> Callable[[Image], int] | None:
+        """The class of an image, None for an unconditional network."""
+        if self.class_column is None:
+            return None
+        return partial(_class_of, column=self.class_column, classes=self.num_classes or 0)
+
+
+def _class_of(image: Image, column: str, classes: int) -> int:
+    """Raises ValueError, naming the image: to leave it out would train on less than was asked."""
+    found = image.kept.get(column)
+    if isinstance(found, Integral) and 0 <= int(found) < classes:
+        return int(found)
+    raise ValueError(f"{image.source}: {column} is {found!r}, not a class below {classes}")
 
 
 def train(job: dict[str, Train]) -> None:
@@ -69,9 +90,10 @@ def train(job: dict[str, Train]) -> None:
         hash((task.how.seed, training.step)) % 2**63,
         rank,
         task.workers,
+        task.class_of,
     )
     logged, logged_at = training.step, time.monotonic()
-    for step in training.steps(map(torch.from_numpy, read_ahead(images))):
+    for step in training.steps(map(_tensors, read_ahead(images))):
         last = step == steps
         if rank == 0 and (last or time.monotonic() - logged_at > PROGRESS_INTERVAL):
             rate = (step - logged) / (time.monotonic() - logged_at)
@@ -95,6 +117,11 @@ def train(job: dict[str, Train]) -> None:
             "precision": "bfloat16" if bfloat16 else "float32",
         }
         out.put(RECORD, (json.dumps(record, indent=2) + "\n").encode())
+
+
+def _tensors(batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
+    pixels, classes = batch
+    return torch.from_numpy(pixels), None if classes is None else torch.from_numpy(classes)
 
 
 def _last_state(device: torch.device) -> dict[str, Any] | None:

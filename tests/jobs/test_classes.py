@@ -1,6 +1,7 @@
 """A class-conditional model: an image is told its class, encoded and decoded under it, and decoded under another."""
 
 import dataclasses
+import json
 import re
 
 import numpy as np
@@ -9,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from palindrome import open as open_run
 from palindrome.model import ddim
 from palindrome.model.condition import ClassOf
 from palindrome.model.families import unet2d
@@ -19,6 +21,7 @@ from palindrome.model.unet import UNet
 from palindrome.pipeline.images.decode import Preprocess, decode
 from palindrome.pipeline.images.metrics import to_model, to_pixels
 from palindrome.pipeline.images.pixels import pixels_of
+from palindrome.pipeline.runs.schemas import metadata_of
 from palindrome.pipeline.runs.shards import read_latents
 from palindrome.pipeline.storage.folder import Folder
 
@@ -158,7 +161,7 @@ def test_samples_are_of_the_class(model, palindrome, tmp_path, conditional):
         ([], "--class-column: the model is class-conditional, and is told no class"),
         (["--class", 10], "--class-column: .*10"),
         (["--class", 1, "--class-column", "label"], "--class-column: can't be combined with --class"),
-        (["--class-column", "colour"], "colour"),
+        (["--class-column", "colour"], "--class-column: .*colour"),
     ],
 )
 def test_a_class_that_is_not_said_or_not_known_is_an_error(images, model, palindrome, tmp_path, flags, words):
@@ -180,3 +183,95 @@ def test_frames_between_images_need_one_class(run, palindrome, tmp_path):
     said = palindrome("interpolate", *flags)
     assert said.code == 2 and "--class: the images have classes of their own" in said.err
     assert palindrome("interpolate", *flags, "--class", 4).code == 0
+
+
+@pytest.fixture(scope="module")
+def guided(palindrome, images, model, tmp_path_factory):
+    """A run at W = 2, where class 9 stands for none."""
+    out = tmp_path_factory.mktemp("guided") / "run"
+    flags = [*FLAGS, "--class-column", "label", "--guidance", 2, "--null-class", 9]
+    said = palindrome("encode", "--images", images, "--model", model, "--out", out, *flags)
+    assert said.code == 0, said.err
+    return out
+
+
+def decoded_with(conditional, latent, weight, number):
+    """By eq. 12 alone, with u + W (c - u)."""
+    network = conditional.denoiser()
+    with_it, without = (conditional.with_classes(ClassOf(value=n)).condition([{}]) for n in (number, 9))
+
+    def combined(x, t):
+        u, c = network(x, t, without), network(x, t, with_it)
+        return u + weight * (c - u)
+
+    return to_pixels(ddim.sample(combined, latent[None], LEVELS, VP()))[0]
+
+
+@pytest.mark.parametrize(("weight", "flags"), [(2, []), (1, ["--guidance", 1]), (3, ["--guidance", 3])])
+def test_latents_are_decoded_with_their_guidance_or_another(guided, palindrome, tmp_path, conditional, weight, flags):
+    said = palindrome("regenerate", "--latents", guided, "--out", tmp_path / "out", "--inline", *flags)
+    assert said.code == 0, said.err
+    images = {row["image_id"]: row for row in pq.read_table(tmp_path / "out/images").to_pylist()}
+    assert len(images) == IMAGES - 2
+    for row, latent in rows(guided):
+        expected = decoded_with(conditional, latent, weight, row["label"])
+        assert np.abs(pixels_of(images[row["image_id"]]["image"]["bytes"]).astype(int) - expected).max() <= 1
+
+
+def test_guidance_is_recorded_and_verifies(guided, palindrome, images, model):
+    manifest = json.loads((guided / "run.json").read_text())
+    assert manifest["guidance"] == {"weight": 2.0, "null_class": 9}
+    schema = pq.read_schema(next((guided / "latents").glob("*.parquet")))
+    assert metadata_of(schema)["guidance"] == manifest["guidance"]
+    assert palindrome("verify", guided, "--deep", 4).code == 0
+    flags = ["--images", images, "--model", model, "--out", guided, *FLAGS, "--class-column", "label"]
+    said = palindrome("encode", *flags, "--guidance", 2.5, "--null-class", 9)
+    assert said.code == 2 and "guidance was 2.0, now 2.5" in said.err
+    said = palindrome("encode", *flags)
+    assert said.code == 2 and "guidance was 2.0, now None" in said.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--guidance", 2], "--guidance: .* the class that stands for none"),
+        (["--guidance", 2, "--null-class", 10], "--null-class: .*10"),
+        (["--null-class", 9], "--null-class: goes with --guidance"),
+        (["--guidance", -1], "--guidance"),
+        (["--guidance", "nan"], "--guidance"),
+    ],
+)
+def test_guidance_that_can_not_be_is_an_error(images, model, palindrome, tmp_path, flags, words):
+    flags = [*FLAGS, "--class", 1, *flags]
+    said = palindrome("encode", "--images", images, "--model", model, "--out", tmp_path / "out", *flags)
+    assert said.code == 2
+    assert len(said.err.splitlines()) == 1
+    assert re.search(words, said.err), said.err
+
+
+def test_a_model_without_classes_is_not_guided(images, palindrome, tmp_path, tiny):
+    unet2d.save(tiny, str(tmp_path / "model"))
+    flags = ["--images", images, "--model", tmp_path / "model", "--out", tmp_path / "out", *FLAGS]
+    said = palindrome("encode", *flags, "--guidance", 2)
+    assert said.code == 2 and "--guidance: the model is not class-conditional" in said.err
+
+
+def test_samples_are_guided(model, palindrome, tmp_path, conditional):
+    flags = ["--model", model, "--count", 2, "--seed", 5, "--steps", 4, "--ladder", "linear", "--inline"]
+    said = palindrome("generate", *flags, "--class", 2, "--guidance", 3, "--null-class", 9, "--out", tmp_path / "out")
+    assert said.code == 0, said.err
+    for row in pq.read_table(tmp_path / "out/images").to_pylist():
+        [x] = ddim.sample_noise(5, row["index"], conditional.latent_shape)
+        expected = decoded_with(conditional, x, 3, 2)
+        assert np.abs(pixels_of(row["image"]["bytes"]).astype(int) - expected).max() <= 1
+
+
+def test_a_notebook_decodes_under_a_class_and_with_guidance(guided, palindrome, tmp_path):
+    flags = ["--class", 3, "--guidance", 3, "--out", tmp_path / "out", "--inline"]
+    assert palindrome("regenerate", "--latents", guided, *flags).code == 0
+    images = {row["image_id"]: row["image"]["bytes"] for row in pq.read_table(tmp_path / "out/images").to_pylist()}
+    run = open_run(guided)
+    for image_id, picture in zip(run.ids, run.decode(run.ids, class_=3, guidance=3), strict=True):
+        assert np.abs(np.asarray(picture).astype(int) - pixels_of(images[image_id])).max() <= 1
+    with pytest.raises(ValueError, match="class_ says"):
+        run.decode(run.ids[:1], guidance=3)

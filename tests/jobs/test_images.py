@@ -165,7 +165,7 @@ def test_train_reads_images_so_too(pngs, tmp_path):
     images, run = open_collection(str(tmp_path / "in")), Folder(str(tmp_path / "out"))
     write_plan(run, images, 512)
     config = TrainConfig(images=images.uri, preset="tiny", out=run.uri, batch_size=4, background=(200, 10, 60))
-    batch = next(
+    batch, _ = next(
         shuffled_batches(images, list(read_plan(run)), config.preprocess((3, 16, 16)), config.batch_size, seed=0)
     )
     assert batch.shape == (4, 16, 16, 3)

@@ -229,6 +229,32 @@ def test_a_finished_training_given_more_steps_goes_on_and_so_does_one_whose_driv
     assert 0 < end["summary"]["loss"] < 10
 
 
+def test_a_model_of_classes_is_trained_sampled_and_guided(palindrome, sample, tmp_path):
+    flags = ["--class-column", "label", "--num-classes", 10, "--train-steps", 2]
+    said = palindrome("train", "--images", sample, *FLAGS, *flags, "--out", tmp_path / "run")
+    assert said.code == 0, said.err
+    trained = unet2d.load(str(tmp_path / "run"))
+    assert (trained.config.num_class_embeds, trained.null_class) == (11, 10)
+    assert next((tmp_path / "run/samples").iterdir()).name == "step-0000002.png"
+    flags = ["--model", tmp_path / "run", "--count", 2, "--steps", 2, "--class", 3, "--guidance", 2]
+    said = palindrome("generate", *flags, "--out", tmp_path / "samples")
+    assert said.code == 0, said.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--class-column", "label"], "--num-classes: is needed with --class-column"),
+        (["--num-classes", 10], "--num-classes: goes with --class-column"),
+        (["--class-column", "colour", "--num-classes", 10], "--class-column: .*'colour'"),
+    ],
+)
+def test_classes_that_can_not_be_trained_are_named(palindrome, sample, tmp_path, flags, words):
+    said = palindrome("train", "--images", sample, *FLAGS, *flags, "--out", tmp_path / "run")
+    assert said.code == 2 and re.search(words, said.err), said.err
+    assert not (tmp_path / "run").exists()
+
+
 def test_images_of_which_none_decodes_are_said_in_one_line(palindrome, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "MAX_FAILURES", 0)
     (tmp_path / "bad").mkdir()

@@ -1,9 +1,12 @@
 """Which images a rank of a training draws, in which order."""
 
+import io
 from itertools import islice
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from palindrome.pipeline.images.decode import Preprocess
 from palindrome.pipeline.images.shuffle import shuffled_batches
@@ -15,7 +18,9 @@ from palindrome.pipeline.storage.folder import Folder
 def batches(images, run, rank, workers, seed=0):
     """Of 16 images over all workers."""
     shards = list(read_plan(run))
-    return shuffled_batches(open_collection(str(images)), shards, Preprocess(16), 16 // workers, seed, rank, workers)
+    collection = open_collection(str(images))
+    drawn = shuffled_batches(collection, shards, Preprocess(16), 16 // workers, seed, rank, workers)
+    return (pixels for pixels, classes in drawn)
 
 
 @pytest.fixture
@@ -62,3 +67,18 @@ def test_the_seed_gives_the_order(pictures, planned):
     first, same, other = (next(batches(pictures, run, 0, 1, seed)) for seed in (1, 1, 2))
     assert np.array_equal(first, same)
     assert not np.array_equal(first, other)
+
+
+def test_classes_stay_with_their_images(sample, tmp_path):
+    """Of the sample's first 64 images, drawn in another order."""
+    table, run = pq.read_table(sample).slice(0, 64), Folder(str(tmp_path / "run"))
+    pq.write_table(table, tmp_path / "images.parquet")
+    collection = open_collection(str(tmp_path / "images.parquet"), keep=["label"])
+    write_plan(run, collection, 24)
+    shards = list(read_plan(run))
+    drawn = shuffled_batches(collection, shards, Preprocess(32), 32, 0, class_of=lambda image: image.kept["label"])
+    pictures = [np.asarray(Image.open(io.BytesIO(row["bytes"])).convert("RGB")) for row in table["img"].to_pylist()]
+    label_of = {picture.tobytes(): label for picture, label in zip(pictures, table["label"].to_pylist(), strict=True)}
+    found = [pair for pixels, classes in islice(drawn, 2) for pair in zip(pixels, classes, strict=True)]
+    assert len({picture.tobytes() for picture, _ in found}) == 64
+    assert all(label_of[picture.tobytes()] == label for picture, label in found)
