@@ -246,6 +246,9 @@ def test_help_names_every_flag_with_words_and_default(palindrome, job):
     if job in CLUSTER_COMMANDS:
         assert "The URL of the cluster's dashboard" in text and "--address" in flags
         return
+    if job == "convert":  # which computes nothing
+        assert flags[:3] == ["--model", "--out", "--allow-pickle"] and "--address" not in flags
+        return
     assert "--out" in flags and "--address" in flags
     if job != "calibrate":  # whose one file is written anew
         assert "Repeating the command resumes it." in text
