@@ -29,11 +29,11 @@ class Condition:
         return self._map(lambda value: value.to(device))
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "Condition":
-        values, dropped = (
-            None if tensors is None else {name: change(value) for name, value in tensors.items()}
-            for tensors in (self.values, self.dropped)
-        )
-        return Condition(values or {}, dropped, self.weight)
+        def changed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {name: change(value) for name, value in tensors.items()}
+
+        dropped = None if self.dropped is None else changed(self.dropped)
+        return Condition(changed(self.values), dropped, self.weight)
 
     @cached_property
     def both(self) -> "Condition":

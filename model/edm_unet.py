@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from palindrome.model.unet import GroupNorm, double, halve, sinusoid
+from palindrome.model.unet import GroupNorm, check_told, double, folded, halve, sinusoid
 
 NO_CLASS = -1
 """A class's number that stands for none: the label whose entries are all 0."""
@@ -230,10 +230,7 @@ class EDMUNet(nn.Module):
         Raises ValueError where a class-conditional network is given no classes, or another network is.
         """
         c = self.config
-        if c.label_dim and classes is None:
-            raise ValueError("the network is class-conditional: it has to be told the class of each image")
-        if classes is not None and not c.label_dim:
-            raise ValueError("the network is not class-conditional, and can't be told classes")
+        check_told(classes, bool(c.label_dim))
         weights = self.map_layer0.weight.dtype
         if c.embedding_type == "fourier":
             emb = self.map_noise(t).to(weights)
@@ -416,13 +413,7 @@ class Block(nn.Module):
     def bias(self, emb: Tensor) -> Tensor:
         """For the activated embedding [n, E]: the bias of the first convolution, [n, C]; or of DhariwalUNet's, norm(h)
         (1 + scale) + shift, the weight and the bias of the second norm, [n, 2 C]."""
-        told: Tensor = self.affine(emb)
-        if not self.scale_shift:
-            of_first: Tensor | None = self.conv0.bias
-            assert of_first is not None
-            return told + of_first
-        scale, shift = told.chunk(2, dim=1)
-        return torch.cat([(1 + scale) * self.norm1.weight, (1 + scale) * self.norm1.bias + shift], dim=1)
+        return folded(self.affine(emb), self.conv0, self.norm1, self.scale_shift)
 
     def forward(self, x: Tensor, told: Tensor) -> Tensor:
         h = F.silu(self.norm0(x))

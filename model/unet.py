@@ -251,10 +251,7 @@ class UNet(nn.Module):
         Raises ValueError where a class-conditional network is given no classes, or another network is.
         """
         c = self.config
-        if c.class_conditional and classes is None:
-            raise ValueError("the network is class-conditional: it has to be told the class of each image")
-        if classes is not None and not c.class_conditional:
-            raise ValueError("the network is not class-conditional, and can't be told classes")
+        check_told(classes, c.class_conditional)
         if c.timestep_scale != 1:
             t = t * c.timestep_scale
         weights = self.time_embedding.linear_1.weight.dtype
@@ -306,6 +303,24 @@ class UNet(nn.Module):
             if not (list(module.children()) or "time_emb" in name or "time_proj" in name or "class_emb" in name):
                 module.to(dtype)
         return self
+
+
+def check_told(classes: Tensor | None, class_conditional: bool) -> None:
+    """Raises ValueError where a class-conditional network is given no classes, or another network is."""
+    if class_conditional and classes is None:
+        raise ValueError("the network is class-conditional: it has to be told the class of each image")
+    if classes is not None and not class_conditional:
+        raise ValueError("the network is not class-conditional, and can't be told classes")
+
+
+def folded(told: Tensor, conv: nn.Conv2d, norm: "GroupNorm", scale_shift: bool) -> Tensor:
+    """What a residual block is told, [n, C], with the bias of the convolution that it is added behind; or [n, 2 C], the
+    scale and the shift of norm(h) (1 + scale) + shift, as the weight and the bias of that norm."""
+    if not scale_shift:
+        assert conv.bias is not None
+        return told + conv.bias
+    scale, shift = told.chunk(2, dim=1)
+    return torch.cat([(1 + scale) * norm.weight, (1 + scale) * norm.bias + shift], dim=1)
 
 
 def sinusoid(t: Tensor, dim: int, flip_sin_to_cos: bool, freq_shift: float) -> Tensor:
@@ -394,13 +409,7 @@ class ResnetBlock(nn.Module):
     def bias(self, emb: Tensor) -> Tensor:
         """For the activated time embedding [n, E]: the bias of the first convolution, [n, C]; or with scale and shift,
         norm(h) (1 + scale) + shift, the weight and the bias of the second norm, [n, 2 C]."""
-        told: Tensor = self.time_emb_proj(emb)
-        if not self.scale_shift:
-            of_first: Tensor | None = self.conv1.bias
-            assert of_first is not None
-            return told + of_first
-        scale, shift = told.chunk(2, dim=1)
-        return torch.cat([(1 + scale) * self.norm2.weight, (1 + scale) * self.norm2.bias + shift], dim=1)
+        return folded(self.time_emb_proj(emb), self.conv1, self.norm2, self.scale_shift)
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         h = F.silu(self.norm1(x))

@@ -41,9 +41,9 @@ class Checkpoint(ABC):
         """[C, H, W] of the images that go in and come out."""
 
     @property
-    @abstractmethod
     def latent_shape(self) -> tuple[int, int, int]:
-        """[C, H, W] of the state that the network denoises, and so of x_T."""
+        """[C, H, W] of the state that the network denoises, and so of x_T: of a pixel model that of its images."""
+        return self.image_shape
 
     @abstractmethod
     def denoiser(self, device: torch.device | str = "cpu", execution: Execution = FLOAT32) -> Network:

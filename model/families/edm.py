@@ -62,10 +62,6 @@ class EDMModel(OfClasses):
     def image_shape(self) -> tuple[int, int, int]:
         return self.config.img_channels, self.config.img_resolution, self.config.img_resolution
 
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        return self.image_shape
-
     @cached_property
     def digest(self) -> str:
         return digest_of([self.config.to_dict(), self.process.describe()], self.weights)

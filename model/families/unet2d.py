@@ -60,10 +60,6 @@ class UNet2D(OfClasses):
     def image_shape(self) -> tuple[int, int, int]:
         return self.config.in_channels, self.config.sample_size, self.config.sample_size
 
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        return self.image_shape
-
     @cached_property
     def digest(self) -> str:
         # The clean end is a matter of the path that is walked, and recorded with the run: not of the model.

@@ -32,7 +32,7 @@ from palindrome.pipeline.runs.errors import Errors
 from palindrome.pipeline.runs.kinds import REJECTS
 from palindrome.pipeline.runs.plan import shard_names
 from palindrome.pipeline.runs.schemas import SHARD_KEY
-from palindrome.pipeline.storage.folder import FOOTER_BYTES, Folder
+from palindrome.pipeline.storage.folder import Folder
 
 TALLIES = "tallies"
 FORMAT = 1  # another number whenever a tally of the same shards is another, or is written otherwise
@@ -172,14 +172,14 @@ def _read(run: Folder, below: str, shards: Sequence[Committed], read: Read) -> T
         with run.parquet_file(path(shard), shard.file.size) as file:
             return read(shard, file)
 
-    small = [] if run.is_local else [shard for shard in shards if shard.file.size <= FOOTER_BYTES]
+    small = [shard for shard in shards if run.reads_whole(shard.file.size)]
     parts = [small[i : i + WHOLE] for i in range(0, len(small), WHOLE)]
     # In a thread, so that the next arrive while these are counted.
     opened = in_threads(lambda part: run.small_parquet_files([path(shard) for shard in part]), parts, 1)
     for part, files in zip(parts, opened, strict=True):
         for shard, file in zip(part, files, strict=True):
             found.merge(read(shard, file))
-    large = shards if run.is_local else [shard for shard in shards if shard.file.size > FOOTER_BYTES]
+    large = [shard for shard in shards if not run.reads_whole(shard.file.size)]
     for its in in_threads(one, large, READS):
         found.merge(its)
     return found

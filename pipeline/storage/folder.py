@@ -173,9 +173,13 @@ class Folder:
     def parquet_file(self, name: str, size: int | None = None) -> pq.ParquetFile:
         """A Parquet file opened for range reads: of the footer, or of some rows. With its `size` in bytes, as a listing
         has it, no request asks for that, and a small file takes one."""
-        if size is not None and size <= FOOTER_BYTES and not self.is_local:
+        if size is not None and self.reads_whole(size):
             return pq.ParquetFile(pa.BufferReader(self.read(name)))
         return pq.ParquetFile(open_ranges(self.fs, self.path(name), size), pre_buffer=True)
+
+    def reads_whole(self, size: int) -> bool:
+        """Whether a Parquet file of that size in bytes is read whole: an object store would take as long for a part."""
+        return size <= FOOTER_BYTES and not self.is_local
 
     def small_parquet_files(self, names: Sequence[str]) -> list[pq.ParquetFile]:
         """Several Parquet files, read whole. An object store is asked for all at once, by one event loop: that takes a

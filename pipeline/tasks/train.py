@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from numbers import Integral
 from typing import Any
 
 import ray.train
@@ -15,6 +14,7 @@ import ray.train.torch
 import torch
 
 from palindrome.model.families import unet2d
+from palindrome.model.families.base import refusal_of_number
 from palindrome.model.process import VP
 from palindrome.model.training import Hyperparameters, Training, multiplies_bfloat16
 from palindrome.model.unet import UNetConfig
@@ -63,10 +63,10 @@ class Train:
 
 def _class_of(image: Image, column: str, classes: int) -> int:
     """Raises ValueError, naming the image: to leave it out would train on less than was asked."""
-    found = image.kept.get(column)
-    if isinstance(found, Integral) and 0 <= int(found) < classes:
-        return int(found)
-    raise ValueError(f"{image.source}: {column} is {found!r}, not a class below {classes}")
+    found: Any = image.kept.get(column)
+    if refusal_of_number(found, classes):
+        raise ValueError(f"{image.source}: {column} is {found!r}, not a class below {classes}")
+    return int(found)
 
 
 def train(job: dict[str, Train]) -> None:

@@ -69,6 +69,12 @@ def run(palindrome, images, model, tmp_path_factory):
     return out
 
 
+def assert_refused(said, words):
+    assert said.code == 2
+    assert len(said.err.splitlines()) == 1
+    assert re.search(words, said.err), said.err
+
+
 def rows(run):
     shards = sorted(path.stem for path in (run / "latents").glob("*.parquet"))
     for shard in shards:
@@ -166,9 +172,7 @@ def test_samples_are_of_the_class(model, palindrome, tmp_path, conditional):
 )
 def test_a_class_that_is_not_said_or_not_known_is_an_error(images, model, palindrome, tmp_path, flags, words):
     said = palindrome("encode", "--images", images, "--model", model, "--out", tmp_path / "out", *FLAGS, *flags)
-    assert said.code == 2
-    assert len(said.err.splitlines()) == 1
-    assert re.search(words, said.err), said.err
+    assert_refused(said, words)
 
 
 def test_a_model_without_classes_is_told_none(images, palindrome, tmp_path, tiny):
@@ -244,9 +248,7 @@ def test_guidance_is_recorded_and_verifies(guided, palindrome, images, model):
 def test_guidance_that_can_not_be_is_an_error(images, model, palindrome, tmp_path, flags, words):
     flags = [*FLAGS, "--class", 1, *flags]
     said = palindrome("encode", "--images", images, "--model", model, "--out", tmp_path / "out", *flags)
-    assert said.code == 2
-    assert len(said.err.splitlines()) == 1
-    assert re.search(words, said.err), said.err
+    assert_refused(said, words)
 
 
 def test_a_model_without_classes_is_not_guided(images, palindrome, tmp_path, tiny):
