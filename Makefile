@@ -36,8 +36,10 @@ bench: .venv/.installed-test
 	$(PIP) -e .
 	@touch $@
 
+# open_clip_torch for the vocabulary of CLIP alone: the torchvision that it asks for brings another torch of several GB.
 .venv/.installed-test: .venv/.installed
 	$(PIP) -e '.[test]'
+	$(PIP) --no-deps open_clip_torch
 	@touch $@
 
 clean:

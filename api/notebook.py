@@ -20,7 +20,7 @@ from PIL import Image as PIL
 from pyarrow.dataset import Dataset
 from torch import Tensor
 
-from palindrome.model.condition import ClassOf
+from palindrome.model.condition import ClassOf, TextOf
 from palindrome.model.families import Checkpoint
 from palindrome.model.interpolate import slerp
 from palindrome.pipeline.images.decode import Rejected, decode, from_pillow
@@ -28,6 +28,7 @@ from palindrome.pipeline.images.metrics import to_model, to_pixels
 from palindrome.pipeline.images.pixels import to_pillow
 from palindrome.pipeline.runs.encoded import EncodeRun
 from palindrome.pipeline.runs.selection import Selection
+from palindrome.pipeline.runs.shards import TENSORS
 from palindrome.pipeline.runtime.device import Model
 from palindrome.pipeline.storage.folder import Folder, Options, absolute, by_protocol, current_options, open_fs, using
 from palindrome.pipeline.tasks.encode import latents_of
@@ -89,7 +90,7 @@ class Run:
         and columns are not read. Raises ValueError for unknown columns and invalid expressions.
         """
         schema = self.dataset.schema
-        named = [name for name in schema.names if name != "latent"] if columns is None else list(columns)
+        named = [name for name in schema.names if name not in TENSORS] if columns is None else list(columns)
         for name in named:
             if name not in schema.names:
                 raise ValueError(f"{name!r} is not a column; the columns are {', '.join(schema.names)}")
@@ -98,7 +99,7 @@ class Run:
     def latents(self, ids: Ids) -> np.ndarray:
         """x_T of these images, float32 [N, C, H, W], in the order of `ids`; nearly standard normal. Raises KeyError
         naming an id without a latent in the run."""
-        wanted = [ids] if isinstance(ids, str) else ids.to_pylist() if hasattr(ids, "to_pylist") else list(ids)
+        wanted = _listed(ids)
         which = Selection(tuple(dict.fromkeys(wanted)))
         found = self.dataset.to_table(columns=["image_id", "latent"], filter=which.expression(self.dataset.schema))
         position = {image_id: i for i, image_id in enumerate(found["image_id"].to_pylist())}
@@ -114,24 +115,52 @@ class Run:
         steps: int | None = None,
         class_: int | None = None,
         guidance: float | None = None,
+        prompt: str | None = None,
     ) -> list[PIL.Image]:
         """Decodes images of the run by their ids, or latents [N, C, H, W] or [C, H, W], to RGB or L images; of a
-        class-conditional model, as images of the class `class_`, with the weight `guidance` (default: the run's).
+        class-conditional model, as images of the class `class_`, of a model of texts, as described by `prompt`, with
+        the weight `guidance` (default: the run's).
 
         The result equals that of `palindrome regenerate`: on the run's own ladder, or on one with `steps` steps up to
         the same level. Raises KeyError for an id without a latent; ValueError for latents of another shape, for steps
         that do not fit the schedule, if the model is not the one that made the latents, for a class that is missing or
         that the model does not know, and for guidance of a model that has no class for none.
         """
-        x, model = torch.from_numpy(self._latents(images)), self._told(class_, guidance)
-        ladder, *_ = self.encoded.ladders([] if steps is None else [steps], self._loaded.checkpoint.process)
+        x, told = torch.from_numpy(self._latents(images)), self._told(class_, guidance, prompt)
+        ladder, *_ = self.encoded.ladders([] if steps is None else [steps], self._loaded.checkpoint)
         parts = [batch for batch in x.split(BATCH) if len(batch)]
-        decoded = (self._loaded.decode(batch, ladder, model.condition_of_all(len(batch))) for batch in parts)
+        conditions = (self._loaded.condition_of_all(len(batch), told) for batch in parts)
+        decoded = (self._loaded.decode(batch, ladder, of) for batch, of in zip(parts, conditions, strict=True))
         return [to_pillow(pixels) for batch in decoded for pixels in to_pixels(batch)]
 
-    def encode(self, image: PIL.Image | bytes | Location, class_: int | None = None) -> np.ndarray:
+    def edit(
+        self,
+        images: Ids,
+        prompt: str | None = None,
+        class_: int | None = None,
+        guidance: float | None = None,
+        keep_until: float = 0.0,
+        steps: int | None = None,
+    ) -> list[PIL.Image]:
+        """Decodes images of the run, by their ids, under another text or class than they were encoded with, as
+        `palindrome regenerate --prompt … --keep-until …` does: the fraction `keep_until` of the steps, from the latent
+        on, keeps what they were encoded with, and so the structure. Raises what `decode` raises."""
+        stored, loaded = self._rows(images), self._loaded
+        told, latents = self._told(class_, guidance, prompt), torch.from_numpy(self.latents(images))
+        ladder, *_ = self.encoded.ladders([] if steps is None else [steps], loaded.checkpoint)
+        pictures: list[PIL.Image] = []
+        for first in range(0, len(stored), BATCH):
+            rows, x = stored[first : first + BATCH], latents[first : first + BATCH]
+            under, source = loaded.condition(rows, told), loaded.condition(rows)
+            pixels = to_pixels(loaded.vary(x, ladder, 0, range(len(rows)), under, source, keep_until))
+            pictures += map(to_pillow, pixels)
+        return pictures
+
+    def encode(
+        self, image: PIL.Image | bytes | Location, class_: int | None = None, prompt: str | None = None
+    ) -> np.ndarray:
         """The latent of one image, float32 [C, H, W], with the run's preprocessing, inversion and dtype: the latent
-        that encode would have stored; `class_` is as for `decode`.
+        that encode would have stored; `class_` and `prompt` are as for `decode`.
 
         `image` is the content of a file, its path or fsspec URI; or a Pillow image at its current frame, turned upright
         by its EXIF. Prefer files: Pillow itself reads a few unusual PNGs and TIFFs differently. Raises ValueError
@@ -146,7 +175,7 @@ class Run:
                 pixels, *_ = decode(image if isinstance(image, bytes) else self._read(image), how)
         except Rejected as e:
             raise ValueError(f"{e.reason}: {e.detail}") from None
-        x, condition = to_model(np.stack([pixels])), self._told(class_).condition_of_all(1)
+        x, condition = to_model(np.stack([pixels])), self._loaded.condition_of_all(1, self._told(class_, prompt=prompt))
         latents, _ = latents_of(self._loaded, x, self.encoded.inversion, condition=condition)
         return latents[0].float().numpy()
 
@@ -158,10 +187,11 @@ class Run:
         steps: int | None = None,
         class_: int | None = None,
         guidance: float | None = None,
+        prompt: str | None = None,
     ) -> list[PIL.Image]:
         """Images between two images, both included: decodes latents interpolated spherically, at equal angles. `a` and
-        `b` are ids or latents [C, H, W]; `steps`, `class_` and `guidance` are as for `decode`. Raises what `decode`
-        raises, and ValueError for fewer than 2 frames, or if no unique arc connects the latents."""
+        `b` are ids or latents [C, H, W]; `steps`, `class_`, `guidance` and `prompt` are as for `decode`. Raises what
+        `decode` raises, and ValueError for fewer than 2 frames, or if no unique arc connects the latents."""
         if frames < 2:
             raise ValueError(f"frames must be at least 2, for both ends; got {frames}")
         ends = [torch.from_numpy(self._latents(end)) for end in (a, b)]
@@ -169,10 +199,10 @@ class Run:
             raise ValueError("an interpolation is between two single images")
         from_a, to_b = (end.expand(frames, -1, -1, -1) for end in ends)
         between = slerp(from_a, to_b, torch.linspace(0, 1, frames, dtype=torch.float64))
-        return self.decode(between, steps, class_, guidance)
+        return self.decode(between, steps, class_, guidance, prompt)
 
-    def _told(self, class_: int | None, guidance: float | None = None) -> Checkpoint:
-        """The model, told that images are of that class, and guided. Raises ValueError."""
+    def _told(self, class_: int | None, guidance: float | None = None, prompt: str | None = None) -> Checkpoint:
+        """The model, told that images are of that class or described by that text, and guided. Raises ValueError."""
         model = self._loaded.checkpoint
         if guidance is not None:
             model = model.with_guidance(guidance)
@@ -180,7 +210,20 @@ class Run:
             return model.with_classes(ClassOf(value=class_))
         if self.encoded.classes and self.encoded.classes.value is None:
             raise ValueError("the model is class-conditional: class_ says what the images are")
+        if prompt is not None:
+            return model.with_texts(TextOf(text=prompt))
+        if self.encoded.texts and self.encoded.texts.column is not None:
+            raise ValueError("the images have texts of their own: prompt says what the images are")
         return model
+
+    def _rows(self, images: Ids) -> list[dict[str, Any]]:
+        """What is stored of images but their latents, in the order of the ids passed. Raises KeyError."""
+        wanted = _listed(images)
+        which = Selection(tuple(dict.fromkeys(wanted)))
+        columns = [name for name in self.dataset.schema.names if name not in TENSORS]
+        found = self.dataset.to_table(columns=columns, filter=which.expression(self.dataset.schema)).to_pylist()
+        by_id = {row["image_id"]: row for row in found}
+        return [by_id[image_id] for image_id in wanted]
 
     def _latents(self, images: Ids | np.ndarray | Tensor) -> np.ndarray:
         """The latents passed, or those stored under the ids passed: float32 [N, C, H, W]."""
@@ -200,3 +243,7 @@ class Run:
     def _loaded(self) -> Model:
         with using(self.folder.storage_options):
             return Model(self.encoded.load_model(self.model)[1], execution=self.encoded.execution)
+
+
+def _listed(ids: Ids) -> list[str]:
+    return [ids] if isinstance(ids, str) else ids.to_pylist() if hasattr(ids, "to_pylist") else list(ids)

@@ -22,7 +22,7 @@ from palindrome.pipeline.storage.folder import is_outage
 GROUPS = {
     "required": (),
     "input": ("keep", "limit", "relist"),
-    "model": ("model", "precision", "compile", "allow_pickle", "class_column", "num_classes"),
+    "model": ("model", "precision", "compile", "allow_pickle", "class_column", "prompt_column", "num_classes"),
     "inversion": (),
     "sampling": (),
     "interpolation": (),

@@ -8,7 +8,14 @@ import numpy as np
 import torch
 
 from palindrome.jobs.arguments import ConfigError, Range, config_error
-from palindrome.jobs.config import ClassOptions, CollectionOptions, ComputeConfig, PictureOptions, Planned
+from palindrome.jobs.config import (
+    CollectionOptions,
+    ComputeConfig,
+    ConditionOptions,
+    LatentEncodingOptions,
+    PictureOptions,
+    Planned,
+)
 from palindrome.jobs.estimate import executor_of
 from palindrome.model.families import Checkpoint
 from palindrome.model.fit import candidates, fit_ladder
@@ -27,7 +34,7 @@ BATCH = 64  # images on the device at once
 
 
 @dataclass(frozen=True, kw_only=True)
-class CalibrateConfig(CollectionOptions, PictureOptions, ClassOptions, ComputeConfig):
+class CalibrateConfig(CollectionOptions, PictureOptions, LatentEncodingOptions, ConditionOptions, ComputeConfig):
     """Fit a ladder to some images of a collection: the levels with the least round-trip error for a number of steps."""
 
     GROUP: ClassVar[str] = "inversion"
@@ -41,8 +48,9 @@ class CalibrateConfig(CollectionOptions, PictureOptions, ClassOptions, ComputeCo
     out: str
     """The ladder file to write, JSON; a path or an fsspec URI that ends in .json."""
     model: str
-    """The checkpoint: a folder in diffusers' layout or with EDM's config, or a .pt file of OpenAI's, a path or an
-    fsspec URI; or a Hugging Face repository, ORG/NAME or ORG/NAME@REVISION, if huggingface_hub is installed."""
+    """The checkpoint: a folder in diffusers' layout, also of a latent diffusion pipeline, or with EDM's config, or a
+    .pt file of OpenAI's, a path or an fsspec URI; or a Hugging Face repository, ORG/NAME or ORG/NAME@REVISION, if
+    huggingface_hub is installed."""
     steps: Annotated[int, Range(1)]
     """The number of steps of the ladder."""
     corrections: Annotated[int, Range(0, 100)] = 3
@@ -60,6 +68,8 @@ def run(config: CalibrateConfig) -> int:
         raise ConfigError(f"--out: {config.out} does not end in .json, by which --ladder recognises a ladder file")
     with config_error("--model"):
         _, model = load_model(config.model, config.allow_pickle)
+    model = config.fitted(model)
+    with config_error("--model"):
         how = config.preprocess(model.image_shape)
     model = config.conditioned(model)
     process = model.process
@@ -115,14 +125,15 @@ def _calibrate(
     """By ladder, including the fitted one: its levels and the round trip's statistics on the images."""
     model, x = Model(checkpoint, threads), to_model(pixels)
     tune_process(model)
-    parts = [(part, checkpoint.condition_of_all(len(part))) for part in x.split(BATCH)]
+    parts = [(part, model.condition_of_all(len(part))) for part in x.split(BATCH)]
     products = torch.cat([model.epsilon_products(part, fine, condition) for part, condition in parts]).mean(0).numpy()
     fitted = fit_ladder(products, fine, checkpoint.process, config.steps, config.corrections)
     found: dict[str, dict[str, Any]] = {}
+    attainable = [model.attainable(part) for part, _ in parts]
     for kind, levels in {**ladders, "fitted": fitted}.items():
         errors = []
-        for part, condition in parts:
+        for (part, condition), wanted in zip(parts, attainable, strict=True):
             latents, *_ = model.encode(part, levels, config.corrections, condition=condition)
-            errors.append(round_trip_error(part, model.decode(latents, levels, condition)))
+            errors.append(round_trip_error(wanted, model.decode(latents, levels, condition)))
         found[kind] = {"levels": list(levels), **statistics(np.concatenate(errors))}
     return found

@@ -4,18 +4,18 @@ import dataclasses
 import json
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from palindrome.jobs.arguments import ConfigError, Options, Range, config_error, flag_of
-from palindrome.pipeline.base.errors import SettingError
+from palindrome.pipeline.base.errors import SourceError
 from palindrome.pipeline.storage.folder import by_protocol
 
 if TYPE_CHECKING:
     from palindrome.infra.submission import Cluster
-    from palindrome.model.condition import ClassOf
+    from palindrome.model.condition import ClassOf, TextOf
     from palindrome.model.execution import Execution
     from palindrome.model.families import Checkpoint
     from palindrome.pipeline.images.decode import Preprocess
@@ -264,34 +264,37 @@ class CollectionOptions(Options):
 
 
 @contextmanager
-def class_column_error(column: str | None) -> Iterator[None]:
-    """An error about the column of --class-column, which is read as those of --keep are, names that flag."""
+def column_error(**columns: str | None) -> Iterator[None]:
+    """An error about a column that is read as those of --keep are names the flag of that column: `class_column` or
+    `prompt_column`."""
     try:
         yield
-    except SettingError as e:
-        if e.field == "keep" and column is not None and column in str(e):
-            e.field = "class_column"
+    except SourceError as e:
+        e.field = next((flag for flag, column in columns.items() if column and column == e.column), e.field)
         raise
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClassOptions(Options):
-    """Options of the commands that tell a class-conditional model one class."""
+class ConditionOptions(Options):
+    """Options of the commands that tell a model the same of all images: a class or a text."""
 
     GROUP: ClassVar[str] = "model"
-    AT_FAULT: ClassVar[str] = "--class"
-    """The flag that messages name."""
+    CLASS_FLAG: ClassVar[str] = "--class"
+    """The flag that is missing where no class is told."""
 
     class_: Annotated[int, Range(0)] | None = None
     """The number of the class that all images are taken to be of, for a class-conditional model."""
-
+    prompt: str | None = None
+    """The text that describes the images, for a model of texts (default: the empty text, with which inversion is most
+    exact; for latents, that of their encode run)."""
     guidance: Annotated[float, Range(0)] | None = None
-    """The weight W of classifier-free guidance, u + W (c - u), for a class-conditional model: each network evaluation
-    is then one with the class, c, and one without, u (default: 1, no guidance; for latents, that of their encode
-    run)."""
+    """The weight W of classifier-free guidance, u + W (c - u): each network evaluation is then one with the class or
+    the text, c, and one without, u (default: 1, no guidance; for latents, that of their encode run)."""
     null_class: Annotated[int, Range(0)] | None = None
-    """The number of the class that stands for none, for --guidance (default: the one with which palindrome trained the
-    model)."""
+    """The number of the class that stands for none, for --guidance (default: the one that the model was trained
+    with)."""
+    negative_prompt: str | None = None
+    """The text to be guided away from, for --guidance (default: none, as the model was trained with)."""
 
     def classes(self) -> "ClassOf | None":
         """None if no flag says it. Raises ConfigError."""
@@ -299,31 +302,46 @@ class ClassOptions(Options):
 
         return None if self.class_ is None else ClassOf(value=self.class_)
 
+    def texts(self) -> "TextOf | None":
+        """None if no flag says it."""
+        from palindrome.model.condition import TextOf  # imports torch
+
+        return None if self.prompt is None else TextOf(text=self.prompt)
+
     def conditioned(self, model: "Checkpoint") -> "Checkpoint":
-        """The model, told the classes that the flags say, or else what it was told before. Raises ConfigError if it
-        needs to be told and is not, or is no class-conditional one."""
-        classes = self.classes()
+        """The model, told the classes or texts that the flags say, or else what it was told before. Raises ConfigError
+        if it needs to be told and is not, or is not one to be told that."""
+        classes, texts = self.classes(), self.texts()
         if classes is None and model.class_conditional and not model.told():
-            raise ConfigError(f"{self.AT_FAULT}: the model is class-conditional, and is told no class")
-        with config_error(self.AT_FAULT):
-            model = model if classes is None else model.with_classes(classes)
+            raise ConfigError(f"{self.CLASS_FLAG}: the model is class-conditional, and is told no class")
+        if classes is not None:
+            with config_error("--class" if classes.column is None else "--class-column"):
+                model = model.with_classes(classes)
+        if texts is not None:
+            with config_error("--prompt" if texts.column is None else "--prompt-column"):
+                model = model.with_texts(texts)
+        fields = ("null_class", "negative_prompt")
+        given = [name for name in fields if getattr(self, name) is not None]
         if self.guidance is None:
-            if self.null_class is not None:
-                raise ConfigError("--null-class: goes with --guidance")
+            if given:
+                raise ConfigError(f"{flag_of(given[0])}: goes with --guidance")
             return model
-        with config_error("--guidance" if self.null_class is None else "--null-class"):
-            return model.with_guidance(self.guidance, self.null_class)
+        with config_error(flag_of(given[0]) if given else "--guidance"):
+            return model.with_guidance(self.guidance, self.null_class, self.negative_prompt)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClassColumnOptions(ClassOptions):
-    """Options of the commands that tell a class-conditional model each image's class."""
+class ConditionColumnOptions(ConditionOptions):
+    """Options of the commands that tell a model of each image's class or text."""
 
     GROUP: ClassVar[str] = "model"
-    AT_FAULT: ClassVar[str] = "--class-column"
+    CLASS_FLAG: ClassVar[str] = "--class-column"
 
     class_column: str | None = None
     """The column with the number of each image's class, for a class-conditional model."""
+    prompt_column: str | None = None
+    """The column with each image's text, for a model of texts; --prompt is then the text of images that have none
+    (default: they are rejected)."""
 
     def classes(self) -> "ClassOf | None":
         from palindrome.model.condition import ClassOf  # imports torch
@@ -332,10 +350,52 @@ class ClassColumnOptions(ClassOptions):
             raise ConfigError("--class-column: can't be combined with --class")
         return super().classes() or (None if self.class_column is None else ClassOf(self.class_column))
 
-    def with_class_column(self, keep: Sequence[str]) -> tuple[str, ...]:
-        """The columns to read with the images: `keep`, and the column of classes."""
-        more = self.class_column if self.class_column not in (None, *keep) else None
-        return (*keep, *([more] if more else []))
+    def texts(self) -> "TextOf | None":
+        from palindrome.model.condition import TextOf  # imports torch
+
+        return super().texts() if self.prompt_column is None else TextOf(self.prompt_column, self.prompt)
+
+    def with_columns(self, keep: Sequence[str]) -> tuple[str, ...]:
+        """The columns to read with the images: `keep`, and those of classes and texts."""
+        return tuple(dict.fromkeys([*keep, *filter(None, (self.class_column, self.prompt_column))]))
+
+    def column_error(self) -> AbstractContextManager[None]:
+        return column_error(class_column=self.class_column, prompt_column=self.prompt_column)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentOptions(Options):
+    """Options of the commands that choose the size of images, and how an autoencoder makes them."""
+
+    GROUP: ClassVar[str] = "model"
+
+    size: Annotated[int, Range(1)] | None = None
+    """The images have SIZE x SIZE pixels, for a model that is not bound to one size, such as those of latent diffusion
+    (default: the size that it was trained on)."""
+    vae_tile: bool = False
+    """The autoencoder of a latent diffusion model works on tiles of the images: with less memory, and seams."""
+
+    def fitted(self, model: "Checkpoint") -> "Checkpoint":
+        """The model for images of that size. Raises ConfigError for what it can't be."""
+        with config_error("--size"):
+            model = model if self.size is None else model.with_size(self.size)
+        with config_error("--vae-tile"):
+            return model.with_autoencoder(tiled=self.vae_tile)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentEncodingOptions(LatentOptions):
+    """Options of the commands that encode images."""
+
+    GROUP: ClassVar[str] = "model"
+
+    decode_inversion: Annotated[int, Range(0)] = 0
+    """Refine the state that the autoencoder of a latent diffusion model makes of each image in that many steps of
+    gradient descent, so that it decodes to the image: each takes about three times as long as decoding it."""
+
+    def fitted(self, model: "Checkpoint") -> "Checkpoint":
+        with config_error("--decode-inversion"):
+            return super().fitted(model).with_autoencoder(self.vae_tile, self.decode_inversion)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,6 +36,8 @@ def run(config: ConvertConfig) -> int:
     """Writes the folder and returns the exit code."""
     with config_error("--model"):
         _, model = load_model(config.model, config.allow_pickle)
+    if model.autoencoded:
+        raise ConfigError("--model: a latent diffusion pipeline is a folder of safetensors already")
     if not isinstance(model, unet2d.UNet2D):
         raise ConfigError("--model: EDM's models are converted by the script in docs/models.md")
     out = Folder(absolute(config.out))

@@ -7,11 +7,11 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from palindrome.jobs.arguments import ConfigError, Range, config_error
 from palindrome.jobs.config import (
-    ClassColumnOptions,
     CollectionOptions,
+    ConditionColumnOptions,
+    LatentEncodingOptions,
     PictureOptions,
     ReadingConfig,
-    class_column_error,
 )
 from palindrome.jobs.sharded import Remaining, ShardedJob, remaining_shards, run_sharded
 from palindrome.model.execution import FLOAT32, Execution
@@ -30,7 +30,7 @@ from palindrome.pipeline.runs.outcome import Failure
 from palindrome.pipeline.runs.plan import Totals, extend_plan, plan_totals, write_plan
 from palindrome.pipeline.runs.schemas import DTYPES, LATENT_COLUMNS
 from palindrome.pipeline.runs.shards import committed
-from palindrome.pipeline.runs.summary import latents_summary, put_summary, rejects_by_reason
+from palindrome.pipeline.runs.summary import apart_words, latents_summary, put_summary, rejects_by_reason
 from palindrome.pipeline.runtime.executor import Executor
 from palindrome.pipeline.runtime.precision import MIN_IMAGES_FOR_TRIAL, TRIAL_IMAGES, try_precisions
 from palindrome.pipeline.runtime.progress import Budget
@@ -41,7 +41,7 @@ from palindrome.pipeline.tasks.encode import Encode
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncodeConfig(CollectionOptions, PictureOptions, ClassColumnOptions, ReadingConfig):
+class EncodeConfig(CollectionOptions, PictureOptions, LatentEncodingOptions, ConditionColumnOptions, ReadingConfig):
     """Encode an image collection to latents by DDIM inversion, one Parquet file per shard in OUT/latents."""
 
     GROUP: ClassVar[str] = "inversion"
@@ -57,8 +57,9 @@ class EncodeConfig(CollectionOptions, PictureOptions, ClassColumnOptions, Readin
     }
 
     model: str
-    """The checkpoint: a folder in diffusers' layout or with EDM's config, or a .pt file of OpenAI's, a path or an
-    fsspec URI; or a Hugging Face repository, ORG/NAME or ORG/NAME@REVISION, if huggingface_hub is installed."""
+    """The checkpoint: a folder in diffusers' layout, also of a latent diffusion pipeline, or with EDM's config, or a
+    .pt file of OpenAI's, a path or an fsspec URI; or a Hugging Face repository, ORG/NAME or ORG/NAME@REVISION, if
+    huggingface_hub is installed."""
     steps: Annotated[int, Range(1)] | None = None
     """Steps from the image to its latent (default: 20, or those of the ladder's file or list)."""
     corrections: Annotated[int, Range(0, 100)] = 3
@@ -93,6 +94,8 @@ class EncodeConfig(CollectionOptions, PictureOptions, ClassColumnOptions, Readin
     another worker."""
     dtype: Literal["float16", "float32"] = "float32"
     """The dtype of the stored latents: float16 halves their size; its rounding adds about 5e-9 to the error."""
+    vae_latent: bool = False
+    """Also store the state that the autoencoder of a latent diffusion model makes of each image, which is inverted."""
     measure: bool = False
     """Also decode each latent during the run, which takes one evaluation per step more, and store the round trip's mse,
     psnr and fraction of identical 8-bit values."""
@@ -100,12 +103,14 @@ class EncodeConfig(CollectionOptions, PictureOptions, ClassColumnOptions, Readin
 
 def run(config: EncodeConfig) -> int:
     """Encodes the remaining shards and returns the exit code."""
-    with config_error("--images"), class_column_error(config.class_column):
+    with config_error("--images"), config.column_error():
         uri = absolute(config.images)
-        keep = config.with_class_column(config.keep)
+        keep = config.with_columns(config.keep)
         collection = open_collection(uri, keep=keep, reserved=LATENT_COLUMNS, **config.reading())
     with config_error("--model"):
         where, model = load_model(config.model, config.allow_pickle)
+    model = config.fitted(model)
+    with config_error("--model"):
         how = config.preprocess(model.image_shape)
     model = config.conditioned(model)
     with config_error("--out"):
@@ -113,7 +118,9 @@ def run(config: EncodeConfig) -> int:
     if earlier:
         model = model.as_described(earlier.content)
     with config_error("--steps" if config.ladder in KINDS else "--ladder"):
-        levels = resolve(config.ladder, config.steps, model.process, earlier.top if earlier else None)
+        levels = resolve(config.ladder, config.steps, model.process, earlier.top if earlier else None, model.own_ladder)
+    if config.vae_latent and not model.autoencoded:
+        raise ConfigError("--vae-latent: the model has no autoencoder")
     tolerance, exact = _tolerance(config)
     inversion = Inversion(levels, config.corrections, tolerance, exact, config.dtype)
     measured = config.measure or exact
@@ -145,7 +152,7 @@ def run(config: EncodeConfig) -> int:
     def work(out: Folder, resources: Resources, execution: Execution) -> Encode:
         reader = Reader(collection, how, execution.batch_size, resources.decode_in_tasks)
         about = {**facts, "precision": execution.precision}
-        return Encode(out, reader, inversion, config.measure, about, config.retry_rejects)
+        return Encode(out, reader, inversion, config.measure, about, config.retry_rejects, config.vae_latent)
 
     def finish(out: Folder, failures: list[Failure]) -> int:
         summary = latents_summary(out, measured)
@@ -160,7 +167,7 @@ def run(config: EncodeConfig) -> int:
         facts={**facts, "collection": source},
         plan=plan,
         evaluations=inversion.nfe_up + inversion.steps * measured,
-        written=prod(model.latent_shape) * DTYPES[config.dtype].byte_width,
+        written=prod(model.latent_shape) * DTYPES[config.dtype].byte_width * (1 + config.vae_latent),
         work=work,
         finish=finish,
         decode=config.decode,
@@ -253,6 +260,8 @@ def _conclude(config: EncodeConfig, summary: dict[str, Any], exceeded: str | Non
     print(f"{summary['latents']} latents and {summary['rejects']} rejects in {config.out}")
     for reason, count in summary["rejects_by_reason"].items():
         print(f"  {count} rejected as {reason}: {REASONS[reason]}")
+    if cut := summary.get("prompts_cut"):
+        print(f"{cut} prompts are longer than the model can be told, and were cut", file=sys.stderr)
     if "round_trip" in summary and summary["latents"]:
         measured = summary["round_trip"]
         if measured["not_finite"]:
@@ -261,6 +270,8 @@ def _conclude(config: EncodeConfig, summary: dict[str, Any], exceeded: str | Non
             f"round-trip error {figure(measured['mean'])} (mean squared error, pixels in [0, 1]),"
             f" {summary['latents'] - measured['not_identical']} of {summary['latents']} images identical to the bit"
         )
+        if words := apart_words(measured):
+            print(words)
         if config.tolerance == "exact" and measured["not_identical"]:
             print(f"not identical: {', '.join(measured['not_identical_ids'])}", file=sys.stderr)
     if exceeded:

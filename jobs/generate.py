@@ -5,12 +5,12 @@ from math import prod
 from typing import Annotated, ClassVar, Literal
 
 from palindrome.jobs.arguments import ConfigError, Range, config_error
-from palindrome.jobs.config import ClassOptions, ImagesConfig
+from palindrome.jobs.config import ConditionOptions, ImagesConfig, LatentOptions
 from palindrome.jobs.sharded import Remaining, ShardedJob, remaining_shards, run_sharded
 from palindrome.model.execution import Execution
 from palindrome.pipeline.images.pixels import grid, pixels_of, png
 from palindrome.pipeline.runs.kinds import IMAGES
-from palindrome.pipeline.runs.ladders import KINDS, resolve
+from palindrome.pipeline.runs.ladders import KINDS, NAMED, resolve
 from palindrome.pipeline.runs.manifest import earlier_manifest
 from palindrome.pipeline.runs.models import load_model
 from palindrome.pipeline.runs.outcome import Failure
@@ -26,7 +26,7 @@ SHOWN, COLUMNS = 64, 8  # samples in samples.png
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateConfig(ImagesConfig, ClassOptions):
+class GenerateConfig(ImagesConfig, LatentOptions, ConditionOptions):
     """Generate images from noise x_T ~ N(0, I), one Parquet file per shard in OUT/images.
 
     Sample i depends only on the seed, i and the model, not on batches, shards or workers."""
@@ -38,8 +38,9 @@ class GenerateConfig(ImagesConfig, ClassOptions):
     """
 
     model: str
-    """The checkpoint: a folder in diffusers' layout or with EDM's config, or a .pt file of OpenAI's, a path or an
-    fsspec URI; or a Hugging Face repository, ORG/NAME or ORG/NAME@REVISION, if huggingface_hub is installed."""
+    """The checkpoint: a folder in diffusers' layout, also of a latent diffusion pipeline, or with EDM's config, or a
+    .pt file of OpenAI's, a path or an fsspec URI; or a Hugging Face repository, ORG/NAME or ORG/NAME@REVISION, if
+    huggingface_hub is installed."""
     count: Annotated[int, Range(1)]
     """The number of samples."""
     seed: Annotated[int, Range(0)] = 0
@@ -70,14 +71,14 @@ def run(config: GenerateConfig) -> int:
         raise ConfigError("--sigma-hat: can't be combined with --eta")
     with config_error("--model"):
         where, model = load_model(config.model, config.allow_pickle)
-    model = config.conditioned(model)
+    model = config.conditioned(config.fitted(model))
     with config_error("--out"):
         earlier = earlier_manifest(Folder(absolute(config.out)), "generate")
     if earlier:
         model = model.as_described(earlier.content)
     with config_error("--steps" if config.ladder in KINDS else "--ladder"):
-        steps = config.steps or (min(100, model.process.num_train_timesteps) if config.ladder in KINDS else None)
-        levels = resolve(config.ladder, steps, model.process, earlier.top if earlier else None)
+        steps = config.steps or (min(100, model.process.num_train_timesteps) if config.ladder in NAMED else None)
+        levels = resolve(config.ladder, steps, model.process, earlier.top if earlier else None, model.own_ladder)
     how = {"eta": config.eta, "use_sigma_hat": config.sigma_hat, "clip": config.clip}
     dtype = None if config.latents == "none" else config.latents
     facts = {"model_digest": model.digest, "levels": list(levels), **model.describe()}

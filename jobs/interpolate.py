@@ -7,7 +7,7 @@ from math import prod
 from typing import Annotated, Any, ClassVar, Literal
 
 from palindrome.jobs.arguments import ConfigError, Range, config_error, flag_of
-from palindrome.jobs.config import ClassOptions, ImagesConfig, SelectionOptions
+from palindrome.jobs.config import ConditionOptions, ImagesConfig, SelectionOptions
 from palindrome.jobs.sharded import Remaining, ShardedJob, remaining_shards, run_sharded
 from palindrome.model.execution import Execution
 from palindrome.pipeline.images.records import REASONS
@@ -42,7 +42,7 @@ PATH_FLAGS = ("pairs", "path", "grid", "sequence")  # exactly one is required
 
 
 @dataclass(frozen=True, kw_only=True)
-class InterpolateConfig(ImagesConfig, SelectionOptions, ClassOptions):
+class InterpolateConfig(ImagesConfig, SelectionOptions, ConditionOptions):
     """Decode images between the latents of an encode run: one Parquet file per shard in OUT/images, one row per
     frame."""
 
@@ -113,9 +113,11 @@ def run(config: InterpolateConfig) -> int:
         where, model = encoded.load_model(config.model, config.allow_pickle)
     if config.class_ is None and encoded.classes and encoded.classes.value is None:
         raise ConfigError("--class: the images have classes of their own: which one are the frames between them of?")
+    if config.prompt is None and encoded.texts and encoded.texts.column is not None:
+        raise ConfigError("--prompt: the images have texts of their own: which one are the frames between them of?")
     model = config.conditioned(model)
     with config_error("--steps"):
-        [levels] = encoded.ladders(() if config.steps is None else (config.steps,), model.process)
+        [levels] = encoded.ladders(() if config.steps is None else (config.steps,), model)
     with config_error("--out"):
         known = plan_totals(out)
     # A requested image may not exist: that is reported before the folder is claimed.

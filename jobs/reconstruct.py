@@ -16,7 +16,7 @@ from palindrome.pipeline.runs.encoded import EncodeRun
 from palindrome.pipeline.runs.kinds import RECONSTRUCTIONS
 from palindrome.pipeline.runs.outcome import Failure
 from palindrome.pipeline.runs.shards import committed
-from palindrome.pipeline.runs.summary import mean_nfe, put_summary, read_errors, reconstructions_summary
+from palindrome.pipeline.runs.summary import apart_words, mean_nfe, put_summary, read_errors, reconstructions_summary
 from palindrome.pipeline.runtime.reader import Reader
 from palindrome.pipeline.runtime.scheduler import Resources
 from palindrome.pipeline.storage.folder import Folder, absolute
@@ -49,8 +49,11 @@ def run(config: ReconstructConfig) -> int:
     with config_error("--model"):
         _, model = encoded.load_model(config.model, config.allow_pickle)
     with config_error("--steps"):
-        ladders = encoded.ladders(config.steps, model.process)
+        ladders = encoded.ladders(config.steps, model)
     collection, how = encoded.collection, encoded.preprocess
+    facts = {"model_digest": model.digest, "ladders": [list(levels) for levels in ladders], **model.told()}
+    if model.autoencoded:
+        facts["autoencoder"] = model.describe()["autoencoder"]
 
     def plan(out: Folder) -> Remaining:
         return remaining_latents(encoded, committed(out, RECONSTRUCTIONS), "reconstruct")
@@ -81,7 +84,7 @@ def run(config: ReconstructConfig) -> int:
         name="reconstruct",
         model=model,
         settings={"latents": encoded.folder.uri},
-        facts={"model_digest": model.digest, "ladders": [list(levels) for levels in ladders], **model.told()},
+        facts=facts,
         plan=plan,
         evaluations=sum(len(levels) - 1 for levels in ladders),
         written=len(ladders) * prod(model.image_shape),
@@ -104,6 +107,8 @@ def _conclude(config: ReconstructConfig, summary: dict[str, Any]) -> None:
                 f"{row['steps']} steps: round-trip error {mean} (mean squared error, pixels in [0, 1]; median {median},"
                 f" p99 {p99}), {row['identical']:.1%} of 8-bit values identical"
             )
+            if words := apart_words(row):
+                print(words)
         for reason, count in row["uncompared"].items():
             print(f"{row['steps']} steps: {count} images not compared: {reason}")
     print(f"report: {config.out}/report.html")

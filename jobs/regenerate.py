@@ -6,7 +6,7 @@ from math import prod
 from typing import Annotated, ClassVar
 
 from palindrome.jobs.arguments import ConfigError, Range, config_error
-from palindrome.jobs.config import ClassOptions, ImagesConfig, SelectionOptions
+from palindrome.jobs.config import ConditionOptions, ImagesConfig, SelectionOptions
 from palindrome.jobs.sharded import Remaining, ShardedJob, remaining_latents, run_sharded
 from palindrome.model.execution import Execution
 from palindrome.pipeline.reports.regeneration import put_report
@@ -23,13 +23,14 @@ from palindrome.pipeline.tasks.regenerate import Regenerate
 
 
 @dataclass(frozen=True, kw_only=True)
-class RegenerateConfig(ImagesConfig, SelectionOptions, ClassOptions):
+class RegenerateConfig(ImagesConfig, SelectionOptions, ConditionOptions):
     """Decode the latents of an encode run to images, one Parquet file per shard in OUT/images."""
 
     GROUP: ClassVar[str] = "sampling"
     EXAMPLES: ClassVar[str] = """
     palindrome regenerate --latents runs/photos --out runs/by-steps --steps 10 20 50
     palindrome regenerate --latents runs/photos --out runs/variations --eta 0.5 --variations 4 --format png
+    palindrome regenerate --latents runs/photos --out runs/edited --prompt 'a painting of a cat' --keep-until 0.3
     """
 
     latents: str
@@ -47,6 +48,9 @@ class RegenerateConfig(ImagesConfig, SelectionOptions, ClassOptions):
     """The number of images per latent, each with its own noise; requires --eta above 0 or --sigma-hat."""
     seed: Annotated[int, Range(0)] = 0
     """The seed of the noise."""
+    keep_until: Annotated[float, Range(0, 1)] = 0.0
+    """The fraction of the steps, from the latent on, that are taken under the class or the text that the images were
+    encoded with; the others under --class, --prompt and --guidance. More keeps more of an image's structure."""
 
 
 def run(config: RegenerateConfig) -> int:
@@ -61,9 +65,11 @@ def run(config: RegenerateConfig) -> int:
     which = config.selection(latents, min(encoded.done))
     with config_error("--model"):
         where, model = encoded.load_model(config.model, config.allow_pickle)
-    model = config.conditioned(model)
+    source, model = model.told(), config.conditioned(model)
+    if config.keep_until and model.told() == source:
+        raise ConfigError("--keep-until: there is no other class, text or guidance for the steps after it")
     with config_error("--steps"):
-        ladders = encoded.ladders(config.steps, model.process)
+        ladders = encoded.ladders(config.steps, model)
     how = {"eta": config.eta, "use_sigma_hat": config.sigma_hat}
     facts = {"model_digest": model.digest, "ladders": [list(levels) for levels in ladders], **model.told()}
 
@@ -71,9 +77,11 @@ def run(config: RegenerateConfig) -> int:
         return remaining_latents(encoded, committed(out, IMAGES), "decode")
 
     def work(out: Folder, resources: Resources, execution: Execution) -> Regenerate:
-        about = {**facts, **how, "seed": config.seed}
+        kept = {"keep_until": config.keep_until} if config.keep_until else {}
+        about = {**facts, **how, **kept, "seed": config.seed}
         noise = (config.variations, config.seed, how)
-        return Regenerate(out, latents, which, ladders, *noise, execution.batch_size, about)
+        size = execution.batch_size
+        return Regenerate(out, latents, which, ladders, *noise, size, about, source, config.keep_until)
 
     def finish(out: Folder, failures: list[Failure]) -> int:
         summary = regenerated_summary(out, latents)

@@ -9,22 +9,22 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from palindrome.jobs.arguments import ConfigError, Range, config_error
 from palindrome.jobs.config import (
-    ClassColumnOptions,
     CollectionOptions,
+    ConditionColumnOptions,
+    LatentEncodingOptions,
     PictureOptions,
     ReadingConfig,
-    class_column_error,
 )
 from palindrome.jobs.sharded import Remaining, ShardedJob, run_sharded
 from palindrome.model.execution import Execution
+from palindrome.model.families import Checkpoint
 from palindrome.model.ladder import TOP_LOG_SNR
-from palindrome.model.process import Process
 from palindrome.pipeline.images.records import Shard
 from palindrome.pipeline.images.sources import open_collection
 from palindrome.pipeline.reports.sweep import put_report
 from palindrome.pipeline.runs.inversion import Inversion
 from palindrome.pipeline.runs.kinds import SWEPT
-from palindrome.pipeline.runs.ladders import KINDS, resolve
+from palindrome.pipeline.runs.ladders import KINDS, NAMED, resolve
 from palindrome.pipeline.runs.manifest import earlier_manifest
 from palindrome.pipeline.runs.models import load_model
 from palindrome.pipeline.runs.outcome import Failure
@@ -38,7 +38,7 @@ from palindrome.pipeline.tasks.sweep import Setting, Sweep, read_sweep, units
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepConfig(CollectionOptions, PictureOptions, ClassColumnOptions, ReadingConfig):
+class SweepConfig(CollectionOptions, PictureOptions, LatentEncodingOptions, ConditionColumnOptions, ReadingConfig):
     """Encode and decode a collection with every combination of the settings, and report the error against the network
     evaluations as a table, a CSV file and a plot.
 
@@ -55,8 +55,9 @@ class SweepConfig(CollectionOptions, PictureOptions, ClassColumnOptions, Reading
     }
 
     model: str
-    """The checkpoint: a folder in diffusers' layout or with EDM's config, or a .pt file of OpenAI's, a path or an
-    fsspec URI; or a Hugging Face repository, ORG/NAME or ORG/NAME@REVISION, if huggingface_hub is installed."""
+    """The checkpoint: a folder in diffusers' layout, also of a latent diffusion pipeline, or with EDM's config, or a
+    .pt file of OpenAI's, a path or an fsspec URI; or a Hugging Face repository, ORG/NAME or ORG/NAME@REVISION, if
+    huggingface_hub is installed."""
     steps: tuple[Annotated[int, Range(1)], ...] = (10, 20, 50, 100)
     """Numbers of steps; ladders given as lists or files have their own."""
     corrections: tuple[Annotated[int, Range(0, 100)], ...] = (0, 1, 2, 3)
@@ -82,18 +83,20 @@ class SweepConfig(CollectionOptions, PictureOptions, ClassColumnOptions, Reading
 
 def run(config: SweepConfig) -> int:
     """Measures the remaining units, writes table and plot, and returns the exit code."""
-    with config_error("--images"), class_column_error(config.class_column):
+    with config_error("--images"), config.column_error():
         uri = absolute(config.images)
-        collection = open_collection(uri, keep=config.with_class_column(()), **config.reading())
+        collection = open_collection(uri, keep=config.with_columns(()), **config.reading())
     with config_error("--model"):
         where, model = load_model(config.model, config.allow_pickle)
+    model = config.fitted(model)
+    with config_error("--model"):
         how = config.preprocess(model.image_shape)
     model = config.conditioned(model)
     with config_error("--out"):
         earlier = earlier_manifest(Folder(absolute(config.out)), "sweep")
     # Sweeps of versions before go on to 0.8 of the timesteps.
     top_log_snr = earlier.content.get("top_log_snr") if earlier else TOP_LOG_SNR
-    settings = _settings(config, model.process, None if top_log_snr else model.process.num_train_timesteps * 4 // 5)
+    settings = _settings(config, model, None if top_log_snr else model.process.num_train_timesteps * 4 // 5)
 
     def plan(out: Folder) -> Remaining:
         with config_error("--images"):
@@ -146,15 +149,17 @@ def run(config: SweepConfig) -> int:
     return run_sharded(config, job)
 
 
-def _settings(config: SweepConfig, process: Process, top: int | None) -> list[Setting]:
+def _settings(config: SweepConfig, model: Checkpoint, top: int | None) -> list[Setting]:
     """Every combination once, by ascending number of network evaluations; `top` is the last level of ladders of a kind
     other than linear. Raises ConfigError if none is left."""
     found: dict[str, Setting] = {}
     for named in config.ladder:
         with config_error("--steps" if named in KINDS else "--ladder"):
-            counts = config.steps if named in KINDS else (None,)
+            counts = config.steps if named in NAMED else (None,)
             last = None if named == "linear" else top
-            ladders = [resolve(named, n, process, last and max(last, (n or 1) - 1)) for n in counts]
+            ladders = [
+                resolve(named, n, model.process, last and max(last, (n or 1) - 1), model.own_ladder) for n in counts
+            ]
         label = PurePosixPath(named).stem if named.endswith(".json") else named
         for levels, count, tolerance, dtype in product(ladders, config.corrections, config.tolerance, config.dtype):
             # Without corrections the tolerance has no effect.

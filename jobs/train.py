@@ -14,7 +14,7 @@ from pyarrow.fs import FSSpecHandler, PyFileSystem
 
 from palindrome.infra.cluster import ClusterError, connect
 from palindrome.jobs.arguments import ConfigError, Range, config_error
-from palindrome.jobs.config import CollectionOptions, Config, PictureOptions, Planned, class_column_error
+from palindrome.jobs.config import CollectionOptions, Config, PictureOptions, Planned, column_error
 from palindrome.jobs.holding import hold_run
 from palindrome.model.presets import PRESETS
 from palindrome.model.process import VP
@@ -116,7 +116,7 @@ class TrainConfig(CollectionOptions, PictureOptions, Config):
 
 def run(config: TrainConfig) -> int:
     """Trains up to `train_steps`, from the last saved state if there is one, and returns the exit code."""
-    with config_error("--images"), class_column_error(config.class_column):
+    with config_error("--images"), column_error(class_column=config.class_column):
         keep = () if config.class_column is None else (config.class_column,)
         collection = open_collection(absolute(config.images), keep=keep, **config.reading())
     with config_error("--batch-size"):

@@ -1,13 +1,26 @@
 """What a network is told of each sample besides its state and the level: a class, or the encoding of a text."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+
+class TextEncoder(Protocol):
+    """What tells a network of texts."""
+
+    def __call__(self, texts: Sequence[str | None]) -> Mapping[str, Tensor]:
+        """Tensors [B, ...] by name, on the CPU; None is no text, as the model was trained with it."""
+
+    def leave(self) -> None:
+        """Makes room on the device, to which the next texts bring it back."""
+
+    def is_cut(self, text: str) -> bool:
+        """Whether the text is longer than the network can be told."""
 
 
 @dataclass(frozen=True)
@@ -66,15 +79,42 @@ class ClassOf:
 
 
 @dataclass(frozen=True)
+class TextOf:
+    """The text that an image is taken to be described by: the one in a `column` that is kept with it; where that has
+    none, or there is no column, `text`, and None for none."""
+
+    column: str | None = None
+    text: str | None = None
+
+    def __call__(self, row: Mapping[str, Any]) -> Any:
+        """The text of an image with these columns, None where it has none."""
+        found = None if self.column is None else row.get(self.column)
+        return self.text if found is None else found
+
+    def record(self) -> dict[str, Any]:
+        """The key `prompts` of run.json."""
+        return {"column": self.column, "prompt": self.text}
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> "TextOf":
+        return cls(record["column"], record["prompt"])
+
+
+EMPTY = TextOf(text="")  # of every image
+
+
+@dataclass(frozen=True)
 class Guidance:
-    """Classifier-free guidance: u + weight (c - u) of the network's outputs c under a class and u under `null_class`,
-    which stands for none. Weight 1 is no guidance (Ho & Salimans, arXiv 2207.12598, eq. 6, where it is 1 + w).
+    """Classifier-free guidance: u + weight (c - u) of the network's outputs c under a condition and u without. Weight 1
+    is no guidance (Ho & Salimans, arXiv 2207.12598, eq. 6, where it is 1 + w). What stands for no condition is the
+    class `null_class`, or the text `negative_prompt`, where None is what the model was trained with.
 
     Raises ValueError for a weight that is negative or not finite.
     """
 
     weight: float
-    null_class: int
+    null_class: int | None = None
+    negative_prompt: str | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.weight < math.inf:
@@ -82,4 +122,4 @@ class Guidance:
 
     def record(self) -> dict[str, Any]:
         """The key `guidance` of run.json."""
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if value is not None}

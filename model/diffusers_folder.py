@@ -60,24 +60,25 @@ class DiffusersFolder:
         nested = f"{folder}/{config}"
         return config if not self.exists(nested) and self.exists(config) else nested
 
-    def weights(self, folder: str, allow_pickle: bool) -> tuple[str, dict[str, Tensor]]:
+    def weights(self, folder: str, allow_pickle: bool, stem: str = STEM) -> tuple[str, dict[str, Tensor]]:
         """The file that names them and the tensors by name, without the prefixes of wrappers. `folder` is "" for the
-        root, else ends in a slash. In order: safetensors whole, or in parts with an index; the only variant there is,
-        such as fp16; and with `allow_pickle` the same as pickles, from which torch reads nothing but tensors."""
-        names = self._names(folder)
+        root, else ends in a slash; `stem` is what the files' names begin with. In order: safetensors whole, or in parts
+        with an index; the only variant there is, such as fp16; and with `allow_pickle` the same as pickles, from which
+        torch reads nothing but tensors."""
+        names = self.names(folder)
         endings = ("safetensors", "bin") if allow_pickle else ("safetensors",)
-        found = [_default(names, ending) for ending in endings] + [_variants(names, ending) for ending in endings]
+        found = [find(names, ending, stem) for find in (_default, _variants) for ending in endings]
         choice = next(filter(None, found), [])
         if len(choice) > 1:
             raise CheckpointError(
                 f"{self.uri}/{folder} holds only variants of the weights: keep one of {', '.join(choice)}"
             )
-        if not choice and (pickles := _default(names, "bin") or _variants(names, "bin")):
+        if not choice and (pickles := _default(names, "bin", stem) or _variants(names, "bin", stem)):
             raise CheckpointError(
                 f"{self.uri} holds its weights as a pickle ({folder}{pickles[0]}), which can run code when loaded:"
                 " save it as safetensors, or give --allow-pickle if you trust it"
             )
-        name = choice[0] if choice else f"{STEM}.safetensors"
+        name = choice[0] if choice else f"{stem}.safetensors"
         where = f"{folder}{name}"
         parts = [where]
         if where.endswith(".json"):
@@ -90,7 +91,8 @@ class DiffusersFolder:
             tensors |= self.tensors(part)
         return where, {WRAPPERS.sub("", key): value for key, value in tensors.items()}
 
-    def _names(self, folder: str) -> list[str]:
+    def names(self, folder: str) -> list[str]:
+        """Of the files in a folder, sorted; none where there is no folder."""
         try:
             paths = self.fs.ls(f"{self.root}/{folder}".rstrip("/"), detail=False)
         except FileNotFoundError:
@@ -119,16 +121,25 @@ class DiffusersFolder:
         return dict(loaded)
 
 
+def modern_name(name: str) -> str:
+    """Attention parameters as diffusers has named them since 0.18 (`query` -> `to_q`, …)."""
+    if ".attentions." not in name:
+        return name
+    for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0")):
+        name = re.sub(rf"\.{old}\.(weight|bias)$", rf".{new}.\1", name)
+    return name
+
+
 def _first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
-def _default(names: list[str], ending: str) -> list[str]:
+def _default(names: list[str], ending: str, stem: str) -> list[str]:
     """The file of weights that ends so, or the index of its parts."""
-    return [name for name in (f"{STEM}.{ending}", f"{STEM}.{ending}.index.json") if name in names][:1]
+    return [name for name in (f"{stem}.{ending}", f"{stem}.{ending}.index.json") if name in names][:1]
 
 
-def _variants(names: list[str], ending: str) -> list[str]:
+def _variants(names: list[str], ending: str, stem: str) -> list[str]:
     """Those of variants, such as fp16."""
-    named = re.compile(rf"{STEM}\.[^.]+(?<!-of-\d{{5}})\.{ending}|{STEM}\.{ending}\.index\.[^.]+\.json")
+    named = re.compile(rf"{stem}\.[^.]+(?<!-of-\d{{5}})\.{ending}|{stem}\.{ending}\.index\.[^.]+\.json")
     return [name for name in names if named.fullmatch(name)]

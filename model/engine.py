@@ -26,6 +26,16 @@ class Told(Protocol):
     def parameters(self) -> Iterator[nn.Parameter]: ...
 
 
+def set_precision(device: torch.device, execution: Execution) -> torch.dtype:
+    """The dtype that a network is to have. Whether a GPU may use TF32 becomes a setting of the process. Raises
+    RuntimeError where a network is to be compiled for a CPU and there is no C++ compiler."""
+    allowed = execution.precision == "tf32"  # torch allows it to convolutions unless told otherwise
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
+    if execution.compiled and device.type == "cpu" and not any(map(which, ("c++", "g++", "clang++"))):
+        raise RuntimeError("to compile a network for a CPU takes a C++ compiler, and there is none")
+    return HALVES.get(execution.precision, torch.float32)
+
+
 class Engine:
     """A `model.ddim.Network`: x float [B, C, H, W] and a timestep -> its output, float32 [B, C, H, W]. The state stays
     in float32 with the caller; the precision is the network's alone, which is changed to it. A class-conditional
@@ -37,14 +47,10 @@ class Engine:
 
     def __init__(self, network: Told, execution: Execution) -> None:
         device = next(network.parameters()).device
-        self.compiled, self.dtype = execution.compiled, HALVES.get(execution.precision, torch.float32)
+        self.compiled, self.dtype = execution.compiled, set_precision(device, execution)
         network.lower(self.dtype)
         if self.dtype in HALVES.values():  # the layout of tensor cores; on CPUs it is that already
             network.to(memory_format=torch.channels_last)
-        allowed = execution.precision == "tf32"  # torch allows it to convolutions unless told otherwise
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
-        if self.compiled and device.type == "cpu" and not any(map(which, ("c++", "g++", "clang++"))):
-            raise RuntimeError("to compile a network for a CPU takes a C++ compiler, and there is none")
         self._evaluate = torch.compile(network.evaluate) if self.compiled else network.evaluate
         self._network, self._device = network, device
         self._biases = cache(lambda timestep: self._embed(timestep, None))

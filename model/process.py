@@ -233,6 +233,11 @@ class Flow(Process):
         x0, epsilon = Affine(scale, -scale * sigma), Affine(scale, scale * alpha)
         return Reading(self.num_train_timesteps * scale * sigma, scale, x0, epsilon)
 
+    def level_of(self, t: float) -> float:
+        """The level, a fraction, whose marginal is that of the time t."""
+        alphas, sigmas = self.table
+        return float(np.interp(math.atan2(t, 1 - t), np.arctan2(sigmas, alphas), np.arange(len(alphas))))
+
     def describe(self) -> dict[str, Any]:
         return {"process": "flow", **dataclasses.asdict(self)}
 

@@ -66,6 +66,22 @@ def pngs(corpus):
 
 
 @pytest.fixture(scope="session")
+def pipelines(tmp_path_factory):
+    """tests/pipelines.py: a function from the name of a latent diffusion pipeline there to its folder and to diffusers'
+    object."""
+    made, found = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("pipelines.py")))), {}
+
+    def saved(name, **how):
+        key = name, *sorted(how.items())
+        if key not in found:
+            folder = tmp_path_factory.mktemp(name) / "model"
+            found[key] = str(folder), made.saved(folder, name, **how)
+        return found[key]
+
+    return saved
+
+
+@pytest.fixture(scope="session")
 def stores():
     """tests/stores.py: S3 servers, and a proxy that injects faults."""
     return SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("stores.py"))))

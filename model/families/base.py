@@ -8,15 +8,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from palindrome.model.condition import ClassOf, Condition, Guidance
+from palindrome.model.autoencoder import Autoencoder, Identity
+from palindrome.model.condition import EMPTY, ClassOf, Condition, Guidance, TextEncoder, TextOf
 from palindrome.model.ddim import Network
 from palindrome.model.diffusers_folder import CheckpointError as CheckpointError
 from palindrome.model.execution import FLOAT32, Execution
+from palindrome.model.ladder import Ladder
 from palindrome.model.process import Process
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -29,6 +31,8 @@ class Checkpoint(ABC):
     """
 
     process: Process
+    REFUSED: ClassVar[str] = "no_class"
+    """The reason of an image for which `refusal` has one, a key of pipeline.images.records.REASONS."""
 
     @property
     @abstractmethod
@@ -49,25 +53,54 @@ class Checkpoint(ABC):
     def denoiser(self, device: torch.device | str = "cpu", execution: Execution = FLOAT32) -> Network:
         """The network on a device, ready to be evaluated often."""
 
-    def to_state(self, images: Tensor) -> Tensor:
-        """Images [B, *image_shape] in [-1, 1] -> x0 [B, *latent_shape]. Those of a pixel model are its states."""
-        return images
+    @property
+    def autoencoded(self) -> bool:
+        """Whether an autoencoder makes the states, with an error of its own."""
+        return False
 
-    def to_images(self, state: Tensor) -> Tensor:
-        """x0 [B, *latent_shape] -> images [B, *image_shape], about [-1, 1]."""
-        return state
+    def autoencoder(self, device: torch.device | str = "cpu") -> Autoencoder:
+        """What makes states of images on a device: of a pixel model they are the images."""
+        return Identity()
+
+    def text_encoder(self, device: torch.device | str = "cpu") -> TextEncoder | None:
+        """What `condition` needs on a device to tell a network of texts; None for a model that is told none."""
+        return None
+
+    def with_size(self, size: int) -> Self:
+        """The same model for images of size x size pixels. Raises ValueError for a size that it can't have."""
+        if size == self.image_shape[-1]:
+            return self
+        raise ValueError(f"the model is one of {self.image_shape[-1]} pixels, not of {size}")
+
+    def with_autoencoder(self, tiled: bool = False, refinements: int = 0) -> Self:
+        """The same model, whose autoencoder works on tiles of large images, and whose states are refined in that many
+        steps so that they decode to the image. Raises ValueError where it has no autoencoder, or not such a one."""
+        if not (tiled or refinements):
+            return self
+        raise ValueError("the model has no autoencoder")
 
     @property
     def class_conditional(self) -> bool:
         """Whether the network is told the class of each image."""
         return False
 
+    @property
+    def text_conditional(self) -> bool:
+        """Whether the network is told a text of each image."""
+        return False
+
     def with_classes(self, classes: ClassOf) -> Self:
         """The same model, told these classes. Raises ValueError for a model that knows none, or not that one."""
         raise ValueError("the model is not class-conditional")
 
-    def with_any_class(self) -> Self:
-        """The same model, told one class for all images: to measure speed and rounding."""
+    def with_texts(self, texts: TextOf) -> Self:
+        """The same model, told these texts. Raises ValueError for a model that knows none."""
+        raise ValueError("the model is told no texts")
+
+    def with_any_condition(self) -> Self:
+        """The same model, told the same of all images: to measure speed and rounding."""
+        if self.text_conditional:
+            return self.with_texts(EMPTY)
         return self.with_classes(ClassOf(value=0)) if self.class_conditional else self
 
     @property
@@ -75,27 +108,40 @@ class Checkpoint(ABC):
         """None without guidance."""
         return None
 
-    def with_guidance(self, weight: float, null_class: int | None = None) -> Self:
-        """The same model, guided by that weight; 1 is no guidance. Without `null_class`, the model's own. Raises
-        ValueError for a weight that is negative or not finite, and for a model that can't be guided so."""
-        raise ValueError("the model is not class-conditional")
+    def with_guidance(self, weight: float, null_class: int | None = None, negative_prompt: str | None = None) -> Self:
+        """The same model, guided by that weight; 1 is no guidance. Without `null_class` or `negative_prompt`, away from
+        the model's own. Raises ValueError for a weight that is negative or not finite, and for a model that can't be
+        guided so."""
+        raise ValueError("the model is told neither classes nor texts")
 
     def told(self) -> dict[str, Any]:
-        """What run.json records of the conditions: `classes` of a class-conditional model, and `guidance`."""
+        """What run.json records of the conditions: `classes` of a class-conditional model, `prompts` of one of texts,
+        and `guidance`."""
         return {}
+
+    def as_told(self, found: Mapping[str, Any]) -> Self:
+        """The same model, told what `told` recorded, which `found` has among other keys."""
+        model = self
+        if (classes := found.get("classes")) is not None:
+            model = model.with_classes(ClassOf.of(classes))
+        if (texts := found.get("prompts")) is not None:
+            model = model.with_texts(TextOf.of(texts))
+        if self.class_conditional or self.text_conditional:
+            model = model.with_guidance(**(found.get("guidance") or {"weight": 1.0}))
+        return model
 
     def refusal(self, row: Mapping[str, Any]) -> str:
         """Why the network can't be told of an image with these columns; "" if it can."""
         return ""
 
-    def condition(self, rows: Sequence[Mapping[str, Any]]) -> Condition | None:
+    def condition(self, rows: Sequence[Mapping[str, Any]], encoder: TextEncoder | None = None) -> Condition | None:
         """What the network is told of images, from the columns kept with them, by name; None for an unconditional
-        model. Raises ValueError where `refusal` has a reason."""
+        model. `encoder` is a `text_encoder` of this model. Raises ValueError where `refusal` has a reason."""
         return None
 
-    def condition_of_all(self, count: int) -> Condition | None:
-        """`condition` of images without columns: noise, or frames between images."""
-        return self.condition([{}] * count)
+    def own_ladder(self, steps: int) -> Ladder:
+        """The levels that the scheduler of the model's folder visits. Raises ValueError where that can't be said."""
+        raise ValueError("the ladder diffusers is known of latent diffusion pipelines alone")
 
     @abstractmethod
     def with_process(self, process: Process) -> Self:
@@ -136,9 +182,11 @@ class OfClasses(Checkpoint):
             raise ValueError(why)
         return told
 
-    def with_guidance(self, weight: float, null_class: int | None = None) -> Self:
+    def with_guidance(self, weight: float, null_class: int | None = None, negative_prompt: str | None = None) -> Self:
         if not self.class_conditional:
-            return super().with_guidance(weight, null_class)
+            raise ValueError("the model is not class-conditional")
+        if negative_prompt is not None:
+            raise ValueError("the model is told classes, not texts")
         if weight == 1:
             return dataclasses.replace(self, guidance=None)
         before = None if self.guidance is None else self.guidance.null_class
@@ -161,7 +209,7 @@ class OfClasses(Checkpoint):
             return "the model is class-conditional, and the image has no class"
         return self.refusal_of(value)
 
-    def condition(self, rows: Sequence[Mapping[str, Any]]) -> Condition | None:
+    def condition(self, rows: Sequence[Mapping[str, Any]], encoder: TextEncoder | None = None) -> Condition | None:
         """`class`: [B] or [B, E], of `class_dtype`."""
         if not self.class_conditional:
             return None
@@ -171,9 +219,60 @@ class OfClasses(Checkpoint):
         classes = torch.tensor([self.classes(row) for row in rows], dtype=self.class_dtype)
         if self.guidance is None:
             return Condition({"class": classes})
+        assert self.guidance.null_class is not None  # else refused
         return Condition(
             {"class": classes},
             dropped={"class": torch.full_like(classes, self.guidance.null_class)},
+            weight=self.guidance.weight,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfTexts(Checkpoint):
+    """A model whose network is told a text of each image: of the one that `texts` says."""
+
+    REFUSED: ClassVar[str] = "no_prompt"
+
+    texts: TextOf = EMPTY
+    guidance: Guidance | None = None
+
+    @abstractmethod
+    def text_encoder(self, device: torch.device | str = "cpu") -> TextEncoder: ...
+
+    @property
+    def text_conditional(self) -> bool:
+        return True
+
+    def with_texts(self, texts: TextOf) -> Self:
+        return dataclasses.replace(self, texts=texts)
+
+    def with_guidance(self, weight: float, null_class: int | None = None, negative_prompt: str | None = None) -> Self:
+        if null_class is not None:
+            raise ValueError("the model is told texts, not classes")
+        return dataclasses.replace(
+            self, guidance=None if weight == 1 else Guidance(weight, negative_prompt=negative_prompt)
+        )
+
+    def told(self) -> dict[str, Any]:
+        guidance = {} if self.guidance is None else {"guidance": self.guidance.record()}
+        return {"prompts": self.texts.record(), **guidance}
+
+    def refusal(self, row: Mapping[str, Any]) -> str:
+        found = self.texts(row)
+        if found is None:
+            return "the model is told a text, and the image has none"
+        return "" if isinstance(found, str) else f"the prompt is {found!r}, not a text"
+
+    def condition(self, rows: Sequence[Mapping[str, Any]], encoder: TextEncoder | None = None) -> Condition | None:
+        for why in filter(None, map(self.refusal, rows)):
+            raise ValueError(why)
+        encoder = encoder or self.text_encoder()
+        values = encoder([self.texts(row) for row in rows])
+        if self.guidance is None:
+            return Condition(values)
+        return Condition(
+            values,
+            dropped=encoder([self.guidance.negative_prompt] * len(rows)),
             weight=self.guidance.weight,
         )
 

@@ -8,7 +8,6 @@ would pass over the settings that it does not know.
 
 import dataclasses
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from palindrome.model.ddim import Network
-from palindrome.model.diffusers_folder import INDEX, STEM, DiffusersFolder
+from palindrome.model.diffusers_folder import INDEX, STEM, DiffusersFolder, modern_name
 from palindrome.model.engine import Engine
 from palindrome.model.execution import FLOAT32, Execution
 from palindrome.model.families.base import (
@@ -139,7 +138,7 @@ def load(uri: str, storage_options: Mapping[str, Any] | None = None, allow_pickl
         file, weights = OWN_WEIGHTS, folder.tensors(OWN_WEIGHTS)
     else:
         file, weights = folder.weights(config_name.removesuffix("config.json"), allow_pickle)
-    weights = {_modern_name(k): v for k, v in weights.items()}
+    weights = {modern_name(k): v for k, v in weights.items()}
     check_weights(lambda: UNet(config), weights, f"{uri}/{file}")
     return UNet2D(config, weights, process, null_class=_null_class(config_dict, f"{uri}/{config_name}"))
 
@@ -180,15 +179,6 @@ def _check_pipeline(folder: DiffusersFolder) -> None:
     for part in AUTOENCODERS:
         if folder.exists(part):
             raise CheckpointError(f"{folder.uri} has a {part}: a latent diffusion model's U-Net is not for pixels")
-
-
-def _modern_name(name: str) -> str:
-    """Attention parameters as diffusers has named them since 0.18 (`query` -> `to_q`, …)."""
-    if ".attentions." not in name:
-        return name
-    for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0")):
-        name = re.sub(rf"\.{old}\.(weight|bias)$", rf".{new}.\1", name)
-    return name
 
 
 def _json(value: Mapping[str, Any]) -> bytes:

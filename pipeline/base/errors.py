@@ -13,10 +13,12 @@ class SettingError(ValueError):
 
 
 class SourceError(SettingError):
-    """A collection that can't be read with these settings; the message names the URI or column."""
+    """A collection that can't be read with these settings; the message names the URI or column. `column` is the one of
+    those to keep that is at fault."""
 
-    def __init__(self, message: str, field: str = "images") -> None:
+    def __init__(self, message: str, field: str = "images", column: str | None = None) -> None:
         super().__init__(message, field)
+        self.column = column
 
 
 class ManifestError(ValueError):

@@ -25,6 +25,11 @@ def round_trip_error(x: Tensor, decoded: Tensor) -> np.ndarray:
     return squared.flatten(1).mean(1).cpu().numpy()
 
 
+def state_error(x: Tensor, other: Tensor) -> np.ndarray:
+    """Mean squared difference of each state, float64 [B], in the states' own units."""
+    return (x.double() - other.double()).square().flatten(1).mean(1).cpu().numpy()
+
+
 def moments(latents: Tensor) -> dict[str, np.ndarray]:
     """Of each latent, float [B, C, H, W], as float64 [B]: mean, std, kurtosis, and the correlation of neighbours in a
     row or a column. Those of x_T ~ N(0, I) are 0, 1, 3 and 0."""

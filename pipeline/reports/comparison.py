@@ -34,11 +34,11 @@ def choose_examples(
     shards: dict[str, set[str]] = defaultdict(set)
     for image in (image for group in listed.values() for image in group):
         shards[image.shard].add(image.image_id)
-    reconstructed = _reconstructed(run, shards, steps)
+    reconstructed, vae = _reconstructed(run, shards, steps)
     originals = _originals(latents, collection, how, shards)
     return {
         heading: [
-            Example(name, steps, image.error, psnr(image.error), originals[name], reconstructed[name])
+            Example(name, steps, image.error, psnr(image.error), originals[name], reconstructed[name], vae.get(name))
             for image in group
             if (name := image.image_id) in originals
         ]
@@ -46,16 +46,23 @@ def choose_examples(
     }
 
 
-def _reconstructed(run: Folder, shards: dict[str, set[str]], steps: int) -> dict[str, np.ndarray]:
-    """Reconstructions, uint8 [H, W, C], by id; `shards` has the wanted ids of each shard."""
+def _reconstructed(
+    run: Folder, shards: dict[str, set[str]], steps: int
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Reconstructions, and what an autoencoder makes of the originals, if there is one: uint8 [H, W, C] by id; `shards`
+    has the wanted ids of each shard."""
     pictures: dict[str, np.ndarray] = {}
+    vae: dict[str, np.ndarray] = {}
     for name, wanted in shards.items():
         with run.parquet_file(f"{RECONSTRUCTIONS}/{name}.parquet") as file:
-            for batch in file.iter_batches(256, columns=["image_id", "steps", "image"]):
+            columns = [c for c in ("image_id", "steps", "image", "vae_image") if c in file.schema_arrow.names]
+            for batch in file.iter_batches(256, columns=columns):
                 for row in batch.to_pylist():
                     if row["steps"] == steps and row["image_id"] in wanted:
                         pictures[row["image_id"]] = pixels_of(row["image"]["bytes"])
-    return pictures
+                        if row.get("vae_image"):
+                            vae[row["image_id"]] = pixels_of(row["vae_image"]["bytes"])
+    return pictures, vae
 
 
 def _originals(

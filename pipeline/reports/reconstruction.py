@@ -21,6 +21,7 @@ from palindrome.pipeline.reports.charts import (
 )
 from palindrome.pipeline.reports.page import fixed, render, scientific
 from palindrome.pipeline.runs.errors import BINS, Errors
+from palindrome.pipeline.runs.schemas import APART
 
 WIDTHS = (1, 2, 4, 5, 10, 20)  # of the histogram's bars, in bins of runs.errors
 
@@ -36,6 +37,8 @@ class Example:
     psnr: float
     original: np.ndarray
     reconstruction: np.ndarray
+    vae: np.ndarray | None = None
+    """What the autoencoder of a latent diffusion model makes of the original."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ def reconstruction_report(
         title=title,
         rows=rows,
         compared=any(row["images"] for row in rows),
+        autoencoded=any(row["apart"] for row in rows),
         all_exact=any(row["exact"] for row in rows) and not any(row["not_finite"] for row in rows),
         curve=curve,
         absent=absent,
@@ -103,6 +107,7 @@ def _row(series: Series) -> dict[str, Any]:
         "exact": errors.exact,
         "not_finite": errors.not_finite,
         "uncompared": {reason: count for reason, count in series.uncompared.items() if count},
+        "apart": [errors.mean(name) for name in APART] if APART.keys() <= errors.sums.keys() else [],
     }
 
 
@@ -191,17 +196,18 @@ def _card(example: Example) -> dict[str, Any]:
     height, width, _ = example.original.shape
     scale = min(max(1, round(96 / max(height, width))), 192 / max(height, width))
     size = max(1, round(scale * width)), max(1, round(scale * height))  # CSS pixels
+    pictures, wanted = {"original": example.original}, example.original
+    if example.vae is not None:
+        pictures["autoencoder"] = wanted = example.vae
+    pictures["reconstruction"] = example.reconstruction
+    pictures["difference × 8"] = amplified_difference(wanted, example.reconstruction)
     return {
         "id": example.image_id,
         "steps": example.steps,
         "mse": example.mse,
         "psnr": fixed(example.psnr) + " dB" * math.isfinite(example.psnr),
-        "pictures": {
-            "original": example.original,
-            "reconstruction": example.reconstruction,
-            "difference × 8": amplified_difference(example.original, example.reconstruction),
-        },
+        "pictures": pictures,
         "size": size,
         "small": scale >= 1,
-        "width": max(280, 3 * size[0] + 32),  # three images, two gaps, the padding
+        "width": max(280, len(pictures) * (size[0] + 8) + 8),  # images, the gaps, the padding
     }

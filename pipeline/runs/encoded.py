@@ -4,17 +4,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
-from palindrome.model.condition import ClassOf
+from palindrome.model.condition import ClassOf, TextOf
 from palindrome.model.execution import FLOAT32, Execution
 from palindrome.model.families import Checkpoint
 from palindrome.model.ladder import Ladder, check_ladder
-from palindrome.model.process import Process
 from palindrome.pipeline.base.errors import ManifestError
 from palindrome.pipeline.images.decode import Preprocess
 from palindrome.pipeline.images.sources import Collection
 from palindrome.pipeline.runs.inversion import Inversion
 from palindrome.pipeline.runs.kinds import LATENTS
-from palindrome.pipeline.runs.ladders import KINDS, ladder_of_kind
+from palindrome.pipeline.runs.ladders import NAMED, resolve
 from palindrome.pipeline.runs.manifest import Manifest, read_manifest
 from palindrome.pipeline.runs.models import load_model
 from palindrome.pipeline.runs.plan import Totals, plan_totals, read_plan
@@ -40,7 +39,7 @@ class EncodeRun:
     model: str
     """The URI of the checkpoint folder that encode used."""
     ladder: str
-    """The value of --ladder: one of ladders.KINDS, timesteps, or a file."""
+    """The value of --ladder: one of ladders.NAMED, timesteps, or a file."""
     inversion: Inversion
     preprocess: Preprocess
 
@@ -81,11 +80,7 @@ class EncodeRun:
                 f"the latents were made by another model: digest {digest[:12]}…, and this one's is {model.digest[:12]}…"
             )
         model = model.as_described(self.manifest.content)
-        if self.classes is not None:
-            model = model.with_classes(self.classes)
-        if (guidance := self.manifest.content.get("guidance")) is not None:
-            model = model.with_guidance(**guidance)
-        return uri, model
+        return uri, model.with_size(self.preprocess.size).as_told(self.manifest.content)
 
     @property
     def classes(self) -> ClassOf | None:
@@ -93,11 +88,17 @@ class EncodeRun:
         found = self.manifest.content.get("classes")
         return None if found is None else ClassOf.of(found)
 
-    def ladders(self, steps: Sequence[int], process: Process) -> tuple[Ladder, ...]:
+    @property
+    def texts(self) -> TextOf | None:
+        """What a model of texts was told of the images; None for another."""
+        found = self.manifest.content.get("prompts")
+        return None if found is None else TextOf.of(found)
+
+    def ladders(self, steps: Sequence[int], model: Checkpoint) -> tuple[Ladder, ...]:
         """A ladder for each number of steps, of the run's kind and up to its top level. For its own number of steps, or
         without `steps`, it is the run's own ladder. Raises ValueError."""
         own = self.inversion.levels
-        kind = self.ladder if self.ladder in KINDS else "logsnr"  # a list defines no other numbers of steps
+        kind = self.ladder if self.ladder in NAMED else "logsnr"  # a list defines no other numbers of steps
         if len(set(steps)) != len(steps):
             raise ValueError("a number is given twice")
         whole = int(own[-1])
@@ -105,7 +106,7 @@ class EncodeRun:
         def of(count: int) -> Ladder:
             if count == len(own) - 1:
                 return own
-            levels = ladder_of_kind(kind, count, process, whole)
+            levels = resolve(kind, count, model.process, whole, model.own_ladder)
             return (*levels[:-1], own[-1]) if levels[-1] == whole else levels  # a single step ends at 0
 
         return tuple(map(of, steps)) or (own,)

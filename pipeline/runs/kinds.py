@@ -11,10 +11,10 @@ from typing import Any
 import pyarrow as pa
 
 from palindrome.pipeline.runs.schemas import (
-    ERROR_SCHEMA,
     FRAME_SCHEMA,
     REGENERATED_SCHEMA,
     SWEEP_SCHEMA,
+    error_schema,
     latent_schema,
     sample_schema,
 )
@@ -87,7 +87,10 @@ def setting_name(levels: Sequence[float], corrections: int, tolerance: float, dt
 
 def _latents(manifest: Mapping[str, Any]) -> pa.Schema:
     how = manifest["preprocess"]
-    return latent_schema((how["channels"], how["size"], how["size"]), manifest["config"]["dtype"])
+    pixels = (how["channels"], how["size"], how["size"])  # of a pixel model, the shape of its latents
+    shape = manifest.get("latent_shape", pixels)
+    config, autoencoded = manifest["config"], "autoencoder" in manifest
+    return latent_schema(shape, config["dtype"], autoencoded=autoencoded, states=config.get("vae_latent", False))
 
 
 KINDS: Mapping[str, Kind] = MappingProxyType(
@@ -113,7 +116,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
                 ("config", "latents"),
                 manifest_keys=("model_digest", "ladders"),
                 noun="latents",
-                schema=lambda _: ERROR_SCHEMA,
+                schema=lambda manifest: error_schema("autoencoder" in manifest),
                 variants=("steps",),
                 pictures=True,
             ),

@@ -1,6 +1,7 @@
 """The values of --ladder: a kind, a list of timesteps, or a file that `palindrome calibrate` wrote."""
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import fsspec
@@ -10,6 +11,8 @@ from palindrome.model.process import CLEAN, Process
 from palindrome.pipeline.storage.folder import options_for
 
 KINDS = (*LADDERS, "logsnr")
+DIFFUSERS = "diffusers"  # the ladder of the model's own scheduler
+NAMED = (*KINDS, DIFFUSERS)  # whose number of steps --steps says
 DEFAULT_STEPS = 20
 
 
@@ -23,16 +26,24 @@ def ladder_of_kind(kind: str, steps: int, process: Process, top: int | None = No
     return ladder(kind, steps, process.num_train_timesteps, top)
 
 
-def resolve(named: str, steps: int | None, process: Process, top: int | None = None) -> Ladder:
-    """The ladder `named`: one of `KINDS`, timesteps such as `0,3,11,800`, or the path or URI of a ladder file
+def resolve(
+    named: str,
+    steps: int | None,
+    process: Process,
+    top: int | None = None,
+    own: Callable[[int], Ladder] | None = None,
+) -> Ladder:
+    """The ladder `named`: one of `NAMED`, timesteps such as `0,3,11,800`, or the path or URI of a ladder file
     (`.json`).
 
-    `steps` is the number of steps for kinds (default: DEFAULT_STEPS), `top` their last level; `steps` must match that
-    of a list or a file. Raises ValueError, and OSError for a file that can't be read.
+    `steps` is the number of steps for those of NAMED (default: DEFAULT_STEPS), `top` the last level of KINDS, `own`
+    makes the ladder of the model's own scheduler; `steps` must match that of a list or a file. Raises ValueError, and
+    OSError for a file that can't be read.
     """
     T = process.num_train_timesteps
-    if named in KINDS:
-        return ladder_of_kind(named, DEFAULT_STEPS if steps is None else steps, process, top)
+    if named in NAMED:
+        count = DEFAULT_STEPS if steps is None else steps
+        return own(count) if named == DIFFUSERS and own else ladder_of_kind(named, count, process, top)
     if named.endswith(".json"):
         levels = check_ladder(_read(named), T)
     else:
@@ -40,7 +51,7 @@ def resolve(named: str, steps: int | None, process: Process, top: int | None = N
             levels = check_ladder([CLEAN, *(float(level) for level in named.split(","))], T)
         except ValueError as e:
             raise ValueError(
-                f"{named!r} is not one of {', '.join(KINDS)}, a .json file or ascending timesteps: {e}"
+                f"{named!r} is not one of {', '.join(NAMED)}, a .json file or ascending timesteps: {e}"
             ) from e
     if steps not in (None, len(levels) - 1):
         raise ValueError(f"{named} has {len(levels) - 1} steps, but --steps is {steps}")

@@ -74,10 +74,28 @@ MEASURED = {
 }
 
 
-def latent_schema(shape: Sequence[int], dtype: str, kept: Sequence[pa.Field] = ()) -> pa.Schema:
+APART = {
+    "latent_mse": pa.float64(),  # of the decoded state, against that of the image
+    "vae_mse": pa.float64(),  # of the autoencoder's own round trip, against the image: no inversion has less
+    "mse_from_vae": pa.float64(),  # of the decoded image, against that round trip
+}
+"""The errors of latent diffusion, apart. `mse` is all of them together, against the image, and `identical` against the
+autoencoder's round trip. The first is of states; the others are of pixels in [0, 1]."""
+
+
+def latent_schema(
+    shape: Sequence[int],
+    dtype: str,
+    kept: Sequence[pa.Field] = (),
+    autoencoded: bool = False,
+    states: bool = False,
+) -> pa.Schema:
     """One row per image. `latent` is x at the ladder's top level, an Arrow fixed-shape tensor [C, H, W] of float16 or
     float32. `residual` is that of model.inversion, null for the paper's inversion; `nfe` is the number of network
-    evaluations. `mse`, `psnr` and `identical`, the fraction of identical 8-bit values, are null if not measured."""
+    evaluations. `mse`, `psnr` and `identical`, the fraction of identical 8-bit values, are null if not measured, and so
+    are the columns of APART, which only `autoencoded` latents have. With `states`, `vae_latent` is the state x0 that
+    the autoencoder makes."""
+    tensor = pa.fixed_shape_tensor(DTYPES[dtype], tuple(shape))
     return pa.schema(
         [
             pa.field("image_id", pa.string(), nullable=False),
@@ -86,10 +104,20 @@ def latent_schema(shape: Sequence[int], dtype: str, kept: Sequence[pa.Field] = (
             pa.field("height", pa.int32(), nullable=False),
             pa.field("content_hash", pa.string(), nullable=False),
             *kept,
-            pa.field("latent", pa.fixed_shape_tensor(DTYPES[dtype], tuple(shape)), nullable=False),
+            pa.field("latent", tensor, nullable=False),
+            *([pa.field("vae_latent", tensor, nullable=False)] if states else []),
             *MEASURED.items(),
+            *(APART.items() if autoencoded else ()),
         ]
     )
+
+
+def error_schema(autoencoded: bool = False) -> pa.Schema:
+    """ERROR_SCHEMA; of latent diffusion with the columns of APART, and the image that the autoencoder makes of the
+    original."""
+    if not autoencoded:
+        return ERROR_SCHEMA
+    return pa.schema([*ERROR_SCHEMA, *APART.items(), ERROR_SCHEMA.field("image").with_name("vae_image")])
 
 
 LATENT_COLUMNS = frozenset(latent_schema((1,), "float16").names)

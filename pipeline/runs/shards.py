@@ -18,6 +18,7 @@ from palindrome.pipeline.runs.entries import entries
 from palindrome.pipeline.runs.kinds import LATENTS, REJECTS
 from palindrome.pipeline.runs.manifest import Manifest, read_manifest
 from palindrome.pipeline.runs.schemas import (
+    APART,
     MEASURED,
     REJECT_SCHEMA,
     SHARD_KEY,
@@ -31,6 +32,7 @@ from palindrome.pipeline.storage.folder import Folder, TableWriter, open_ranges
 if TYPE_CHECKING:
     import pyarrow.dataset as dataset
 
+TENSORS = ("latent", "vae_latent")  # columns of arrays
 MADE = {"model_digest": "by model", "levels": "on the ladder", "preprocess": "from images preprocessed as"}
 
 
@@ -43,10 +45,12 @@ def latent_rows(
     def column(field: pa.Field) -> pa.Array:
         if field.name == "latent":
             return tensor_array(field.type, latents)
+        if field.name == "vae_latent":
+            return tensor_array(field.type, measured[field.name])
         if field.name in measured:
             found = np.asarray(measured[field.name], field.type.to_pandas_dtype())
             return pa.array(found, mask=np.isnan(found) if field.name == "residual" else None)
-        if field.name in MEASURED:
+        if field.name in MEASURED or field.name in APART:
             return pa.nulls(len(images), field.type)
         values = [i.kept[field.name] if field.name in i.kept else getattr(i, field.name) for i in images]
         return pa.array(values, field.type)
@@ -98,16 +102,20 @@ class ShardWriter:
             self.refused += len(rejects)
 
     def commit(self, timings: Mapping[str, float], counts: Mapping[str, int] | None = None) -> int:
-        """Returns the size of the rows' file in bytes. `counts` replaces the default counts, which are for latents."""
+        """Returns the size of the rows' file in bytes. `counts` replaces `self.counts`, which are of latents."""
         if self.once and self.run.fs.isfile(self.run.path(self.path)):
             return int(self.run.fs.size(self.run.path(self.path)))
         if self.rejects is not None:
             self.rejects.commit({})
         else:
             self.run.remove(f"{REJECTS}/{self.name}.parquet")  # of an earlier attempt that rejected inputs
-        found = {"images": self.rows + self.refused, "latents": self.rows, "rejects": self.refused}
-        counts = found if counts is None else dict(counts)
-        return self.table.commit({SHARD_KEY: json.dumps({"counts": counts, "timings": dict(timings)})})
+        about = {"counts": dict(self.counts if counts is None else counts), "timings": dict(timings)}
+        return self.table.commit({SHARD_KEY: json.dumps(about)})
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Of a shard of latents."""
+        return {"images": self.rows + self.refused, "latents": self.rows, "rejects": self.refused}
 
 
 def latent_writer(
@@ -115,8 +123,10 @@ def latent_writer(
 ) -> ShardWriter:
     """A writer for rows of schemas.latent_schema."""
     # BYTE_STREAM_SPLIT compresses better, but DuckDB (2.0) can't read it for float16.
-    split = ["latent.list.element"] if schema.field("latent").type.value_type == pa.float32() else False
-    others = [f.name for f in schema if f.name != "latent"]  # statistics and dictionaries of latents are useless
+    tensors = [name for name in TENSORS if name in schema.names]
+    is_float32 = schema.field("latent").type.value_type == pa.float32()
+    split = [f"{name}.list.element" for name in tensors] if is_float32 else False
+    others = [f.name for f in schema if f.name not in tensors]  # statistics and dictionaries of latents are useless
     how = {"use_dictionary": others, "write_statistics": others, "use_byte_stream_split": split}
     return ShardWriter(run, LATENTS, shard, schema, metadata, once, **how)
 
@@ -150,7 +160,8 @@ def read_latents(
     which = None if which == Selection() else which
     for batch in _all(run, shard, batch_size) if which is None else _selected(run, shard, batch_size, which):
         latents = batch.column("latent").to_numpy_ndarray().astype(np.float32)
-        yield batch.drop_columns(["latent"]).to_pylist(), latents
+        tensors = [name for name in TENSORS if name in batch.schema.names]
+        yield batch.drop_columns(tensors).to_pylist(), latents
 
 
 def _all(run: Folder, shard: str, batch_size: int) -> Iterator[pa.RecordBatch]:

@@ -3,7 +3,7 @@
 import json
 import math
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,9 +13,11 @@ from pyarrow.parquet import ParquetFile
 
 from palindrome.pipeline.base.errors import writing
 from palindrome.pipeline.base.log import note
+from palindrome.pipeline.base.text import figure
 from palindrome.pipeline.runs.errors import Errors
 from palindrome.pipeline.runs.kinds import IMAGES, LATENTS, RECONSTRUCTIONS, REJECTS
 from palindrome.pipeline.runs.outcome import Failure
+from palindrome.pipeline.runs.schemas import APART
 from palindrome.pipeline.runs.tallies import Committed, Tally, committed_shards, reasons, tables, tally
 from palindrome.pipeline.storage.folder import Folder
 
@@ -25,9 +27,11 @@ def latents_summary(run: Folder, measured: bool) -> dict[str, Any]:
 
     def read(shard: Committed, file: ParquetFile) -> Tally:
         found = Tally.of_footer(file)
-        for first, rows in tables(file, ["image_id", "mse", "identical"]) if measured else ():
+        apart = _apart(file)
+        for first, rows in tables(file, ["image_id", "mse", "identical", *apart]) if measured else ():
             numbers, identical = first + np.arange(len(rows)), column(rows, "identical")
-            found.errors[""].add(shard.name, numbers, rows["image_id"], column(rows, "mse"), identical < 1)
+            others = {name: column(rows, name) for name in apart}
+            found.errors[""].add(shard.name, numbers, rows["image_id"], column(rows, "mse"), identical < 1, **others)
         return found
 
     shards, what = committed_shards(run, LATENTS, with_rejects=True), "measured" if measured else "latents"
@@ -53,14 +57,15 @@ def read_errors(run: Folder, plan: Folder) -> Tally:
 
     def read(shard: Committed, file: ParquetFile) -> Tally:
         found = Tally.of_footer(file)
-        for first, rows in tables(file, ["image_id", "steps", "status", "mse", "identical"]):
+        apart = _apart(file)
+        for first, rows in tables(file, ["image_id", "steps", "status", "mse", "identical", *apart]):
             compared = pc.equal(rows["status"], "compared").to_numpy()
             for steps, numbers, these in _by_steps(rows):
                 errors, at = found.errors[steps], compared[numbers]
                 errors.uncompared.update(these.filter(pa.array(~at))["status"].to_pylist())
                 these = these.filter(pa.array(at))
-                mse, identical = column(these, "mse"), column(these, "identical")
-                errors.add(shard.name, first + numbers[at], these["image_id"], mse, identical=identical)
+                others = {name: column(these, name) for name in ("identical", *apart)}
+                errors.add(shard.name, first + numbers[at], these["image_id"], column(these, "mse"), **others)
         return found
 
     shards = committed_shards(run, RECONSTRUCTIONS)
@@ -124,10 +129,22 @@ def mean_nfe(latents: Folder, run: Folder) -> float:
 
 def error_statistics(errors: Errors) -> dict[str, Any]:
     """count, how many of them are `not_finite` and left out of the figures, mean, median, p99, max of `mse`, the mean
-    PSNR of those that are not exact, and the worst ids, worst first. What has no finite value is None."""
+    PSNR of those that are not exact, the means of the columns of schemas.APART, if there are some, and the worst ids,
+    worst first. What has no finite value is None."""
     figures = {name: value if math.isfinite(value) else None for name, value in errors.figures().items()}
     worst = [image.image_id for image in errors.worst]
-    return {"count": errors.count, "not_finite": errors.not_finite, **figures, "worst": worst}
+    apart = {name: mean for name in APART if (mean := errors.mean(name)) is not None}
+    return {"count": errors.count, "not_finite": errors.not_finite, **figures, **apart, "worst": worst}
+
+
+def apart_words(statistics: Mapping[str, Any]) -> str:
+    """The mean errors of latent diffusion apart, in words; "" of a pixel model's."""
+    if "latent_mse" not in statistics:
+        return ""
+    latent, vae, from_vae = (figure(statistics.get(name)) for name in APART)
+    return (
+        f"in the latent space {latent}; in pixels {from_vae} from the autoencoder's round trip, which has {vae} itself"
+    )
 
 
 def put_summary(run: Folder, summary: dict[str, Any], failures: Sequence[Failure]) -> None:
@@ -135,6 +152,11 @@ def put_summary(run: Folder, summary: dict[str, Any], failures: Sequence[Failure
     note(summary=summary, failed_shards=len(failed))
     with writing(f"{run.uri}/summary.json"):
         run.put("summary.json", (json.dumps({**summary, "failed_shards": failed}, indent=2) + "\n").encode())
+
+
+def _apart(file: ParquetFile) -> list[str]:
+    """The columns of schemas.APART that it has."""
+    return [name for name in APART if name in file.schema_arrow.names]
 
 
 def column(rows: pa.Table, name: str) -> np.ndarray:

@@ -4,11 +4,12 @@ import ctypes
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from palindrome.model.condition import Condition
 from palindrome.model.ddim import Network, noise_stream, sample
 from palindrome.model.execution import FLOAT32, Execution
-from palindrome.model.families import Checkpoint
+from palindrome.model.families import Checkpoint, OfTexts
 from palindrome.model.fit import epsilon_products
 from palindrome.model.inversion import invert_exactly
 from palindrome.model.ladder import Ladder
@@ -118,6 +119,7 @@ class Model:
         if device == "cpu" and threads:
             self.batch_threads = _BatchThreads(threads, 1 if execution.compiled else MAX_BATCH_THREADS)
         self.network = checkpoint.denoiser(device, execution)
+        self.autoencoder, self.text_encoder = checkpoint.autoencoder(device), checkpoint.text_encoder(device)
         self.checkpoint, self.device = checkpoint, torch.device(device)
         self.lock = threading.Lock()  # two shards are in flight, and the device computes one batch at a time
         self.clock = _Clock()
@@ -153,6 +155,22 @@ class Model:
         """That of this thread's shard; outside of `tracking`, one that nothing reads."""
         return self.progress.get(threading.get_ident()) or ShardProgress("")
 
+    def condition(self, rows: Sequence[Mapping[str, Any]], checkpoint: Checkpoint | None = None) -> Condition | None:
+        """What the network is told of images with these columns; `checkpoint` is this one, told otherwise. Raises
+        ValueError as Checkpoint.condition does."""
+        return (checkpoint or self.checkpoint).condition(rows, self.text_encoder)
+
+    def prompts_cut(self, rows: Sequence[Mapping[str, Any]]) -> int:
+        """How many of the images with these columns have a text that is longer than the network can be told."""
+        encoder, model = self.text_encoder, self.checkpoint
+        if encoder is None or not isinstance(model, OfTexts):
+            return 0
+        return sum(encoder.is_cut(model.texts(row)) for row in rows)
+
+    def condition_of_all(self, count: int, checkpoint: Checkpoint | None = None) -> Condition | None:
+        """`condition` of images without columns: noise, or frames between images."""
+        return self.condition([{}] * count, checkpoint)
+
     def encode(
         self,
         images: Tensor,
@@ -167,7 +185,7 @@ class Model:
         how = {**self._along(levels), "corrections": corrections, "tolerance": tolerance}
 
         def compute(net: Network, images: Tensor, condition: Condition | None) -> tuple[Tensor, Tensor, Tensor]:
-            return invert_exactly(net, self.checkpoint.to_state(images), condition=condition, **how)
+            return invert_exactly(net, self.autoencoder.to_state(images), condition=condition, **how)
 
         return self._checked(images, self._on_device(compute, images, condition))
 
@@ -176,18 +194,37 @@ class Model:
         along = self._along(levels)
 
         def compute(net: Network, images: Tensor, condition: Condition | None) -> tuple[Tensor]:
-            return (epsilon_products(net, self.checkpoint.to_state(images), condition=condition, **along),)
+            return (epsilon_products(net, self.autoencoder.to_state(images), condition=condition, **along),)
 
         return self._on_device(compute, images, condition)[0]
 
     def decode(self, x: Tensor, levels: Ladder, condition: Condition | None = None) -> Tensor:
         """x at the ladder's top level -> images, about in [-1, 1], by DDIM with eta = 0."""
+        return self.decode_both(x, levels, condition)[1]
+
+    def decode_both(self, x: Tensor, levels: Ladder, condition: Condition | None = None) -> tuple[Tensor, Tensor]:
+        """x at the ladder's top level -> states x0, and their images, as `decode` makes them."""
         along = self._along(levels)
 
-        def compute(net: Network, x: Tensor, condition: Condition | None) -> tuple[Tensor]:
-            return (self.checkpoint.to_images(sample(net, x, condition=condition, **along)),)
+        def compute(net: Network, x: Tensor, condition: Condition | None) -> tuple[Tensor, Tensor]:
+            state = sample(net, x, condition=condition, **along)
+            return state, self.autoencoder.to_images(state)
 
-        return self._on_device(compute, x, condition)[0]
+        return self._on_device(compute, x, condition)
+
+    def attainable(self, images: Tensor) -> Tensor:
+        """What a perfect inversion of images in [-1, 1] decodes to: the images themselves, or what the autoencoder
+        makes of them."""
+        return self.autoencode(images)[1] if self.checkpoint.autoencoded else images
+
+    def autoencode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The states of images in [-1, 1], and what the autoencoder makes of them again."""
+
+        def compute(_: Network, images: Tensor, __: Condition | None) -> tuple[Tensor, Tensor]:
+            state = self.autoencoder.to_state(images)
+            return state, self.autoencoder.to_images(state)
+
+        return self._on_device(compute, images, None)
 
     def generate(
         self, seed: int, indices: Sequence[int], levels: Ladder, condition: Condition | None = None, **how: Any
@@ -200,7 +237,7 @@ class Model:
             noise = noise_stream(seed, indices.tolist(), shape)
             x = next(noise).to(self.device)
             state = sample(net, x, noise=noise, condition=condition, **along, **how)
-            return x, self.checkpoint.to_images(state)
+            return x, self.autoencoder.to_images(state)
 
         x, images = self._on_device(compute, torch.tensor(indices), condition)
         self._checked(x, (images,))
@@ -213,18 +250,39 @@ class Model:
         seed: int,
         indices: Sequence[int],
         condition: Condition | None = None,
+        source: Condition | None = None,
+        kept: float = 0.0,
         **how: Any,
     ) -> Tensor:
         """x at the ladder's top level -> images, about in [-1, 1], with the noise of the samples `indices` of `seed`,
-        one index per x; `how` is passed to model.ddim.sample."""
-        along = self._along(levels)
+        one index per x; `how` is passed to model.ddim.sample. The fraction `kept` of the steps, from the top on, is
+        taken under the condition `source`, the others under `condition`."""
+        steps = len(levels) - 1
+        first = round(kept * steps)
+        if first:
+            x = self._sampled(x, levels[steps - first :], (seed, indices, 0), source, False, how)
+        images = self._sampled(x, levels[: steps - first + 1], (seed, indices, first), condition, True, how)
+        return self._checked(x, (images,))[0]
+
+    def _sampled(
+        self,
+        x: Tensor,
+        levels: Ladder,
+        noise: tuple[int, Sequence[int], int],
+        condition: Condition | None,
+        to_images: bool,
+        how: Mapping[str, Any],
+    ) -> Tensor:
+        """x at the top of `levels` -> x at their lowest one, or its image. `noise` is the seed, the samples' indices,
+        and how many draws the steps above took."""
+        along, (seed, indices, drawn) = self._along(levels), noise
 
         def compute(net: Network, rows: Tensor, condition: Condition | None) -> tuple[Tensor]:
-            noise = noise_stream(seed, [indices[row] for row in rows.tolist()], x.shape[1:])
-            state = sample(net, x[rows.cpu()].to(self.device), noise=noise, condition=condition, **along, **how)
-            return (self.checkpoint.to_images(state),)
+            draws = islice(noise_stream(seed, [indices[row] for row in rows.tolist()], x.shape[1:]), drawn, None)
+            state = sample(net, x[rows.cpu()].to(self.device), noise=draws, condition=condition, **along, **how)
+            return (self.autoencoder.to_images(state) if to_images else state,)
 
-        return self._checked(x, self._on_device(compute, torch.arange(len(x)), condition))[0]
+        return self._on_device(compute, torch.arange(len(x)), condition)[0]
 
     def _along(self, levels: Ladder) -> dict[str, Any]:
         """The arguments that describe the ladder and this checkpoint to the functions of `model`."""
@@ -274,6 +332,8 @@ class Model:
         except torch.OutOfMemoryError:
             if len(batch) == 1:
                 raise
+        if self.text_encoder is not None:
+            self.text_encoder.leave()
         torch.cuda.empty_cache()
         self.max_batch = len(batch) // 2
         return self._within_memory(compute, progress, batch, condition)

@@ -46,12 +46,14 @@ def _trial(
         return model
 
     def errors(precision: str, x: Tensor) -> dict[str, Any]:
-        condition = checkpoint.with_any_class().condition_of_all(len(x))
-        latents = model_in(precision).encode(x, how.levels, how.corrections, how.tolerance, condition)[0]
+        model = model_in(precision)
+        condition = model.condition_of_all(len(x), checkpoint.with_any_condition())
+        latents = model.encode(x, how.levels, how.corrections, how.tolerance, condition)[0]
         stored = latents.to(getattr(torch, how.dtype)).float()
         decoders = {"round_trip": precision, "decoded_by_float32": FLOAT32.precision}
         decoded = {name: model_in(decoder).decode(stored, how.levels, condition) for name, decoder in decoders.items()}
-        return {"images": len(x), **{name: float(round_trip_error(x, y).mean()) for name, y in decoded.items()}}
+        wanted = model.attainable(x)
+        return {"images": len(x), **{name: float(round_trip_error(wanted, y).mean()) for name, y in decoded.items()}}
 
     baseline = FLOAT32.precision
     x, device = to_model(pixels), model_in(baseline).device.type

@@ -41,7 +41,7 @@ def decode_noise(model: Model, batch_size: int, seconds: float) -> tuple[int, di
     image each, and the time as `stopwatch` gives it."""
     levels = ladder("linear", STEPS, model.checkpoint.process.num_train_timesteps)
     x = torch.randn(batch_size, *model.checkpoint.latent_shape)
-    condition = model.checkpoint.with_any_class().condition_of_all(batch_size)
+    condition = model.condition_of_all(batch_size, model.checkpoint.with_any_condition())
     model.decode(x, levels, condition)
     spent, until, evaluations = stopwatch(model), time.monotonic() + seconds, 0
     while time.monotonic() < until:

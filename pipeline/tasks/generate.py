@@ -48,7 +48,7 @@ class Generate:
         with ShardWriter(self.run, IMAGES, shard.name, schema, self.metadata, once=True) as out:
             for first in range(piece.start, piece.stop, self.batch_size):
                 indices = range(first, min(first + self.batch_size, piece.stop))
-                condition = model.checkpoint.condition_of_all(len(indices))
+                condition = model.condition_of_all(len(indices))
                 noise, images = model.generate(self.seed, indices, self.levels, condition, **self.how)
                 check_finite(images, [sample_id(index) for index in indices])
                 out.add(_rows(schema, indices, to_pixels(images), noise.numpy()))

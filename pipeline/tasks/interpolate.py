@@ -46,7 +46,7 @@ class Interpolate:
         with ShardWriter(self.run, IMAGES, shard.name, FRAME_SCHEMA, self.metadata, once=True) as out:
             left = self._frames(out, legs, found)
             while frames := list(islice(left, self.batch_size)):
-                condition = model.checkpoint.condition_of_all(len(frames))
+                condition = model.condition_of_all(len(frames))
                 images = model.decode(torch.stack([x for _, x in frames]), self.levels, condition)
                 check_finite(images, [row["image_id"] for row, _ in frames])
                 rows = [

@@ -5,18 +5,19 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
 
 from palindrome.model.ladder import Ladder
-from palindrome.pipeline.images.metrics import psnr, round_trip_error, to_model, to_pixels
+from palindrome.pipeline.images.metrics import psnr, round_trip_error, state_error, to_model, to_pixels
 from palindrome.pipeline.images.pixels import png
 from palindrome.pipeline.images.read import Batch
 from palindrome.pipeline.images.records import Image, Shard
 from palindrome.pipeline.runs.kinds import RECONSTRUCTIONS
 from palindrome.pipeline.runs.outcome import Receipt
-from palindrome.pipeline.runs.schemas import ERROR_SCHEMA
+from palindrome.pipeline.runs.schemas import error_schema
 from palindrome.pipeline.runs.shards import ShardWriter, check_made, read_latents
 from palindrome.pipeline.runtime.device import Model, stopwatch
 from palindrome.pipeline.runtime.reader import Reader
@@ -37,16 +38,18 @@ class Reconstruct:
         spent = stopwatch(model)
         check_made(self.latents, shard.name)
         originals = _Originals(self.reader.batches(shard))
-        with ShardWriter(self.run, RECONSTRUCTIONS, shard.name, ERROR_SCHEMA, self.metadata, once=True) as out:
+        schema = error_schema(model.checkpoint.autoencoded)
+        with ShardWriter(self.run, RECONSTRUCTIONS, shard.name, schema, self.metadata, once=True) as out:
             images = missing = 0
             for stored, latents in read_latents(self.latents, shard.name, self.reader.batch_size):
                 found = [originals.find(row["image_id"], row["content_hash"]) for row in stored]
                 missing += sum(isinstance(original, str) for original in found)
-                condition = model.checkpoint.condition(stored)
+                condition = model.condition(stored)
+                floor = list(_autoencoded(model, found))
                 for levels in self.ladders:
-                    decoded = model.decode(torch.from_numpy(latents), levels, condition)
-                    rows = list(_compare(stored, found, decoded, len(levels) - 1))
-                    out.add(pa.Table.from_pylist(rows, ERROR_SCHEMA))
+                    decoded = model.decode_both(torch.from_numpy(latents), levels, condition)
+                    rows = list(_compare(stored, found, floor, *decoded, len(levels) - 1))
+                    out.add(pa.Table.from_pylist(rows, schema))
                 images += len(stored)
                 model.advance(len(stored))
             seconds = spent()
@@ -73,16 +76,43 @@ class _Originals:
         return found if isinstance(found, str) or found.content_hash == content_hash else "changed"
 
 
+def _autoencoded(model: Model, originals: list[Image | str]) -> Iterator[tuple[Tensor, Tensor] | None]:
+    """Of each original the state and what the autoencoder makes of it, [1, C, H, W] each; None without either."""
+    there = [original for original in originals if isinstance(original, Image)]
+    if not (model.checkpoint.autoencoded and there):
+        yield from (None for _ in originals)
+        return
+    made = zip(*model.autoencode(to_model(np.stack([original.pixels for original in there]))), strict=True)
+    for original in originals:
+        state, image = next(made) if isinstance(original, Image) else (None, None)
+        yield None if state is None or image is None else (state[None], image[None])
+
+
 def _compare(
-    rows: list[dict[str, Any]], originals: list[Image | str], decoded: Tensor, steps: int
+    rows: list[dict[str, Any]],
+    originals: list[Image | str],
+    floor: list[tuple[Tensor, Tensor] | None],
+    states: Tensor,
+    decoded: Tensor,
+    steps: int,
 ) -> Iterator[dict[str, Any]]:
-    for row, original, x, pixels in zip(rows, originals, decoded, to_pixels(decoded), strict=True):
+    for i, (row, original, pixels) in enumerate(zip(rows, originals, to_pixels(decoded), strict=True)):
         name = re.sub(r"[^\w.-]+", "_", row["image_id"]).strip(".") + ".png"
         result = {"image_id": row["image_id"], "source": row["source"], "steps": steps}
         result["image"] = {"bytes": png(pixels), "path": name}
         if isinstance(original, str):
             yield {**result, "status": original}
             continue
-        mse = float(round_trip_error(to_model(original.pixels[None]), x[None])[0])
-        identical = float((original.pixels == pixels).mean())
+        x, wanted = to_model(original.pixels[None]), original.pixels
+        mse = float(round_trip_error(x, decoded[i][None])[0])
+        if (made := floor[i]) is not None:
+            state, image = made
+            [wanted] = to_pixels(image)
+            result |= {
+                "latent_mse": float(state_error(state, states[i][None])[0]),
+                "vae_mse": float(round_trip_error(x, image)[0]),
+                "mse_from_vae": float(round_trip_error(image, decoded[i][None])[0]),
+                "vae_image": {"bytes": png(wanted), "path": name},
+            }
+        identical = float((wanted == pixels).mean())
         yield {**result, "status": "compared", "mse": mse, "psnr": psnr(mse), "identical": identical}

@@ -1,7 +1,7 @@
 """Stored latents -> images on one or several ladders, the same or variations: `images/<shard>.parquet`."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -25,7 +25,8 @@ from palindrome.pipeline.storage.folder import Folder
 @dataclass(frozen=True)
 class Regenerate:
     """Decodes the selected latents of a shard. `how` is passed to model.ddim.sample; with eta above 0 or sigma-hat,
-    each variation has its own noise."""
+    each variation has its own noise. The fraction `kept` of the steps is taken under what the images were encoded with,
+    which is recorded in `source` as Checkpoint.told does."""
 
     run: Folder
     latents: Folder
@@ -36,6 +37,8 @@ class Regenerate:
     how: Mapping[str, Any]
     batch_size: int
     metadata: Mapping[str, Any]
+    source: Mapping[str, Any] = field(default_factory=dict)
+    kept: float = 0.0
 
     def process(self, model: Model, shard: Shard) -> Receipt:
         spent = stopwatch(model)
@@ -58,10 +61,12 @@ class Regenerate:
     ) -> Iterator[list[dict[str, Any]]]:
         """Rows of one variation of a batch, ladder by ladder, the longest first."""
         indices = [noise_index(f"{variation}/{row['image_id']}") for row in stored]
-        condition, longest = model.checkpoint.condition(stored), None
+        condition, longest = model.condition(stored), None
+        source = model.condition(stored, model.checkpoint.as_told(self.source)) if self.kept else None
         for levels in sorted(self.ladders, key=len, reverse=True):
             # Clamped as in the stored PNGs, whose distances are measured.
-            images = model.vary(x, levels, self.seed, indices, condition, **self.how).clamp(-1, 1)
+            images = model.vary(x, levels, self.seed, indices, condition, source, self.kept, **self.how)
+            images = images.clamp(-1, 1)
             check_finite(images, [row["image_id"] for row in stored])
             longest = images if longest is None else longest
             distances = round_trip_error(longest, images)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from palindrome.model.condition import Condition
 from palindrome.model.ddim import noise_index, sample_noise
-from palindrome.pipeline.images.metrics import moments, to_model
+from palindrome.pipeline.images.metrics import moments, state_error, to_model
 from palindrome.pipeline.images.records import Image, Shard
 from palindrome.pipeline.runs.inversion import Inversion
 from palindrome.pipeline.runs.kinds import SWEPT, setting_name
@@ -26,7 +26,7 @@ from palindrome.pipeline.runs.tallies import Committed, Tally, committed_shards,
 from palindrome.pipeline.runtime.device import Model, stopwatch
 from palindrome.pipeline.runtime.reader import Reader
 from palindrome.pipeline.storage.folder import Folder
-from palindrome.pipeline.tasks.encode import measure, split_by_class
+from palindrome.pipeline.tasks.encode import measure, split_by_condition
 
 AVERAGED = ("identical", "nfe", "mean", "std", "kurtosis", "correlation", "noise_mse")  # columns of SWEEP_SCHEMA
 # The DDIM paper's Table 2: reconstruction error by steps.
@@ -84,7 +84,7 @@ class Sweep:
         round_trip = 0.0
         with ShardWriter(self.run, SWEPT, shard.name, SWEEP_SCHEMA, metadata, once=True) as out:
             for batch in self.reader.batches(shard):
-                images, refused = split_by_class(model, batch.images)
+                images, refused = split_by_condition(model, batch.images)
                 rows = None
                 if images:
                     x = to_model(np.stack([image.pixels for image in images]))
@@ -112,14 +112,15 @@ class Sweep:
 
 
 def _condition(model: Model, images: Sequence[Image]) -> Condition | None:
-    return model.checkpoint.condition([image.kept for image in images])
+    return model.condition([image.kept for image in images])
 
 
 def _round_trip(model: Model, x: Tensor, how: Inversion, condition: Condition | None) -> dict[str, Any]:
-    """Columns of SWEEP_SCHEMA for the round trip of images [B, C, H, W] in [-1, 1]."""
+    """Columns of SWEEP_SCHEMA for the round trip of images [B, C, H, W] in [-1, 1]; the errors are against what an
+    autoencoder makes of them, which no setting can better."""
     latents, residual, nfe = model.encode(x, how.levels, how.corrections, how.tolerance, condition)
     stored = latents.to(getattr(torch, how.dtype)).float()
-    found = measure(x, model.decode(stored, how.levels, condition))
+    found = measure(model.attainable(x), model.decode(stored, how.levels, condition))
     return {**found, **moments(stored), "residual": residual.numpy(), "nfe": nfe.numpy()}
 
 
@@ -127,7 +128,7 @@ def _noise_error(model: Model, noise: Tensor, how: Inversion, condition: Conditi
     """Mean squared error [B] of x_T [B, C, H, W] after decoding it to an image, without rounding, and encoding that."""
     images = model.decode(noise, how.levels, condition)
     found, *_ = model.encode(images, how.levels, how.corrections, how.tolerance, condition)
-    return (found - noise).double().square().flatten(1).mean(1).numpy()
+    return state_error(noise, found)
 
 
 def read_sweep(run: Folder) -> list[dict[str, Any]]:

@@ -42,7 +42,7 @@ def verify_decoding(run: Folder, count: int, account: Account) -> Iterator[Findi
         return
     model, levels = Model(loaded, execution=encoded.execution), encoded.inversion.levels
     how, collection = encoded.preprocess, encoded.collection
-    more = [encoded.classes.column] if encoded.classes and encoded.classes.column else []
+    more = [of.column for of in (encoded.classes, encoded.texts) if of is not None and of.column is not None]
     for shard, positions in _spread(run, account.rows_of_shard, count):
         file = f"{LATENTS}/{shard.name}.parquet"
         for row in _rows(run, file, positions, more):
@@ -56,7 +56,7 @@ def verify_decoding(run: Folder, count: int, account: Account) -> Iterator[Findi
                 yield Finding(file, f"{image_id}: its original has changed: content_hash differs")
                 continue
             x, latent = to_model(np.stack([image.pixels])), torch.from_numpy(np.stack([row["latent"]]))
-            mse = float(round_trip_error(x, model.decode(latent, levels, loaded.condition([row])))[0])
+            mse = float(round_trip_error(x, model.decode(latent, levels, model.condition([row])))[0])
             account.errors.append(mse)
             stored = row["mse"]
             if not math.isfinite(mse):

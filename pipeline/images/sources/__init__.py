@@ -29,6 +29,7 @@ from palindrome.pipeline.storage import lfs
 from palindrome.pipeline.storage.folder import Options, current_options, open_fs
 
 TABULAR = (PARQUET, ARROW)
+CAPTION = "txt"  # kept of pictures: what the text file of the same name holds
 HEADS = 10_000  # names by which a collection is recognised
 
 
@@ -61,7 +62,7 @@ def open_collection(
         raise SourceError(f"{uri} holds no files{ending}" + _in_brackets(_passed_over(seen, runs)))
     for name in keep:
         if name in reserved:
-            raise SourceError(f"column {name!r} has the name of a column that every latent row has", "keep")
+            raise SourceError(f"column {name!r} has the name of a column that every latent row has", "keep", name)
     found = kind or recognised(fs, _tally(heads), uri, image_column)
     column, kept = image_column, ()
     every = chain(heads, runs.without(names))
@@ -96,7 +97,20 @@ def list_pieces(collection: Collection, shard_size: int) -> Iterator[Piece]:
         if files := metadata.of_pictures(fs, seen.metadata if tally.files[FILES] else []):
             say_once(f"passed over in {collection.uri}: files of metadata: {len(files)}")
             inputs = metadata.described(fs, collection, files, inputs)
+        elif collection.kept:
+            inputs = _without_captions(inputs, collection.uri)
         yield from (Piece(f.uri, f.name, f.size, f.version, kept=f.kept if collection.kept else "") for f in inputs)
+
+
+def _without_captions(files: Iterable[Listed], uri: str) -> Iterator[Listed]:
+    passed = 0
+    for file in files:
+        if file.name.lower().endswith(f".{CAPTION}"):
+            passed += 1
+        else:
+            yield file
+    if passed:
+        say_once(f"passed over in {uri}: files of captions: {passed}")
 
 
 def _in_order(fs: Any, collection: Collection, seen: Seen, tally: Tally) -> Iterator[Listed]:
@@ -164,7 +178,10 @@ def _read(fs: Any, collection: Collection, shard: Shard) -> Iterator[RawImage]:
         yield from lists.read(collection, shard.pieces)
     elif shard.kind == FILES:
         store = zips.Files(fs) if "zip" in fs.protocol else fs
-        found = files.read_files(shard.pieces, lambda p: (store, path_of(fs, p.uri)), isinstance(fs, LocalFileSystem))
+        described = any(piece.kept for piece in shard.pieces)
+        beside = [] if described else [field.name for field in collection.kept]
+        local = isinstance(fs, LocalFileSystem)
+        found = files.read_files(shard.pieces, lambda p: (store, path_of(fs, p.uri)), local, beside=beside)
         for piece, raw in zip(shard.pieces, found, strict=True):
             raw.kept.update(json.loads(piece.kept) if piece.kept else {})
             yield raw
@@ -184,10 +201,12 @@ def _described(
         found = metadata.of_pictures(fs, seen.metadata)
     if found:
         return metadata.columns(fs, found, uri, keep)
+    if list(keep) == [CAPTION] and not image_column:
+        return (pa.field(CAPTION, pa.string()),)
     if keep or image_column:
         column, setting = (keep[0], "keep") if keep else (image_column, "image_column")
-        words = f"{uri} holds files, without columns: there is no {' or '.join(METADATA)}"
-        raise SourceError(f"column {column!r} is asked for, and {words} with a column file_name", setting)
+        words = f"{uri} holds files, without columns but {CAPTION}: there is no {' or '.join(METADATA)}"
+        raise SourceError(f"column {column!r} is asked for, and {words} with a column file_name", setting, column)
     return ()
 
 

@@ -5,7 +5,7 @@ import tarfile
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from fsspec.implementations.local import LocalFileSystem
@@ -32,30 +32,44 @@ Place = Callable[[Piece], tuple[Any, str]]  # the filesystem of a piece, and its
 
 
 def read_files(
-    pieces: Iterable[Piece], place: Place, local: bool, servers: Servers | None = None
+    pieces: Iterable[Piece],
+    place: Place,
+    local: bool,
+    servers: Servers | None = None,
+    beside: Sequence[str] = (),
 ) -> Iterator[RawImage]:
     """One RawImage a piece, in their order; many at once unless all of them are on this machine's disks. Where the
-    pieces are a list's, each on a store of its own, `servers` remembers who answers."""
+    pieces are a list's, each on a store of its own, `servers` remembers who answers. `beside` are the endings of files
+    of text beside each, which are kept with it; None where there is no such file."""
 
     def read(piece: Piece) -> RawImage:
-        return _read(place, piece) if servers is None else _read_of_list(place, piece, servers)
+        return _read(place, piece, beside) if servers is None else _read_of_list(place, piece, servers)
 
     if local:
         return map(read, pieces)
     return in_threads(read, pieces, READS, lambda piece: piece.size, AHEAD_BYTES)
 
 
-def _read(place: Place, piece: Piece) -> RawImage:
+def _read(place: Place, piece: Piece, beside: Sequence[str] = ()) -> RawImage:
     fs = None
     try:
         fs, path = place(piece)
         if isinstance(fs, LocalFileSystem) and fs.info(path)["type"] == "other":
             return _none(piece, "unreadable", "not a regular file")  # a pipe never ends
-        return RawImage(piece.name, piece.uri, fs.cat_file(path), {})
+        return RawImage(piece.name, piece.uri, fs.cat_file(path), {e: _text(fs, path, e) for e in beside})
     except Exception as e:  # of whichever store
         if is_outage(e, fs) or not (_status(e) or isinstance(e, UNREADABLE)):
             raise
         return _told(piece, e, fs)
+
+
+def _text(fs: Any, path: str, ending: str) -> str | None:
+    """What the file of the same name with that ending holds, None where there is none."""
+    try:
+        content = bytes(fs.cat_file(f"{path.rpartition('.')[0]}.{ending}"))
+    except FileNotFoundError:
+        return None
+    return content.decode("utf-8-sig", "replace")
 
 
 def _read_of_list(place: Place, piece: Piece, servers: Servers) -> RawImage:

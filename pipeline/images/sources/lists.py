@@ -81,7 +81,9 @@ def simple_fields(schema: pa.Schema, keep: Sequence[str], uri: str) -> tuple[pa.
     for field in kept:
         simple = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, is_text)
         if not any(is_simple(field.type) for is_simple in simple):
-            raise SourceError(f"column {field.name!r} of {uri} is of type {field.type}, no number or text", "keep")
+            raise SourceError(
+                f"column {field.name!r} of {uri} is of type {field.type}, no number or text", "keep", field.name
+            )
     return kept
 
 

@@ -239,7 +239,7 @@ def holds_images(fs: Any, uri: str) -> bool:
 def kept_fields(schema: pa.Schema, keep: Sequence[str], uri: str) -> tuple[pa.Field, ...]:
     for name in keep:
         if name not in schema.names:
-            raise SourceError(f"column {name!r} is not in {uri}; it has {', '.join(schema.names)}", "keep")
+            raise SourceError(f"column {name!r} is not in {uri}; it has {', '.join(schema.names)}", "keep", name)
     fields = (schema.field(name) for name in keep)
     return tuple(pa.field(field.name, kept_type(field.type)) for field in fields)
 

@@ -109,7 +109,7 @@ def columns(
     for name in keep:
         if name != KEY and name.lower() not in seen:
             there = ", ".join(sorted(seen))
-            raise SourceError(f"no sample of {first} has a member .{name}; there is {there}", "keep")
+            raise SourceError(f"no sample of {first} has a member .{name}; there is {there}", "keep", name)
     kept = tuple(pa.field(name, types.get(name.lower(), pa.string())) for name in keep)
     return column, kept
 

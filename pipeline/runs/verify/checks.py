@@ -16,7 +16,7 @@ from palindrome.pipeline.images.records import REASONS
 from palindrome.pipeline.runs.kinds import KINDS, REJECTS, Kind, setting_name
 from palindrome.pipeline.runs.manifest import Manifest
 from palindrome.pipeline.runs.plan import frame_id, ids_of, sample_id
-from palindrome.pipeline.runs.schemas import DTYPES
+from palindrome.pipeline.runs.schemas import APART, DTYPES
 from palindrome.pipeline.runs.selection import Selection, listed_ids
 from palindrome.pipeline.runs.shards import read_ids
 from palindrome.pipeline.runs.verify.exports import check_export
@@ -66,15 +66,17 @@ def _in_shards(run: Folder, plan: Plan, wanted: Wanted) -> Iterator[Checked]:
 
 def _encode(run: Folder, manifest: Manifest) -> Iterator[Checked]:
     kind, config, inversion = KINDS["encode"], manifest.config, manifest.content["inversion"]
-    exact = inversion.get("tolerance") == "exact"
+    exact, corrections = inversion.get("tolerance") == "exact", inversion["corrections"]
+    # Where the clean end is at timestep 0, the inversion passes over the step between them, which changes nothing.
+    passed = int(bool(corrections) and manifest.levels[1] == 0 and not manifest.content.get("set_alpha_to_one", True))
     wanted = Wanted(
         kind,
         _schema(kind, manifest),
         expected_metadata(manifest),
         _latent_rows(
-            steps=len(manifest.levels) - 1,
-            most_nfe=inversion["nfe"],
-            corrected=inversion["corrections"] > 0,
+            steps=len(manifest.levels) - 1 - passed,
+            most_nfe=inversion["nfe"] - passed * corrections,
+            corrected=corrections > 0,
             tolerance=inversion.get("tolerance"),
             measured=config["measure"] or exact,
         ),
@@ -284,6 +286,7 @@ def _latent_rows(
 ) -> Callable[[pa.RecordBatch], Iterator[str]]:
     def check(batch: pa.RecordBatch) -> Iterator[str]:
         nfe, residual, mse, identical = (_column(batch, name) for name in ("nfe", "residual", "mse", "identical"))
+        apart = [name for name in APART if name in batch.schema.names]
         hashed = pc.match_substring_regex(batch.column("content_hash"), "^[0-9a-f]{64}$")
         wrong = {
             "has a latent that is not finite": ~_finite(batch.column("latent")),
@@ -304,8 +307,10 @@ def _latent_rows(
             wrong["has an mse that is not a number of 0 or more"] = ~_is_error(mse)
             wrong["has an `identical` outside of 0 to 1"] = ~((identical >= 0) & (identical <= 1))
             wrong["has a psnr that does not match its mse"] = ~_null(batch, "mse") & ~_is_psnr(psnr, mse)
+            for name in apart:
+                wrong[f"has a {name} that is not a number of 0 or more"] = ~_is_error(_column(batch, name))
         else:
-            present = [~_null(batch, name) for name in ("mse", "psnr", "identical")]
+            present = [~_null(batch, name) for name in ("mse", "psnr", "identical", *apart)]
             wrong["has a measured error, though the run measures none"] = np.logical_or.reduce(present)
         yield from _named(batch.column("image_id"), wrong)
 

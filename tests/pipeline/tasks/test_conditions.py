@@ -48,7 +48,7 @@ class Labelled(UNet2D):
 
         return network
 
-    def condition(self, rows):
+    def condition(self, rows, encoder=None):
         return Condition({"label": torch.tensor([row["label"] for row in rows])})
 
 
