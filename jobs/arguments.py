@@ -28,7 +28,7 @@ GROUPS = {
     "interpolation": (),
     "training": (),
     "checks": (),
-    "output": ("dtype", "latents", "measure", "save_dtype", "shard_size"),
+    "output": ("dtype", "latents", "measure", "save_dtype", "shard_size", "vae_latent"),
     "failures": ("max_failed_shards", "max_reject_fraction", "retry_rejects", "stall"),
     "estimate": ("calibrate", "calibration", "dry_run"),
     "submission": (),

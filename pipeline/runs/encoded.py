@@ -124,7 +124,10 @@ class EncodeRun:
         how = self.inversion
         tolerance = "exact" if how.exact else how.tolerance or "none"
         guidance = self.manifest.content.get("guidance")
+        column, text = (None, None) if self.texts is None else (self.texts.column, self.texts.text)
         return {
+            **({} if column is None else {"prompts": f"column {column}"}),
+            **({} if text is None else {"prompt": text or "none"}),
             **({} if guidance is None else {"guidance": f"{guidance['weight']:g}"}),
             "inversion": f"{how.method}, corrections a step: {how.corrections}, tolerance: {tolerance}",
             "ladder": f"{self.ladder}, {how.steps} steps to {how.levels[-1]}",

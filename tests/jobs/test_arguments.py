@@ -83,8 +83,17 @@ def test_groups_of_encode(help_of):
     assert groups["required"] == ["--images", "--model", "--out"]
     assert {"--format", "--limit", "--fit"} <= set(groups["input"])
     assert groups["inversion"] == ["--steps", "--corrections", "--tolerance", "--ladder"]
-    classes = {"--class", "--class-column", "--guidance", "--null-class"}
-    assert set(groups["model"]) == {"--precision", "--compile", "--allow-pickle", *classes}
+    told = {
+        "--class",
+        "--class-column",
+        "--prompt",
+        "--prompt-column",
+        "--guidance",
+        "--null-class",
+        "--negative-prompt",
+    }
+    latent = {"--size", "--vae-tile", "--decode-inversion"}
+    assert set(groups["model"]) == {"--precision", "--compile", "--allow-pickle", *told, *latent}
     assert {"--address", "--workers", "--batch-size"} <= set(groups["cluster"])
     assert groups["storage and logging"] == ["--storage-options", "--log"]
     assert said.startswith("usage: palindrome encode --images IMAGES --model MODEL --out OUT [options]\n")

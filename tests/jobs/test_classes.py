@@ -165,7 +165,7 @@ def test_samples_are_of_the_class(model, palindrome, tmp_path, conditional):
     ("flags", "words"),
     [
         ([], "--class-column: the model is class-conditional, and is told no class"),
-        (["--class", 10], "--class-column: .*10"),
+        (["--class", 10], "--class: .*10"),
         (["--class", 1, "--class-column", "label"], "--class-column: can't be combined with --class"),
         (["--class-column", "colour"], "--class-column: .*colour"),
     ],
