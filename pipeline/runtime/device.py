@@ -4,6 +4,7 @@ import ctypes
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
@@ -165,7 +166,8 @@ class Model:
         encoder, model = self.text_encoder, self.checkpoint
         if encoder is None or not isinstance(model, OfTexts):
             return 0
-        return sum(encoder.is_cut(model.texts(row)) for row in rows)
+        texts = Counter(model.texts(row) for row in rows)
+        return sum(count for text, count in texts.items() if encoder.is_cut(text))
 
     def condition_of_all(self, count: int, checkpoint: Checkpoint | None = None) -> Condition | None:
         """`condition` of images without columns: noise, or frames between images."""

@@ -1,6 +1,7 @@
 """The components of a diffusers pipeline, as they are stored: they travel to workers, and become modules there."""
 
 import hashlib
+import inspect
 import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -106,6 +107,10 @@ def read_part(folder: DiffusersFolder, part: str, library: str, name: str, allow
     config, of_texts = folder.read_json(f"{part}/config.json"), library == "transformers"
     file, weights = folder.weights(f"{part}/", allow_pickle and not of_texts, "model" if of_texts else STEM)
     found = Part(library, name, config, weights)
+    if not of_texts and (key := _unknown(config, imported(library, name))):
+        raise CheckpointError(
+            f"{folder.uri}/{part}/config.json: unknown key {key!r}, of another {name} than diffusers'"
+        )
     try:
         with torch.device("meta"):
             names = found.made().state_dict().keys()
@@ -114,6 +119,12 @@ def read_part(folder: DiffusersFolder, part: str, library: str, name: str, allow
     named = _text_names(weights, names) if of_texts else {modern_name(key): value for key, value in weights.items()}
     check_weights(found.made, named, f"{folder.uri}/{file}")
     return replace(found, weights=named)
+
+
+def _unknown(config: Mapping[str, Any], cls: type) -> str | None:
+    """A key that diffusers would pass over, though it may change what the module computes."""
+    known = inspect.signature(cls.__init__).parameters  # type: ignore[misc]
+    return next((k for k, v in config.items() if v is not None and not k.startswith("_") and k not in known), None)
 
 
 def _text_names(weights: Mapping[str, Tensor], wanted: Collection[str]) -> dict[str, Tensor]:

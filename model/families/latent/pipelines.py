@@ -16,7 +16,7 @@ from palindrome.model.families.latent.texts import PromptEncoder
 
 CLIP, CLIP_PROJECTED, T5 = ("CLIPTextModel",), ("CLIPTextModelWithProjection",), ("T5EncoderModel",)
 CLIP_TOKENS, T5_TOKENS = ("CLIPTokenizer", "CLIPTokenizerFast"), ("T5Tokenizer", "T5TokenizerFast")
-
+# Keys of a U-Net that is told more than texts, and what stands for none of it.
 TOLD_OTHERWISE = {"class_embed_type": None, "encoder_hid_dim_type": None, "time_cond_proj_dim": None}
 
 
@@ -88,10 +88,6 @@ class StableDiffusionXL(LatentOfTexts):
     def encode(self, pipeline: Any, texts: Sequence[str], device: torch.device | str) -> dict[str, Tensor]:
         text, _, pooled, _ = pipeline.encode_prompt(list(texts), device=device, do_classifier_free_guidance=False)
         return {"text": text, "pooled": pooled}
-
-    def longest(self, pipeline: Any) -> tuple[Any, int]:
-        """The tokenizer that takes the longest texts, and how many tokens it takes."""
-        return pipeline.tokenizer, pipeline.tokenizer.model_max_length
 
     def encode_none(self, encoded: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         if not self.settings.get("force_zeros_for_empty_prompt", True):

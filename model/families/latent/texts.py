@@ -49,7 +49,7 @@ class PromptEncoder:
 
     def is_cut(self, text: str) -> bool:
         tokenizer, most = self._model.longest(self._pipeline)
-        with quiet():
+        with self._lock, quiet():
             return len(tokenizer(text).input_ids) > most
 
     def _keep(self, found: dict[str | None, Mapping[str, Tensor]]) -> None:
