@@ -1,8 +1,7 @@
 """Jobs as a person runs them, in a process of their own, and what they leave behind."""
 
 import os
-import subprocess
-import sys
+import runpy
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,16 +14,26 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.fixture(scope="session")
+def commands():
+    """commands(environment) -> tests/commands.py, which starts `palindrome encode ...` and others in processes."""
+    return runpy.run_path(str(ROOT / "tests/commands.py"))["Commands"]
+
+
+@pytest.fixture(scope="session")
+def here(commands):
+    """Those of this environment, but for what a test changes."""
+    with commands({**os.environ, "OMP_NUM_THREADS": "1"}) as commands:
+        yield commands
+
+
 @pytest.fixture
-def start():
-    """start("encode", ...) -> the process of `python -m palindrome encode ...`, on its own Ray; ended afterwards."""
+def start(here):
+    """start("encode", ...) -> the process of `palindrome encode ...`, on its own Ray; ended afterwards."""
     started = []
 
     def start(*arguments, **environment):
-        command = [sys.executable, "-m", "palindrome", *map(str, arguments)]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-        started.append(subprocess.Popen(command, cwd=ROOT, env=env, **pipes))
+        started.append(here.start(arguments, {**os.environ, "OMP_NUM_THREADS": "1", **environment}))
         return started[-1]
 
     yield start

@@ -200,11 +200,11 @@ def test_it_is_refused(ends, places, what):
     assert not ray_is_up
 
 
-def test_the_exit_code_of_the_process_is_that_of_the_command(start):
-    process = start("encode", "--steps", "0", "--images", "x", "--model", "y", "--out", "z")
-    out, err = process.communicate()
-    assert (process.returncode, out) == (2, "")
-    assert err == "palindrome encode: error: --steps: 0 is out of range; it takes 1 or more\n"
+def test_the_exit_code_of_the_process_is_that_of_the_command():
+    command = [sys.executable, "-m", "palindrome", "encode", "--steps", "0", "--images", "x", "--model", "y"]
+    process = subprocess.run([*command, "--out", "z"], capture_output=True, text=True)
+    assert (process.returncode, process.stdout) == (2, "")
+    assert process.stderr == "palindrome encode: error: --steps: 0 is out of range; it takes 1 or more\n"
 
 
 def test_an_address_where_nothing_listens(start, pictures, model, tmp_path):

@@ -64,19 +64,17 @@ def children(cluster, name):
 class Run:
     """The command, started again whenever its driver is gone."""
 
-    def __init__(self, cluster, folder, model, out, *flags):
-        self.cluster, self.out, self.driver = cluster, out, None
-        self.command = [sys.executable, "-m", "palindrome", "encode", "--images", folder, "--model", model]
-        self.command += ["--out", out]
+    def __init__(self, commands, cluster, folder, model, out, *flags):
+        self.commands, self.cluster, self.out, self.driver = commands, cluster, out, None
+        self.command = ["encode", "--images", folder, "--model", model, "--out", out]
         self.command += ["--steps", 12, "--corrections", 0, "--shard-size", SHARD, "--batch-size", 3]
-        self.command = list(map(str, [*self.command, "--address", cluster.address, "--decode", "tasks", *flags]))
+        self.command += ["--address", cluster.address, "--decode", "tasks", *flags]
         self.ends = []
 
     def start(self):
         if self.driver is None or self.driver.poll() is not None:
-            env = {**os.environ, "OMP_NUM_THREADS": "1"}
-            self.driver = subprocess.Popen(
-                self.command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            self.driver = self.commands.start(
+                self.command, {**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.STDOUT
             )
 
     def end(self):
@@ -114,8 +112,8 @@ def assert_whole(run, folder, palindrome):
     assert said.code == 0 and "all well" in said.out, said.out
 
 
-def test_kills_at_every_stage_of_the_driver(cluster, folder, model, palindrome, tmp_path):
-    run = Run(cluster, folder, model, tmp_path / "run", "--workers", 1, "--decode", "actor")
+def test_kills_at_every_stage_of_the_driver(here, cluster, folder, model, palindrome, tmp_path):
+    run = Run(here, cluster, folder, model, tmp_path / "run", "--workers", 1, "--decode", "actor")
     complete, summary = run.out / "plan/complete.json", run.out / "summary.json"
 
     def kill(moment, too_late):
@@ -141,13 +139,13 @@ def test_kills_at_every_stage_of_the_driver(cluster, folder, model, palindrome, 
     assert_whole(run, folder, palindrome)
 
 
-def test_twenty_kills_at_random_moments(cluster, folder, model, palindrome, tmp_path):
+def test_twenty_kills_at_random_moments(here, cluster, folder, model, palindrome, tmp_path):
     """Of drivers, actors, workers that read, an actor between its rejects and its commit, and whole nodes."""
-    dice, run, kills = random.Random(0), Run(cluster, folder, model, tmp_path / "run", "--workers", 1, 2), []
+    dice, run, kills = random.Random(0), Run(here, cluster, folder, model, tmp_path / "run", "--workers", 1, 2), []
     rejects, latents = run.out / "rejects", run.out / "latents"
     while len(kills) < KILLS:
         run.start()
-        time.sleep(dice.uniform(0.2, 2))
+        time.sleep(dice.uniform(0, 1))
         if run.driver.poll() is not None:
             run.end()
             if ", 0 to encode" in run.ends[-1][1]:

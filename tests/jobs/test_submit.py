@@ -7,7 +7,6 @@ import re
 import runpy
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -37,16 +36,20 @@ def bucket(moto, sample, tiny):
     return folder
 
 
+@pytest.fixture(scope="module")
+def clients(commands, cluster):
+    with commands({**os.environ, **cluster.environment}) as commands:
+        yield commands
+
+
 @pytest.fixture
-def client(cluster, tmp_path):
+def client(clients, cluster, tmp_path):
     """client("jobs", ...) -> the process of `palindrome jobs ...` in an empty folder, with the cluster's token."""
     started = []
 
     def client(*arguments, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, **environment):
-        command = [sys.executable, "-m", "palindrome", *map(str, arguments)]
-        pipes = {"stdout": subprocess.PIPE, "stderr": stderr, "stdin": stdin, "text": True}
-        env = {**os.environ, "PYTHONPATH": str(ROOT), **cluster.environment, **environment}
-        started.append(subprocess.Popen(command, cwd=tmp_path, env=env, **pipes))
+        env = {**os.environ, **cluster.environment, **environment}
+        started.append(clients.start(arguments, env, tmp_path, stdin, stderr))
         return started[-1]
 
     yield client
