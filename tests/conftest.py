@@ -22,16 +22,25 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
 # Ray gives its workers the lowest priority but one: on a busy machine they would hardly run beside other tests.
 os.environ.setdefault("RAY_worker_niceness", "0")
+# Ray Train looks every two seconds how its workers are, and so whether they are done.
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
 
 
-# The files that take longest, first: else one process works through them while the others are done.
+# The files that take longest, first: else one process works through them while the others are done. Those that start
+# clusters, whose processes use more than a core and wait for one another, are apart: others run beside them.
 SLOW = [
-    *("jobs/test_faults.py", "jobs/test_train.py", "jobs/test_kinds.py", "jobs/test_submit.py"),
-    *("pipeline/runtime/test_scheduler.py", "jobs/test_encode.py", "jobs/test_hosts.py", "jobs/test_on_ray.py"),
-    *("jobs/test_generate.py", "jobs/test_earlier_runs.py", "jobs/test_autoscaling.py", "jobs/test_export.py"),
-    *("jobs/test_s3.py", "infra/test_two_nodes.py", "infra/test_installed.py", "jobs/test_verify.py"),
-    *("jobs/test_estimate.py", "jobs/test_precision.py", "jobs/test_log.py", "jobs/test_collections.py"),
-    *("pipeline/images/sources/test_tars.py", "pipeline/images/test_decode.py", "test_notebook.py"),
+    *("jobs/test_train.py", "model/test_engine.py", "pipeline/storage/test_s3.py"),
+    *("jobs/test_faults.py", "jobs/test_s3.py", "jobs/test_export.py", "pipeline/images/sources/test_files.py"),
+    *("pipeline/runtime/test_scheduler.py", "model/families/test_edm.py", "jobs/test_collections.py"),
+    *("test_notebook.py", "pipeline/images/test_fuzz.py"),
+    *("jobs/test_submit.py", "pipeline/images/sources/test_lists.py", "jobs/test_verify.py"),
+    *("pipeline/images/sources/test_tars.py", "jobs/test_cli.py"),
+    *("jobs/test_kinds.py", "pipeline/runtime/test_precision.py", "pipeline/images/sources/test_tables.py"),
+    *("pipeline/runs/test_lease.py", "pipeline/images/sources/test_listing.py"),
+    *("jobs/test_encode.py", "model/test_ddim.py", "jobs/test_sweep.py", "jobs/test_precision.py"),
+    *("jobs/test_hosts.py", "pipeline/runs/test_tallies.py", "jobs/test_estimate.py", "model/test_unet.py"),
+    *("jobs/test_generate.py", "jobs/test_on_ray.py", "infra/test_two_nodes.py", "jobs/test_autoscaling.py"),
+    *("jobs/test_earlier_runs.py", "infra/test_installed.py", "jobs/test_log.py", "jobs/test_two_drivers.py"),
 ]
 
 

@@ -84,13 +84,21 @@ def test_another_machine_s_is_taken_once_it_is_stale(run, monkeypatch, capsys):
 
 def test_another_machine_s_that_is_renewed_is_respected(run):
     put(run)
-    renewals = threading.Thread(target=lambda: [put(run, renewed=n) or time.sleep(0.2) for n in range(20)])
+    respected = threading.Event()
+
+    def renew():
+        n = 0
+        while not respected.wait(0.2):
+            put(run, renewed=(n := n + 1))
+
+    renewals = threading.Thread(target=renew)
     renewals.start()
     try:
         with pytest.raises(ManifestError, match="process 7 on another"):
             lease.acquire(run, "encode")
         assert owner(run)["id"] == "x"
     finally:
+        respected.set()
         renewals.join()
 
 

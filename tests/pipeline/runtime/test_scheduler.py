@@ -128,13 +128,14 @@ def test_an_exception_that_can_not_be_unpickled_is_a_failure_too(work, tiny):
     assert "odd.1: odd" in failed["odd.1"]
 
 
-def test_a_shard_that_kills_its_process_is_quarantined(work, tiny):
+def test_a_shard_that_kills_its_process_is_quarantined(work, tiny, monkeypatch):
+    monkeypatch.setattr(run_module, "MAX_RETRIES", 1)
     kinds = ["slow", "kill", "slow", "slow", "slow", "slow", "slow"]
     done, failed = run(work, kinds, ONE, tiny)
     assert failed.keys() == {"kill.1"}
     assert failed["kill.1"].startswith("The actor is dead because its worker process has died.")
     assert len(done) == len(kinds) - 1
-    assert MAX_RETRIES + 1 <= work.attempts()["kill.1"] <= MAX_RETRIES + 2  # once with a neighbour: no attempt
+    assert work.attempts()["kill.1"] in (2, 3)  # once with a neighbour: no attempt
 
 
 class Preempted(ray.exceptions.RayError):
@@ -239,9 +240,9 @@ def test_shards_are_read_as_actors_have_free_slots(work, tiny):
             read.append(shard)
             yield shard
 
-    outcomes = (o for o in run_shards(work, tiny, shards(), TWO) if not isinstance(o, Heartbeat))
+    outcomes = (o for o in run_shards(work, tiny, shards(), ONE) if not isinstance(o, Heartbeat))
     for count, _ in enumerate(outcomes, start=1):
-        assert len(read) <= count + TWO.workers * (SHARDS_PER_ACTOR + 1)
+        assert len(read) <= count + ONE.workers * (SHARDS_PER_ACTOR + 1)
     assert len(read) == count == 200
 
 
