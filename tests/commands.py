@@ -13,6 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 AT_IMPORT = ("RAY_", "PYTHON", "OMP_", "LC_", "LANG")  # what Ray, Python and OpenMP read once
+BREAKPOINT = "PYTHONBREAKPOINT"  # is not: Ray sets it in a process that connects
 
 # Reads from a socket a command, its environment, its folder, and its pipes; answers with the id of its process, and
 # writes into the last of the pipes how that ended.
@@ -150,4 +151,4 @@ class Commands:
 
 
 def _at_import(environment):
-    return {name: value for name, value in environment.items() if name.startswith(AT_IMPORT)}
+    return {name: value for name, value in environment.items() if name.startswith(AT_IMPORT) and name != BREAKPOINT}
