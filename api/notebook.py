@@ -127,7 +127,7 @@ class Run:
         that the model does not know, and for guidance of a model that has no class for none.
         """
         x, told = torch.from_numpy(self._latents(images)), self._told(class_, guidance, prompt)
-        ladder, *_ = self.encoded.ladders([] if steps is None else [steps], self._loaded.checkpoint)
+        ladder, *_ = self.encoded.ladders([] if steps is None else [steps], self._loaded.checkpoint.process)
         parts = [batch for batch in x.split(BATCH) if len(batch)]
         conditions = (self._loaded.condition_of_all(len(batch), told) for batch in parts)
         decoded = (self._loaded.decode(batch, ladder, of) for batch, of in zip(parts, conditions, strict=True))
@@ -147,7 +147,7 @@ class Run:
         on, keeps what they were encoded with, and so the structure. Raises what `decode` raises."""
         stored, loaded = self._rows(images), self._loaded
         told, latents = self._told(class_, guidance, prompt), torch.from_numpy(self.latents(images))
-        ladder, *_ = self.encoded.ladders([] if steps is None else [steps], loaded.checkpoint)
+        ladder, *_ = self.encoded.ladders([] if steps is None else [steps], loaded.checkpoint.process)
         pictures: list[PIL.Image] = []
         for first in range(0, len(stored), BATCH):
             rows, x = stored[first : first + BATCH], latents[first : first + BATCH]

@@ -391,7 +391,7 @@ class LatentEncodingOptions(LatentOptions):
 
     decode_inversion: Annotated[int, Range(0)] = 0
     """Refine the state that the autoencoder of a latent diffusion model makes of each image in that many steps of
-    gradient descent, so that it decodes to the image: each takes about three times as long as decoding it."""
+    gradient descent, so that it decodes to the image: a step takes about as long as two decodings."""
 
     def fitted(self, model: "Checkpoint") -> "Checkpoint":
         with config_error("--decode-inversion"):

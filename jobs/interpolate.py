@@ -117,7 +117,7 @@ def run(config: InterpolateConfig) -> int:
         raise ConfigError("--prompt: the images have texts of their own: which one are the frames between them of?")
     model = config.conditioned(model)
     with config_error("--steps"):
-        [levels] = encoded.ladders(() if config.steps is None else (config.steps,), model)
+        [levels] = encoded.ladders(() if config.steps is None else (config.steps,), model.process)
     with config_error("--out"):
         known = plan_totals(out)
     # A requested image may not exist: that is reported before the folder is claimed.

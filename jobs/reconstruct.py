@@ -38,8 +38,8 @@ class ReconstructConfig(ReadingConfig):
     model: str | None = None
     """The checkpoint folder (default: the one that encode used, at the same path)."""
     steps: tuple[Annotated[int, Range(1)], ...] = ()
-    """Numbers of decoding steps, each on a ladder of the encode run's kind (logsnr if that was a list) up to its top
-    level (default: the encode run's own ladder)."""
+    """Numbers of decoding steps, each on a ladder of the encode run's kind (logsnr if that was a list or
+    diffusers) up to its top level (default: the encode run's own ladder)."""
 
 
 def run(config: ReconstructConfig) -> int:
@@ -49,7 +49,7 @@ def run(config: ReconstructConfig) -> int:
     with config_error("--model"):
         _, model = encoded.load_model(config.model, config.allow_pickle)
     with config_error("--steps"):
-        ladders = encoded.ladders(config.steps, model)
+        ladders = encoded.ladders(config.steps, model.process)
     collection, how = encoded.collection, encoded.preprocess
     facts = {"model_digest": model.digest, "ladders": [list(levels) for levels in ladders], **model.told()}
     if model.autoencoded:

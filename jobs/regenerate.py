@@ -38,8 +38,8 @@ class RegenerateConfig(ImagesConfig, SelectionOptions, ConditionOptions):
     model: str | None = None
     """The checkpoint folder (default: the one that encode used, at the same path)."""
     steps: tuple[Annotated[int, Range(1)], ...] = ()
-    """Numbers of decoding steps, each on a ladder of the encode run's kind (logsnr if that was a list) up to its top
-    level (default: the encode run's own ladder)."""
+    """Numbers of decoding steps, each on a ladder of the encode run's kind (logsnr if that was a list or
+    diffusers) up to its top level (default: the encode run's own ladder)."""
     eta: Annotated[float, Range(0, 1)] = 0.0
     """The noise added in each step: 0 reproduces the image, more gives variations of it."""
     sigma_hat: bool = False
@@ -69,7 +69,7 @@ def run(config: RegenerateConfig) -> int:
     if config.keep_until and model.told() == source:
         raise ConfigError("--keep-until: there is no other class, text or guidance for the steps after it")
     with config_error("--steps"):
-        ladders = encoded.ladders(config.steps, model)
+        ladders = encoded.ladders(config.steps, model.process)
     how = {"eta": config.eta, "use_sigma_hat": config.sigma_hat}
     facts = {"model_digest": model.digest, "ladders": [list(levels) for levels in ladders], **model.told()}
 

@@ -8,12 +8,13 @@ from palindrome.model.condition import ClassOf, TextOf
 from palindrome.model.execution import FLOAT32, Execution
 from palindrome.model.families import Checkpoint
 from palindrome.model.ladder import Ladder, check_ladder
+from palindrome.model.process import Process
 from palindrome.pipeline.base.errors import ManifestError
 from palindrome.pipeline.images.decode import Preprocess
 from palindrome.pipeline.images.sources import Collection
 from palindrome.pipeline.runs.inversion import Inversion
 from palindrome.pipeline.runs.kinds import LATENTS
-from palindrome.pipeline.runs.ladders import NAMED, resolve
+from palindrome.pipeline.runs.ladders import KINDS, ladder_of_kind
 from palindrome.pipeline.runs.manifest import Manifest, read_manifest
 from palindrome.pipeline.runs.models import load_model
 from palindrome.pipeline.runs.plan import Totals, plan_totals, read_plan
@@ -94,11 +95,12 @@ class EncodeRun:
         found = self.manifest.content.get("prompts")
         return None if found is None else TextOf.of(found)
 
-    def ladders(self, steps: Sequence[int], model: Checkpoint) -> tuple[Ladder, ...]:
+    def ladders(self, steps: Sequence[int], process: Process) -> tuple[Ladder, ...]:
         """A ladder for each number of steps, of the run's kind and up to its top level. For its own number of steps, or
         without `steps`, it is the run's own ladder. Raises ValueError."""
         own = self.inversion.levels
-        kind = self.ladder if self.ladder in NAMED else "logsnr"  # a list defines no other numbers of steps
+        # A list defines no other numbers of steps, and a scheduler of diffusers begins elsewhere with them.
+        kind = self.ladder if self.ladder in KINDS else "logsnr"
         if len(set(steps)) != len(steps):
             raise ValueError("a number is given twice")
         whole = int(own[-1])
@@ -106,7 +108,7 @@ class EncodeRun:
         def of(count: int) -> Ladder:
             if count == len(own) - 1:
                 return own
-            levels = resolve(kind, count, model.process, whole, model.own_ladder)
+            levels = ladder_of_kind(kind, count, process, whole)
             return (*levels[:-1], own[-1]) if levels[-1] == whole else levels  # a single step ends at 0
 
         return tuple(map(of, steps)) or (own,)

@@ -10,8 +10,9 @@ from palindrome.pipeline.base.text import one_line
 from palindrome.pipeline.storage.folder import absolute, options_for
 
 HUB = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*?)(@(?P<revision>[\w./-]+))?")
-# Not the files of a whole model that lie beside a pipeline's folders.
-FILES = ["*.json", "*/*.safetensors", "diffusion_pytorch_model*.safetensors", "*/merges.txt", "*/*.model"]
+# Not the files of the whole model that often lie beside a pipeline's folders.
+WEIGHTS = ["*/*.safetensors", "diffusion_pytorch_model*.safetensors", "model.safetensors"]
+FILES = ["*.json", *WEIGHTS, "*/merges.txt", "*/*.model"]
 
 
 def load_model(named: str, allow_pickle: bool = False) -> tuple[str, Checkpoint]:

@@ -202,17 +202,31 @@ class Model:
 
     def decode(self, x: Tensor, levels: Ladder, condition: Condition | None = None) -> Tensor:
         """x at the ladder's top level -> images, about in [-1, 1], by DDIM with eta = 0."""
-        return self.decode_both(x, levels, condition)[1]
+        return self._decoded(x, levels, condition, lambda state: (self.autoencoder.to_images(state),))[0]
 
     def decode_both(self, x: Tensor, levels: Ladder, condition: Condition | None = None) -> tuple[Tensor, Tensor]:
         """x at the ladder's top level -> states x0, and their images, as `decode` makes them."""
+        if not self.checkpoint.autoencoded:
+            images = self.decode(x, levels, condition)
+            return images, images
+        state, images = self._decoded(x, levels, condition, lambda state: (state, self.autoencoder.to_images(state)))
+        return state, images
+
+    def _decoded(
+        self,
+        x: Tensor,
+        levels: Ladder,
+        condition: Condition | None,
+        results: Callable[[Tensor], tuple[Tensor, ...]],
+    ) -> tuple[Tensor, ...]:
+        """x at the ladder's top level -> `results` of the states x0."""
         along = self._along(levels)
 
-        def compute(net: Network, x: Tensor, condition: Condition | None) -> tuple[Tensor, Tensor]:
-            state = sample(net, x, condition=condition, **along)
-            return state, self.autoencoder.to_images(state)
+        def compute(net: Network, x: Tensor, condition: Condition | None) -> tuple[Tensor, ...]:
+            return results(sample(net, x, condition=condition, **along))
 
-        return self._on_device(compute, x, condition)
+        found: tuple[Tensor, ...] = self._on_device(compute, x, condition)
+        return found
 
     def attainable(self, images: Tensor) -> Tensor:
         """What a perfect inversion of images in [-1, 1] decodes to: the images themselves, or what the autoencoder

@@ -230,6 +230,15 @@ def test_it_is_reconstructed_with_the_errors_apart(run, palindrome, tmp_path, re
     assert by_steps["latent_mse"] == pytest.approx(np.mean([row["latent_mse"] for row in found]))
 
 
+def test_with_other_numbers_of_steps_it_begins_where_its_latents_are(run, palindrome, tmp_path):
+    """The scheduler's own ladder ends at timestep 751 with 4 steps, and at 901 with 10."""
+    said = palindrome("reconstruct", "--latents", run, "--out", tmp_path, "--steps", 4, 10)
+    assert said.code == 0, said.err
+    four, ten = json.loads((tmp_path / "run.json").read_text())["ladders"]
+    assert four == [-1, 1, 251, 501, 751] and ten[-1] == 751
+    assert palindrome("verify", tmp_path).code == 0
+
+
 def test_it_is_decoded_under_another_text(run, palindrome, model, tmp_path, read_run):
     flags = ["--prompt", "a painting of a dog", "--guidance", 3]
     said = palindrome("regenerate", "--latents", run, "--out", tmp_path / "out", *flags)
