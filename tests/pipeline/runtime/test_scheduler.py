@@ -299,12 +299,15 @@ threshold = (machine.get_used_memory() + 3 * 2**30) / machine.get_system_memory(
 os.environ |= {"RAY_memory_usage_threshold": str(threshold), "RAY_memory_monitor_refresh_ms": "50"}
 import ray, torch
 from dataclasses import dataclass
+from palindrome.model.families.unet2d import UNet2D
+from palindrome.model.process import VP
+from palindrome.model.unet import UNetConfig
 from palindrome.pipeline.images.records import Shard
 from palindrome.pipeline.runs.outcome import Receipt
 from palindrome.pipeline.runtime import scheduler
 
 @dataclass(frozen=True)
-class Checkpoint:
+class Checkpoint(UNet2D):
     def denoiser(self, device, execution):
         return torch.nn.Identity()
 
@@ -321,7 +324,8 @@ class Work:
 scheduler.MAX_RETRIES = 0
 with cluster.connect("local"):
     shards = iter([Shard("greedy", "files", 1, ()), Shard("modest", "files", 1, ())])
-    for outcome in scheduler.run_shards(Work(), Checkpoint(), shards, scheduler.Resources(1, 0, 1, False)):
+    checkpoint, resources = Checkpoint(UNetConfig(), {}, VP()), scheduler.Resources(1, 0, 1, False)
+    for outcome in scheduler.run_shards(Work(), checkpoint, shards, resources):
         if not isinstance(outcome, scheduler.Heartbeat):
             print(json.dumps([getattr(outcome, "error", "done"), str(outcome)]))
 """
