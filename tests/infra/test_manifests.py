@@ -4,9 +4,11 @@ own command line, Docker's rules of what is copied. Those of Ray's cluster launc
 import argparse
 import copy
 import json
+import os
 import re
 import shlex
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -268,6 +270,19 @@ def test_the_image_is_not_root_s_and_is_for_cpus_or_gpus(instructions):
     assert (options("cuda").returncode, options("cuda").stdout.strip()) == (0, "")
     assert options("cpu").stdout.strip().endswith("/whl/cpu")
     assert options("rocm").returncode == 1
+
+
+@pytest.mark.parametrize("extras", ["", "latent films"])
+def test_the_image_has_the_extras_that_are_asked_for(instructions, extras):
+    assert ("ARG", "EXTRAS=") in instructions
+    command = next(value for name, value in instructions if name == "RUN" and "requirements.txt" in value)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    listed = command.partition("> requirements.txt")[0]
+    env = {"EXTRAS": extras, "PATH": path}
+    said = subprocess.run(["sh", "-c", listed], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    more = [one for extra in extras.split() for one in project["optional-dependencies"][extra]]
+    assert said.stdout.split() == project["dependencies"] + more
 
 
 def test_the_image_starts_whatever_it_is_given(instructions):
