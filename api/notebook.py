@@ -99,15 +99,20 @@ class Run:
     def latents(self, ids: Ids) -> np.ndarray:
         """x_T of these images, float32 [N, C, H, W], in the order of `ids`; nearly standard normal. Raises KeyError
         naming an id without a latent in the run."""
-        wanted = _listed(ids)
+        return self._stored(ids, ["image_id"])[1]
+
+    def _stored(self, ids: Ids, columns: Sequence[str]) -> tuple[list[dict[str, Any]], np.ndarray]:
+        """The columns of these images, `image_id` among them, and their latents, as `latents` returns and raises."""
+        wanted = [ids] if isinstance(ids, str) else ids.to_pylist() if hasattr(ids, "to_pylist") else list(ids)
         which = Selection(tuple(dict.fromkeys(wanted)))
-        found = self.dataset.to_table(columns=["image_id", "latent"], filter=which.expression(self.dataset.schema))
+        found = self.dataset.to_table(columns=[*columns, "latent"], filter=which.expression(self.dataset.schema))
         position = {image_id: i for i, image_id in enumerate(found["image_id"].to_pylist())}
         for image_id in wanted:
             if image_id not in position:
                 raise KeyError(f"{self.folder.uri} has no latent of {image_id!r}")
-        latents = found["latent"].combine_chunks().to_numpy_ndarray()
-        return np.asarray(latents[[position[image_id] for image_id in wanted]], np.float32)
+        order = [position[image_id] for image_id in wanted]
+        rows, latents = found.select(columns).to_pylist(), found["latent"].combine_chunks().to_numpy_ndarray()
+        return [rows[i] for i in order], np.asarray(latents[order], np.float32)
 
     def decode(
         self,
@@ -145,12 +150,12 @@ class Run:
         """Decodes images of the run, by their ids, under another text or class than they were encoded with, as
         `palindrome regenerate --prompt … --keep-until …` does: the fraction `keep_until` of the steps, from the latent
         on, keeps what they were encoded with, and so the structure. Raises what `decode` raises."""
-        stored, loaded = self._rows(images), self._loaded
-        told, latents = self._told(class_, guidance, prompt), torch.from_numpy(self.latents(images))
+        stored, latents = self._stored(images, [n for n in self.dataset.schema.names if n not in TENSORS])
+        told, loaded = self._told(class_, guidance, prompt), self._loaded
         ladder, *_ = self.encoded.ladders([] if steps is None else [steps], loaded.checkpoint.process)
         pictures: list[PIL.Image] = []
         for first in range(0, len(stored), BATCH):
-            rows, x = stored[first : first + BATCH], latents[first : first + BATCH]
+            rows, x = stored[first : first + BATCH], torch.from_numpy(latents[first : first + BATCH])
             under, source = loaded.condition(rows, told), loaded.condition(rows)
             pixels = to_pixels(loaded.vary(x, ladder, 0, range(len(rows)), under, source, keep_until))
             pictures += map(to_pillow, pixels)
@@ -216,15 +221,6 @@ class Run:
             raise ValueError("the images have texts of their own: prompt says what the images are")
         return model
 
-    def _rows(self, images: Ids) -> list[dict[str, Any]]:
-        """What is stored of images but their latents, in the order of the ids passed. Raises KeyError."""
-        wanted = _listed(images)
-        which = Selection(tuple(dict.fromkeys(wanted)))
-        columns = [name for name in self.dataset.schema.names if name not in TENSORS]
-        found = self.dataset.to_table(columns=columns, filter=which.expression(self.dataset.schema)).to_pylist()
-        by_id = {row["image_id"]: row for row in found}
-        return [by_id[image_id] for image_id in wanted]
-
     def _latents(self, images: Ids | np.ndarray | Tensor) -> np.ndarray:
         """The latents passed, or those stored under the ids passed: float32 [N, C, H, W]."""
         given = images.cpu().numpy() if isinstance(images, Tensor) else images
@@ -243,7 +239,3 @@ class Run:
     def _loaded(self) -> Model:
         with using(self.folder.storage_options):
             return Model(self.encoded.load_model(self.model)[1], execution=self.encoded.execution)
-
-
-def _listed(ids: Ids) -> list[str]:
-    return [ids] if isinstance(ids, str) else ids.to_pylist() if hasattr(ids, "to_pylist") else list(ids)

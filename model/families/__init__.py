@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from palindrome.model.diffusers_folder import DiffusersFolder
 from palindrome.model.families import edm, latent, openai, unet2d
 from palindrome.model.families.base import Checkpoint as Checkpoint
 from palindrome.model.families.base import CheckpointError as CheckpointError
@@ -17,6 +18,7 @@ def load(uri: str, storage_options: Mapping[str, Any] | None = None, allow_pickl
         return edm.load(uri, storage_options, allow_pickle)
     if uri.endswith(openai.ENDINGS):
         return openai.load(uri, storage_options, allow_pickle)
-    if latent.recognises(uri, storage_options):
-        return latent.load(uri, storage_options, allow_pickle)
+    folder = DiffusersFolder(uri, storage_options)
+    if (pipeline := latent.family_of(folder)) is not None:
+        return pipeline.load(folder, allow_pickle)
     return unet2d.load(uri, storage_options, allow_pickle)

@@ -264,10 +264,8 @@ class OfTexts(Checkpoint):
         return "" if isinstance(found, str) else f"the prompt is {found!r}, not a text"
 
     def condition(self, rows: Sequence[Mapping[str, Any]], encoder: TextEncoder | None = None) -> Condition | None:
-        for why in filter(None, map(self.refusal, rows)):
-            raise ValueError(why)
         encoder = encoder or self.text_encoder()
-        values = encoder([self.texts(row) for row in rows])
+        values = self.of_texts(rows, encoder)
         if self.guidance is None:
             return Condition(values)
         return Condition(
@@ -275,6 +273,12 @@ class OfTexts(Checkpoint):
             dropped=encoder([self.guidance.negative_prompt] * len(rows)),
             weight=self.guidance.weight,
         )
+
+    def of_texts(self, rows: Sequence[Mapping[str, Any]], encoder: TextEncoder) -> Mapping[str, Tensor]:
+        """The encoded text of each image. Raises ValueError where `refusal` has a reason."""
+        for why in filter(None, map(self.refusal, rows)):
+            raise ValueError(why)
+        return encoder([self.texts(row) for row in rows])
 
 
 def refusal_of_number(value: Any, known: int | None) -> str:

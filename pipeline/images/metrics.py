@@ -30,6 +30,17 @@ def state_error(x: Tensor, other: Tensor) -> np.ndarray:
     return (x.double() - other.double()).square().flatten(1).mean(1).cpu().numpy()
 
 
+def errors_apart(x: Tensor, decoded: Tensor, state: Tensor, own: tuple[Tensor, Tensor]) -> dict[str, np.ndarray]:
+    """The errors of images x decoded through an autoencoder, float64 [B] each, as pipeline.runs.schemas.APART names
+    them. `state` is what was decoded, `own` the images' own states and what the autoencoder makes of them."""
+    z, round_trip = own
+    return {
+        "latent_mse": state_error(z, state),
+        "vae_mse": round_trip_error(x, round_trip),
+        "mse_from_vae": round_trip_error(round_trip, decoded),
+    }
+
+
 def moments(latents: Tensor) -> dict[str, np.ndarray]:
     """Of each latent, float [B, C, H, W], as float64 [B]: mean, std, kurtosis, and the correlation of neighbours in a
     row or a column. Those of x_T ~ N(0, I) are 0, 1, 3 and 0."""

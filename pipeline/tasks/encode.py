@@ -11,7 +11,7 @@ from torch import Tensor
 
 from palindrome.model.condition import Condition
 from palindrome.model.ladder import Ladder
-from palindrome.pipeline.images.metrics import finite, psnr, round_trip_error, state_error, to_model, to_pixels
+from palindrome.pipeline.images.metrics import errors_apart, finite, psnr, round_trip_error, to_model, to_pixels
 from palindrome.pipeline.images.records import REASONS, Image, Reject, Shard
 from palindrome.pipeline.runs.inversion import Inversion
 from palindrome.pipeline.runs.outcome import Receipt
@@ -115,13 +115,8 @@ def measured_of(
     state, decoded = model.decode_both(latents.float(), levels, condition)
     if not model.checkpoint.autoencoded:
         return measure(x, decoded)
-    z, round_trip = model.autoencode(x)
-    return {
-        **measure(x, decoded, round_trip),
-        "latent_mse": state_error(z, state),
-        "vae_mse": round_trip_error(x, round_trip),
-        "mse_from_vae": round_trip_error(round_trip, decoded),
-    }
+    own = model.autoencode(x)
+    return {**measure(x, decoded, own[1]), **errors_apart(x, decoded, state, own)}
 
 
 def measure(x: Tensor, decoded: Tensor, wanted: Tensor | None = None) -> dict[str, np.ndarray]:

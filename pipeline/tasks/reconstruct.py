@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from palindrome.model.ladder import Ladder
-from palindrome.pipeline.images.metrics import psnr, round_trip_error, state_error, to_model, to_pixels
+from palindrome.pipeline.images.metrics import errors_apart, psnr, round_trip_error, to_model, to_pixels
 from palindrome.pipeline.images.pixels import png
 from palindrome.pipeline.images.read import Batch
 from palindrome.pipeline.images.records import Image, Shard
@@ -106,13 +106,9 @@ def _compare(
         x, wanted = to_model(original.pixels[None]), original.pixels
         mse = float(round_trip_error(x, decoded[i][None])[0])
         if (made := floor[i]) is not None:
-            state, image = made
-            [wanted] = to_pixels(image)
-            result |= {
-                "latent_mse": float(state_error(state, states[i][None])[0]),
-                "vae_mse": float(round_trip_error(x, image)[0]),
-                "mse_from_vae": float(round_trip_error(image, decoded[i][None])[0]),
-                "vae_image": {"bytes": png(wanted), "path": name},
-            }
+            [wanted] = to_pixels(made[1])
+            apart = errors_apart(x, decoded[i][None], states[i][None], made)
+            result |= {error: float(value[0]) for error, value in apart.items()}
+            result["vae_image"] = {"bytes": png(wanted), "path": name}
         identical = float((wanted == pixels).mean())
         yield {**result, "status": "compared", "mse": mse, "psnr": psnr(mse), "identical": identical}

@@ -2,6 +2,8 @@
 
 import os
 import runpy
+import signal
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +60,22 @@ def workers():
         return found
 
     return workers
+
+
+@pytest.fixture
+def kill_workers(workers):
+    """kill_workers(process, folder, pattern) kills the actors at work for a command once the folder has such a file."""
+
+    def kill_workers(process, folder, pattern):
+        found = []
+        while not found:
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.01)
+            found = workers("ShardActor", "shard ") if list(folder.glob(pattern)) else []
+        for pid in found:
+            os.kill(pid, signal.SIGKILL)
+
+    return kill_workers
 
 
 def _descends(pid, ancestor):

@@ -3,9 +3,6 @@
 import io
 import json
 import math
-import os
-import signal
-import time
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -116,17 +113,11 @@ def test_workers_shards_and_batches_change_nothing_but_rounding(one, flags, pali
     assert np.abs(images.astype(int) - one[1]).max() <= 1  # kernels differ between batch sizes: a value may round up
 
 
-def test_a_killed_worker_changes_nothing(one, start, ray_here, workers, model, tmp_path):
+def test_a_killed_worker_changes_nothing(one, start, ray_here, kill_workers, model, tmp_path):
     out = tmp_path / "run"
     flags = ("--latents", "float32", "--shard-size", 4, "--batch-size", 2, "--steps", 20, "--address", ray_here)
     process = start(*command(model, out, *flags))
-    found = []
-    while not found:
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.01)
-        found = workers("ShardActor", "shard ") if list(out.glob("images/*.parquet")) else []
-    for pid in found:
-        os.kill(pid, signal.SIGKILL)
+    kill_workers(process, out, "images/*.parquet")
     out_text, err = process.communicate()
     assert process.returncode == 0, out_text + err
     ids, _, noise = read(out)

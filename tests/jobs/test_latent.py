@@ -2,11 +2,8 @@
 
 import io
 import json
-import os
 import re
-import signal
 import tarfile
-import time
 from pathlib import Path
 
 import duckdb
@@ -366,20 +363,14 @@ def test_all_of_the_steps_are_a_reconstruction(run, palindrome, tmp_path):
 
 
 def test_an_actor_killed_costs_no_row_and_no_bit(
-    palindrome, start, ray_here, workers, images, model, tmp_path, read_run
+    palindrome, start, ray_here, kill_workers, images, model, tmp_path, read_run
 ):
     """On Ray; and a resume after it."""
     flags = [*FLAGS, "--prompt-column", "caption", "--shard-size", 2, "--batch-size", 1]
     command = ["encode", "--images", images, "--model", model, *flags, "--out"]
     assert palindrome(*command, tmp_path / "whole").code == 0
     process = start(*command, tmp_path / "killed", "--address", ray_here)
-    found = []
-    while not found:
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.01)
-        found = workers("ShardActor", "shard ") if list(tmp_path.glob("killed/latents/*.parquet")) else []
-    for pid in found:
-        os.kill(pid, signal.SIGKILL)
+    kill_workers(process, tmp_path, "killed/latents/*.parquet")
     out, err = process.communicate()
     assert process.returncode == 0, out + err
     for path in list(Path(tmp_path, "killed/latents").iterdir())[:2]:

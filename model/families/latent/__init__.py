@@ -5,7 +5,6 @@ a model is loaded, and no sooner.
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 from palindrome.model.diffusers_folder import INDEX, DiffusersFolder
 from palindrome.model.families.latent.base import Latent
@@ -23,15 +22,6 @@ PIPELINES: Mapping[str, type[Latent]] = {
 }
 
 
-def recognises(uri: str, storage_options: Mapping[str, Any] | None = None) -> bool:
-    """Whether that is a folder of one of `PIPELINES`."""
-    folder = DiffusersFolder(uri, storage_options)
-    return folder.exists(INDEX) and folder.read_json(INDEX).get("_class_name") in PIPELINES
-
-
-def load(uri: str, storage_options: Mapping[str, Any] | None = None, allow_pickle: bool = False) -> Latent:
-    """Reads what the network, the autoencoder and the texts need of the folder. Raises CheckpointError for what is
-    missing, unreadable, not of one of `PIPELINES`, or not known to be like it, and where palindrome[latent] is not
-    installed."""
-    folder = DiffusersFolder(uri, storage_options)
-    return PIPELINES[folder.read_json(INDEX)["_class_name"]].load(folder, allow_pickle)
+def family_of(folder: DiffusersFolder) -> type[Latent] | None:
+    """The class of `PIPELINES` that reads the folder, if it is one of such a pipeline."""
+    return PIPELINES.get(folder.read_json(INDEX).get("_class_name", "")) if folder.exists(INDEX) else None

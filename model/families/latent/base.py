@@ -66,7 +66,8 @@ class Latent(Checkpoint):
 
     @classmethod
     def load(cls, folder: DiffusersFolder, allow_pickle: bool) -> Self:
-        """Raises CheckpointError as `families.latent.load` does."""
+        """Reads what the network, the autoencoder and the texts need of the folder. Raises CheckpointError for what is
+        missing, unreadable, or not known to be like this pipeline, and where palindrome[latent] is not installed."""
         check_installed()
         index = folder.read_json(INDEX)
         where = f"{folder.uri}/{INDEX}"

@@ -113,11 +113,12 @@ def read_part(folder: DiffusersFolder, part: str, library: str, name: str, allow
         )
     try:
         with torch.device("meta"):
-            names = found.made().state_dict().keys()
+            module = found.made()
     except (TypeError, ValueError, AttributeError) as e:
         raise CheckpointError(f"{folder.uri}/{part}/config.json: {e}") from e
+    names = module.state_dict().keys()
     named = _text_names(weights, names) if of_texts else {modern_name(key): value for key, value in weights.items()}
-    check_weights(found.made, named, f"{folder.uri}/{file}")
+    check_weights(lambda: module, named, f"{folder.uri}/{file}")
     return replace(found, weights=named)
 
 

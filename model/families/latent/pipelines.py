@@ -1,5 +1,6 @@
 """The pipelines: of what parts each is, how its texts are encoded, and one evaluation of its network."""
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
@@ -32,12 +33,15 @@ def shift_of(scheduler: Mapping[str, Any], tokens: int, most: float) -> float:
 class LatentOfTexts(Latent, OfTexts):
     """A pipeline with text encoders."""
 
+    WITHOUT: ClassVar[Mapping[str, Any]] = {}
+    """Further arguments of diffusers' class, by which it does without what texts do not need."""
+
     def text_encoder(self, device: torch.device | str = "cpu") -> TextEncoder:
         return PromptEncoder(self, device)
 
+    @abstractmethod
     def encode(self, pipeline: Any, texts: Sequence[str], device: torch.device | str) -> dict[str, Tensor]:
         """Tensors [B, ...] by name, as the pipeline itself encodes texts."""
-        raise NotImplementedError
 
     def longest(self, pipeline: Any) -> tuple[Any, int]:
         """The tokenizer that takes the longest texts, and how many tokens it takes."""
@@ -55,6 +59,7 @@ class StableDiffusion(LatentOfTexts):
     PIPELINE: ClassVar = "StableDiffusionPipeline"
     NETWORK: ClassVar = ("unet", "UNet2DConditionModel")
     TEXTS: ClassVar = {"text_encoder": CLIP, "tokenizer": CLIP_TOKENS}
+    WITHOUT: ClassVar = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 
     def check(self) -> None:
         super().check()
@@ -234,9 +239,8 @@ class Flux(LatentOfTexts):
         if not self.config["guidance_embeds"]:
             return super().condition(rows, encoder)
         weight = 1.0 if self.guidance is None else self.guidance.weight
-        texts = super(Flux, replace(self, guidance=None)).condition(rows, encoder)
-        assert texts is not None
-        return Condition({**texts.values, "guidance": torch.full((len(rows),), weight)})
+        texts = self.of_texts(rows, encoder or self.text_encoder())
+        return Condition({**texts, "guidance": torch.full((len(rows),), weight)})
 
     def encode(self, pipeline: Any, texts: Sequence[str], device: torch.device | str) -> dict[str, Tensor]:
         text, pooled, _ = pipeline.encode_prompt(list(texts), device=device)
@@ -245,8 +249,9 @@ class Flux(LatentOfTexts):
     def evaluate(self, network: nn.Module, x: Tensor, t: Tensor, values: Mapping[str, Tensor]) -> Tensor:
         B, C, H, W = x.shape
         patches = x.view(B, C, H // 2, 2, W // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(B, H * W // 4, 4 * C)
-        rows, columns = torch.meshgrid(torch.arange(H // 2), torch.arange(W // 2), indexing="ij")
-        places = torch.stack([torch.zeros_like(rows), rows, columns], -1).view(-1, 3).to(x)
+        down, across = (torch.arange(n // 2, device=x.device, dtype=x.dtype) for n in (H, W))
+        rows, columns = torch.meshgrid(down, across, indexing="ij")
+        places = torch.stack([torch.zeros_like(rows), rows, columns], -1).view(-1, 3)
         out = network(
             hidden_states=patches,
             timestep=t / 1000,

@@ -29,8 +29,9 @@ class PromptEncoder:
     def __call__(self, texts: Sequence[str | None]) -> dict[str, Tensor]:
         with self._lock:
             found = {text: self._found[text] for text in texts if text in self._found}
-            self._pipeline.to(self._device)
             new = sorted({"" if text is None else text for text in texts} - found.keys())
+            if new:
+                self._pipeline.to(self._device)
             for start in range(0, len(new), AT_ONCE):
                 part = new[start : start + AT_ONCE]
                 with quiet():  # of several texts diffusers says that each is cut but the longest
@@ -65,9 +66,7 @@ class PromptEncoder:
 
 def _pipeline(model: "LatentOfTexts") -> Any:
     """diffusers' pipeline with its text encoders alone, in float32, on the CPU: `encode_prompt` needs no more."""
-    absent: dict[str, Any] = dict.fromkeys([model.NETWORK[0], model.AUTOENCODER, "scheduler"])
-    if model.PIPELINE == "StableDiffusionPipeline":
-        absent |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    absent = {model.NETWORK[0]: None, model.AUTOENCODER: None, "scheduler": None, **model.WITHOUT}
     texts: dict[str, Any] = dict.fromkeys(model.TEXTS)
     for name in model.TEXTS:
         if (part := model.parts.get(name)) is not None:
