@@ -99,7 +99,7 @@ class RayCluster:
 
     def start(self, *flags):
         """A node; returns its number."""
-        names = ("RAY_ADDRESS", "OMP_NUM_THREADS")
+        names = ("RAY_ADDRESS", "OMP_NUM_THREADS", "PYTHONPATH", "PALINDROME_TEST_WORKERS")  # workers as Ray starts them
         environment = {k: v for k, v in os.environ.items() if k not in names} | self.environment
         path = f"{Path(RAY).parent}:{os.environ['PATH']}"  # a job's command begins with `python`
         environment |= {"OMP_NUM_THREADS": "1", "PATH": path, **SOON}

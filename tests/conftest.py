@@ -121,7 +121,17 @@ def store(request):
 
 
 @pytest.fixture(scope="session")
-def ray_here():
+def forked_workers():
+    """The workers of each Ray that is started from now on by these tests have their imports done: tests/commands.py."""
+    with runpy.run_path(str(Path(__file__).with_name("commands.py")))["Workers"](dict(os.environ)) as workers:
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in workers.environment.items():
+                patch.setenv(name, value)
+            yield
+
+
+@pytest.fixture(scope="session")
+def ray_here(forked_workers):
     """The address of one Ray on this machine for all tests, without GPUs; a job called in this process runs on it. It
     leaves the port that Ray's agent wants to those that commands start beside it, which would lose seconds in trying
     for it."""

@@ -23,7 +23,7 @@ def commands():
 
 
 @pytest.fixture(scope="session")
-def here(commands):
+def here(commands, forked_workers):
     """Those of this environment, but for what a test changes."""
     with commands({**os.environ, "OMP_NUM_THREADS": "1"}) as commands:
         yield commands

@@ -21,7 +21,7 @@ NOTHING += ("head_start_ray_commands", "worker_start_ray_commands", "cluster_syn
 
 
 @pytest.fixture(scope="module")
-def scaled_to_zero():
+def scaled_to_zero(forked_workers):
     """Its address, the environment that opens it, and its folder."""
     clusters = runpy.run_path(str(ROOT / "tests/clusters.py"))
     port, client = clusters["free_ports"](2)

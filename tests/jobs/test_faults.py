@@ -26,7 +26,7 @@ GOOD, SHARD, KILLS = 120, 3, 20
 
 
 @pytest.fixture(scope="module")
-def cluster():
+def cluster(forked_workers):
     cluster = Cluster(
         initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, "include_log_monitor": False}
     )
@@ -48,13 +48,12 @@ def folder(corpus, tmp_path_factory):
 
 
 def children(cluster, name):
-    """Pids of the cluster's Ray workers that are at work on what is named so: children of one of its raylets."""
-    session, found = cluster.head_node.get_session_dir_path().encode(), []
+    """Pids of the cluster's Ray workers that are at work on what is named so, by the folder of their logs."""
+    session, found = cluster.head_node.get_session_dir_path(), []
     for entry in Path("/proc").iterdir():
         try:
             if entry.name.isdigit() and (entry / "cmdline").read_bytes().startswith(f"ray::{name}".encode()):
-                parent = (entry / "stat").read_text().rpartition(")")[2].split()[1]
-                if session in Path(f"/proc/{parent}/cmdline").read_bytes():
+                if (entry / "fd/1").readlink().is_relative_to(session):
                     found.append(int(entry.name))
         except OSError:
             continue

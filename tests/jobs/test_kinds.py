@@ -14,7 +14,7 @@ import palindrome.infra.cluster  # noqa: F401, sets Ray up before it is started
 
 
 @pytest.fixture(scope="module")
-def cluster():
+def cluster(forked_workers):
     """A head without CPUs, a node of GPU and `a100`, one of a GPU of another kind, and one of CPUs."""
     cluster = Cluster(
         initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, "include_log_monitor": False}
