@@ -107,13 +107,13 @@ def diffpath(
     x0 is clipped, as the code's configs say; the paper has no clipping.
     """
     sums: dict[str, list[Tensor]] = {name: [] for name in (*_powers("eps_sum"), *_powers("deps_dt"))}
-    before: Tensor | None = None
+    before = None
     for state, epsilon in path(network, x, levels, process, condition, clip=True):
         x, epsilon = state, epsilon.double().flatten(1)
-        rate = () if before is None else (len(levels) * (epsilon - before),)
-        for name, values in (("eps_sum", epsilon), *(("deps_dt", values) for values in rate)):
-            for power, column in enumerate(_powers(name), 1):
-                sums[column].append(values.pow(power).sum(1))
+        for power, name in enumerate(_powers("eps_sum"), 1):
+            sums[name].append(epsilon.pow(power).sum(1))
+        for power, name in enumerate(_powers("deps_dt") if before is not None else (), 1):
+            sums[name].append((len(levels) * (epsilon - before)).pow(power).sum(1))
         before = epsilon
     parts = {name: torch.stack(each, 1) if each else x.new_zeros(len(x), 0).double() for name, each in sums.items()}
     whole = {name: each.sum(1) for name, each in parts.items()}
@@ -154,9 +154,9 @@ def secmi(
     x = as_state(x)
     for level, end in pairwise(levels[:-1]):
         x, _ = step(network, x, level, process.marginal(end), process, condition)
-    level, top = levels[-2:]
-    up, _ = step(network, x, level, process.marginal(top), process, condition)
-    again, _ = step(network, up, top, process.marginal(level), process, condition)
+    level, t_sec = levels[-2:]
+    up, _ = step(network, x, level, process.marginal(t_sec), process, condition)
+    again, _ = step(network, up, t_sec, process.marginal(level), process, condition)
     return {"t_error": (again - x).double().square().flatten(1).sum(1)}
 
 
