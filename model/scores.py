@@ -112,8 +112,9 @@ def diffpath(
         x, epsilon = state, epsilon.double().flatten(1)
         for power, name in enumerate(_powers("eps_sum"), 1):
             sums[name].append(epsilon.pow(power).sum(1))
-        for power, name in enumerate(_powers("deps_dt") if before is not None else (), 1):
-            sums[name].append((len(levels) * (epsilon - before)).pow(power).sum(1))
+        if before is not None:
+            for power, name in enumerate(_powers("deps_dt"), 1):
+                sums[name].append((len(levels) * (epsilon - before)).pow(power).sum(1))
         before = epsilon
     parts = {name: torch.stack(each, 1) if each else x.new_zeros(len(x), 0).double() for name, each in sums.items()}
     whole = {name: each.sum(1) for name, each in parts.items()}

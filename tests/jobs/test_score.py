@@ -19,6 +19,7 @@ from PIL import Image
 from palindrome.model import scores
 from palindrome.model.ddim import invert
 from palindrome.model.ladder import logsnr_ladder
+from palindrome.pipeline.base.errors import RunError
 from palindrome.pipeline.runs.schemas import metadata_of
 
 ALL = ["nll", "diffpath", "invad", "secmi", "dire"]
@@ -186,6 +187,24 @@ def test_duckdb_and_polars_read_them(table, run):
     assert (count, steps) == (6, 10) and total == pytest.approx(sum(table["secmi_t_error"].to_pylist()))
     read = pl.read_parquet(f"{run}/scores/*.parquet", columns=["image_id", "dire_l1"])
     assert read.sort("image_id")["dire_l1"].to_list() == table["dire_l1"].to_pylist()
+
+
+def test_a_notebook_reads_the_table(table, run, tmp_path):
+    import palindrome
+
+    found = palindrome.scores(run).sort_by("image_id")
+    stored = [name for name in table.column_names if not name.endswith(("_latent", "_map"))]
+    assert found.column_names == stored and found.equals(table.select(stored).cast(found.schema))
+    most = np.median(table["dire_l1"].to_numpy())
+    few = palindrome.scores(str(run), f"dire_l1 > {most} and container != 'GIF'", ["image_id", "dire_map"])
+    rows = table.select(["image_id", "dire_l1", "container"]).to_pylist()
+    assert {*few["image_id"].to_pylist()} == {
+        row["image_id"] for row in rows if row["dire_l1"] > most and row["container"] != "GIF"
+    }
+    with pytest.raises(ValueError, match="'fid' is not a column"):
+        palindrome.scores(run, columns=["fid"])
+    with pytest.raises(RunError, match="does not exist"):
+        palindrome.scores(tmp_path / "none")
 
 
 def test_the_report_shows_the_extremes(table, run):
