@@ -182,6 +182,8 @@ def _conclude(config: ScoreConfig, summary: dict[str, Any], exceeded: str | None
     print(f"{summary['scored']} images scored and {summary['rejects']} rejects in {config.out}")
     for reason, count in summary["rejects_by_reason"].items():
         print(f"  {count} rejected as {reason}: {REASONS[reason]}")
+    if cut := summary.get("prompts_cut"):
+        print(f"{cut} prompts are longer than the model can be told, and were cut", file=sys.stderr)
     for name, found in summary["scores"].items():
         if found["count"]:
             mean, std = figure(found["mean"]), figure(found["std"])

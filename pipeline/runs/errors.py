@@ -165,8 +165,10 @@ class Errors:
         """Equally wide bins from the smallest to the largest finite value, at least one of them: edges, float64
         [bins + 1], and the number of values in each, float64 [bins], from the sketch. One bin where all are equal."""
         low, high = self.sketch.get_min_value(), self.sketch.get_max_value()
-        edges = np.linspace(low, high, bins + 1) if low < high else np.array([low, high])
-        return edges, np.array(self.sketch.get_pmf(edges[1:-1].tolist()) if len(edges) > 2 else [1.0]) * self.sketch.n
+        edges = np.unique(np.linspace(low, high, bins + 1))  # fewer where the values differ in their last digits alone
+        if len(edges) < 3:
+            return np.array([low, high]), np.array([float(self.sketch.n)])
+        return edges, np.array(self.sketch.get_pmf(edges[1:-1].tolist())) * self.sketch.n
 
     def mean(self, column: str) -> float | None:
         """The mean of the finite values of a column of `add`, None where there are none."""

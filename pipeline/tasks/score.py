@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 from torch import Tensor
 
 from palindrome.model.condition import Condition
@@ -119,12 +120,14 @@ class Score:
         split = [f"{name}.list.element" for name in tensors] or False
         how = {"use_dictionary": others, "write_statistics": others, "use_byte_stream_split": split}
         with ShardWriter(self.run, SCORES, shard.name, schema, self.metadata, once=not self.again, **how) as out:
+            cut = 0
             for batch in self.reader.batches(shard):
                 images, rejects = split_by_condition(model, batch.images)
                 found: dict[str, Tensor] = {}
                 if images:
                     x = to_model(np.stack([image.pixels for image in images]))
-                    condition = model.condition([image.kept for image in images])
+                    kept = [image.kept for image in images]
+                    condition, cut = model.condition(kept), cut + model.prompts_cut(kept)
                     for measure in self.measures:
                         found |= measure(model, x, condition)
                     images, found, refused = _without_not_finite(images, found, self.measures)
@@ -133,7 +136,7 @@ class Score:
                 model.advance(len(batch.images))
             seconds = spent()
             counts = {"images": out.rows + out.refused, "scored": out.rows, "rejects": out.refused}
-            written = out.commit(seconds, counts)
+            written = out.commit(seconds, {**counts, **({"prompts_cut": cut} if cut else {})})
             return Receipt(shard.name, out.rows, out.refused, **seconds, bytes=written)
 
 
@@ -143,13 +146,13 @@ def _without_not_finite(
     """Without the images one of whose scores is not finite, which are rejects that name the first such method."""
     bad: dict[int, str] = {}
     for method in (measure.method for measure in measures):
-        for column in method.columns:
-            for row in np.flatnonzero(~finite(found[f"{method.prefix}{column}"][:, None])).tolist():
-                bad.setdefault(row, f"{method.name}: the score is no number, or is infinite")
-    good = np.array([row not in bad for row in range(len(images))], bool)
-    rejects = [Reject(images[row].image_id, images[row].source, "not_finite", why) for row, why in sorted(bad.items())]
+        values = torch.stack([found[f"{method.prefix}{column}"] for column in method.columns], 1)
+        for row in np.flatnonzero(~finite(values)).tolist():
+            bad.setdefault(row, f"{method.name}: the score is no number, or is infinite")
     if not bad:
         return list(images), dict(found), []
+    good = np.array([row not in bad for row in range(len(images))])
+    rejects = [Reject(images[row].image_id, images[row].source, "not_finite", why) for row, why in sorted(bad.items())]
     return list(compress(images, good)), {name: values[good] for name, values in found.items()}, rejects
 
 
