@@ -104,7 +104,7 @@ def diffpath(
     1, 2 and 3, named as in its code. With S steps of length 1 / S, the rate of change is S times the difference of two
     steps. `deps_dt_sq_sqrt` is the one of DiffPath-1D. Each `NAME_steps` has NAME's S or S - 1 parts, float64 [B, S].
 
-    x0 is clipped, as the code's configs say; the paper has no clipping.
+    x0 is clipped, as the code's configs say; the paper writes of the network's own epsilon.
     """
     sums: dict[str, list[Tensor]] = {name: [] for name in (*_powers("eps_sum"), *_powers("deps_dt"))}
     before = None

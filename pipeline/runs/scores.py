@@ -34,10 +34,8 @@ class Method:
     """Whether there is an x_T."""
     map: bool = False
     """Whether there is a picture of where the image differs."""
-
-    @property
-    def from_clean_end(self) -> bool:
-        return self.path.startswith(AT_CLEAN_END)
+    from_clean_end: bool = False
+    """Whether its path is one of Palindrome's own, up a ladder from the clean end."""
 
     @property
     def prefix(self) -> str:
@@ -49,7 +47,16 @@ METHODS: Mapping[str, Method] = MappingProxyType(
     {
         method.name: method
         for method in (
-            Method("nll", 10, "higher", "out of distribution", ("nats", "norm"), AT_CLEAN_END, "plain DDIM inversion"),
+            Method(
+                "nll",
+                10,
+                "higher",
+                "out of distribution",
+                ("nats", "norm"),
+                AT_CLEAN_END,
+                "plain DDIM inversion",
+                from_clean_end=True,
+            ),
             Method(
                 "diffpath",
                 10,
@@ -57,7 +64,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
                 "out of distribution",
                 (*_SUMS, "deps_dt_sq_sqrt"),
                 AT_LEVEL,
-                "clear-nus/diffpath, whose configs clip x0; the paper does not mention it",
+                "clear-nus/diffpath, whose configs clip x0; the paper writes of the network's own epsilon",
                 arrays=tuple(f"{name}_steps" for name in _SUMS),
                 clipped=True,
             ),
@@ -68,7 +75,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
                 "anomalous",
                 ("nll", "norm_range"),
                 AT_LEVEL,
-                "SkyShunsuke/InversionAD, whose levels are those of its code: the paper has 333, 666, 999",
+                "SkyShunsuke/InversionAD, on pixels or an autoencoder's states instead of features",
             ),
             Method(
                 "secmi",
@@ -100,6 +107,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
                 f"{AT_CLEAN_END}, and down again",
                 "exact inversion, which leaves nothing of any image: near 0 for real and generated ones alike",
                 map=True,
+                from_clean_end=True,
             ),
         )
     }
