@@ -3,13 +3,13 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from palindrome.notebook import Run, open
+    from palindrome.notebook import Run, open, scores
 
-__all__ = ["Run", "open"]
+__all__ = ["Run", "open", "scores"]
 
 
 def __getattr__(name: str) -> Any:
-    """Imports `Run` and `open` at their first use: they import torch, and the command line imports this package too."""
+    """Imports them at their first use: they import torch, and the command line imports this package too."""
     if name in __all__:
         from palindrome import notebook
 

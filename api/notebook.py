@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from PIL import Image as PIL
-from pyarrow.dataset import Dataset
+from pyarrow.dataset import Dataset, dataset
 from torch import Tensor
 
 from palindrome.model.condition import ClassOf, TextOf
@@ -27,13 +27,15 @@ from palindrome.pipeline.images.decode import Rejected, decode, from_pillow
 from palindrome.pipeline.images.metrics import to_model, to_pixels
 from palindrome.pipeline.images.pixels import to_pillow
 from palindrome.pipeline.runs.encoded import EncodeRun
+from palindrome.pipeline.runs.kinds import SCORES
+from palindrome.pipeline.runs.manifest import open_run
 from palindrome.pipeline.runs.selection import Selection
-from palindrome.pipeline.runs.shards import TENSORS
+from palindrome.pipeline.runs.shards import TENSORS, committed
 from palindrome.pipeline.runtime.device import Model
 from palindrome.pipeline.storage.folder import Folder, Options, absolute, by_protocol, current_options, open_fs, using
 from palindrome.pipeline.tasks.encode import latents_of
 
-__all__ = ["Run", "open"]
+__all__ = ["Run", "open", "scores"]
 
 BATCH = 64  # latents on the device at once, the jobs' default
 Location = str | os.PathLike[str]  # a path or an fsspec URI
@@ -53,6 +55,34 @@ def open(latents: Location, model: Location | None = None, storage_options: Opti
         folder = Folder(absolute(os.fspath(latents)))
     encoded = EncodeRun.open(folder)
     return Run(encoded, encoded.rows(), None if model is None else absolute(os.fspath(model)))
+
+
+def scores(
+    run: Location,
+    where: str | None = None,
+    columns: Sequence[str] | None = None,
+    storage_options: Options | None = None,
+) -> pa.Table:
+    """The rows of the score run in the folder `run`, of the shards committed by now; by default without latents and
+    maps. `where`, `columns` and `storage_options` are those of `Run.table` and `open`. Raises RunError if the folder is
+    no score run, and ValueError as `Run.table` does."""
+    with using(current_options() if storage_options is None else storage_options):
+        folder, _ = open_run(os.fspath(run), "score")
+    files = [folder.path(f"{SCORES}/{name}.parquet") for name in sorted(committed(folder, SCORES))]
+    if not files:
+        raise ValueError(f"{folder.uri} holds no scores yet")
+    rows = dataset(files, filesystem=folder.arrow_fs, format="parquet")
+    kinds = ((f.name, f.type) for f in rows.schema)
+    small = [n for n, t in kinds if not isinstance(t, pa.FixedShapeTensorType) and not n.endswith("_map")]
+    return _selected(rows, where, small if columns is None else columns)
+
+
+def _selected(rows: Dataset, where: str | None, columns: Sequence[str]) -> pa.Table:
+    schema = rows.schema
+    for name in columns:
+        if name not in schema.names:
+            raise ValueError(f"{name!r} is not a column; the columns are {', '.join(schema.names)}")
+    return rows.to_table(columns=list(columns), filter=Selection(where=where).expression(schema))
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,12 +119,8 @@ class Run:
         `where` is an expression over the columns, as for `regenerate --where`: 'label == 3 and mse < 1e-6'. Other rows
         and columns are not read. Raises ValueError for unknown columns and invalid expressions.
         """
-        schema = self.dataset.schema
-        named = [name for name in schema.names if name not in TENSORS] if columns is None else list(columns)
-        for name in named:
-            if name not in schema.names:
-                raise ValueError(f"{name!r} is not a column; the columns are {', '.join(schema.names)}")
-        return self.dataset.to_table(columns=named, filter=Selection(where=where).expression(schema))
+        named = [name for name in self.dataset.schema.names if name not in TENSORS] if columns is None else columns
+        return _selected(self.dataset, where, named)
 
     def latents(self, ids: Ids) -> np.ndarray:
         """x_T of these images, float32 [N, C, H, W], in the order of `ids`; nearly standard normal. Raises KeyError

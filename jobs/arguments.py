@@ -24,6 +24,7 @@ GROUPS = {
     "input": ("keep", "limit", "relist"),
     "model": ("model", "precision", "compile", "allow_pickle", "class_column", "prompt_column", "num_classes"),
     "inversion": (),
+    "scoring": (),
     "sampling": (),
     "interpolation": (),
     "training": (),

@@ -21,6 +21,7 @@ JOBS = {
     "reconstruct": "latents -> images, compared with the originals",
     "export": "write the images of a run as image files, tars or Parquet",
     "calibrate": "fit a ladder to a model, for --ladder",
+    "score": "images -> scores: out of distribution, member, generated",
     "sweep": "measure error and network evaluations over settings",
     "regenerate": "latents -> images, with any number of steps, or as variations",
     "generate": "noise -> new images",

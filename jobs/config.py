@@ -230,6 +230,38 @@ class ReadingConfig(ShardedConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class WholeCollectionConfig(ReadingConfig):
+    """Options of the commands that make a row of every image of a collection, and a reject of what is none."""
+
+    GROUP: ClassVar[str] = "input"
+    MUTABLE: ClassVar[frozenset[str]] = ReadingConfig.MUTABLE | {
+        *("relist", "retry_rejects", "max_failed_shards", "max_reject_fraction", "stall"),
+        "format",  # what it says is a fact of its own, the collection's kind
+    }
+
+    shard_size: Annotated[int, Range(1)] = 1024
+    """The maximum number of images per shard. A shard is one output file, and what is computed again if a worker
+    dies."""
+    limit: Annotated[int, Range(1)] | None = None
+    """The number of images to use, from the first one on (default: all)."""
+    relist: bool = True
+    """When the run is resumed, list the images again, add the new ones, and report those that changed or were removed.
+    A run with --limit keeps its first listing."""
+    keep: tuple[str, ...] = ()
+    """Columns of the Parquet files or the list, or extensions of tar members, to store with the rows."""
+    retry_rejects: bool = False
+    """Compute shards with rejected inputs again: by now the inputs may exist or be repaired."""
+    max_failed_shards: Annotated[int, Range(0)] | None = None
+    """The number of failed shards up to which the run succeeds; one more aborts it (default: never abort, but fail if
+    any shard failed)."""
+    max_reject_fraction: Annotated[float, Range(0, 1)] = 1.0
+    """The fraction of rejected images above which the run aborts and fails."""
+    stall: Annotated[float, Range(1)] = 600.0
+    """The stall timeout: seconds without a batch read or a network evaluation, after which a shard is retried on
+    another worker."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ImagesConfig(ShardedConfig):
     """Options of the sharded commands that write images."""
 
@@ -448,7 +480,7 @@ class PictureOptions(Options):
 
     fit: Literal["crop", "pad"] = "crop"
     """How images are made square: cropped to the largest centred square, or padded with the background."""
-    resample: Literal["lanczos", "bicubic", "box", "area"] = "lanczos"
+    resample: Literal["lanczos", "bicubic", "bilinear", "box", "area", "openai"] = "lanczos"
     """The filter that resizes images to the model's size."""
     background: tuple[Annotated[int, Range(0, 255)], ...] = (255, 255, 255)
     """The colour on which transparent pixels are composited and with which images are padded: red, green and blue, 0 to

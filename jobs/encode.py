@@ -11,9 +11,9 @@ from palindrome.jobs.config import (
     ConditionColumnOptions,
     LatentEncodingOptions,
     PictureOptions,
-    ReadingConfig,
+    WholeCollectionConfig,
 )
-from palindrome.jobs.sharded import Remaining, ShardedJob, remaining_shards, run_sharded
+from palindrome.jobs.sharded import Remaining, ShardedJob, plan_collection, remaining_shards, run_sharded
 from palindrome.model.execution import FLOAT32, Execution
 from palindrome.model.families import Checkpoint
 from palindrome.pipeline.base.text import figure
@@ -27,7 +27,7 @@ from palindrome.pipeline.runs.ladders import KINDS, resolve
 from palindrome.pipeline.runs.manifest import earlier_manifest, note, read_manifest
 from palindrome.pipeline.runs.models import load_model
 from palindrome.pipeline.runs.outcome import Failure
-from palindrome.pipeline.runs.plan import Totals, extend_plan, plan_totals, write_plan
+from palindrome.pipeline.runs.plan import Totals
 from palindrome.pipeline.runs.schemas import DTYPES, LATENT_COLUMNS
 from palindrome.pipeline.runs.shards import committed
 from palindrome.pipeline.runs.summary import apart_words, latents_summary, put_summary, rejects_by_reason
@@ -41,7 +41,9 @@ from palindrome.pipeline.tasks.encode import Encode
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncodeConfig(CollectionOptions, PictureOptions, LatentEncodingOptions, ConditionColumnOptions, ReadingConfig):
+class EncodeConfig(
+    CollectionOptions, PictureOptions, LatentEncodingOptions, ConditionColumnOptions, WholeCollectionConfig
+):
     """Encode an image collection to latents by DDIM inversion, one Parquet file per shard in OUT/latents."""
 
     GROUP: ClassVar[str] = "inversion"
@@ -51,10 +53,7 @@ class EncodeConfig(CollectionOptions, PictureOptions, LatentEncodingOptions, Con
     palindrome encode --images 's3://bucket/{000..099}.tar' --model s3://bucket/model --out s3://bucket/run --dry-run
     """
 
-    MUTABLE: ClassVar[frozenset[str]] = ReadingConfig.MUTABLE | {
-        *("relist", "retry_rejects", "max_failed_shards", "max_reject_fraction", "stall"),
-        "format",  # what it says is a fact of its own, the collection's kind
-    }
+    MUTABLE: ClassVar[frozenset[str]] = WholeCollectionConfig.MUTABLE
 
     model: str
     """The checkpoint: a folder in diffusers' layout, also of a latent diffusion pipeline, or with EDM's config, or a
@@ -72,26 +71,6 @@ class EncodeConfig(CollectionOptions, PictureOptions, LatentEncodingOptions, Con
     ladder: str = "logsnr"
     """The distribution of the steps over the timesteps: linear, quadratic, logsnr (equal steps of the log-SNR),
     timesteps such as 0,3,11,800, or a file that calibrate wrote."""
-    shard_size: Annotated[int, Range(1)] = 1024
-    """The maximum number of images per shard. A shard is one output file, and what is computed again if a worker
-    dies."""
-    limit: Annotated[int, Range(1)] | None = None
-    """The number of images to encode, from the first one on (default: all)."""
-    relist: bool = True
-    """When the run is resumed, list the images again, encode the new ones, and report those that changed or were
-    removed. A run with --limit keeps its first listing."""
-    keep: tuple[str, ...] = ()
-    """Columns of the Parquet files or the list, or extensions of tar members, to store with the latents."""
-    retry_rejects: bool = False
-    """Encode shards with rejected inputs again: by now the inputs may exist or be repaired."""
-    max_failed_shards: Annotated[int, Range(0)] | None = None
-    """The number of failed shards up to which the run succeeds; one more aborts it (default: never abort, but fail if
-    any shard failed)."""
-    max_reject_fraction: Annotated[float, Range(0, 1)] = 1.0
-    """The fraction of rejected images above which the run aborts and fails."""
-    stall: Annotated[float, Range(1)] = 600.0
-    """The stall timeout: seconds without a batch read or a network evaluation, after which a shard is retried on
-    another worker."""
     dtype: Literal["float16", "float32"] = "float32"
     """The dtype of the stored latents: float16 halves their size; its rounding adds about 5e-9 to the error."""
     vae_latent: bool = False
@@ -137,7 +116,7 @@ def run(config: EncodeConfig) -> int:
     def plan(out: Folder) -> Remaining:
         nonlocal totals, done
         with config_error("--images"):
-            totals = _plan(config, out, collection)
+            totals = plan_collection(out, collection, config.shard_size, config.limit, config.relist)
         done = committed(out) - (committed(out, REJECTS) if config.retry_rejects else set())
         remaining = remaining_shards(out, totals, done)
         print(f"{totals.images} images in {totals.shards} shards, {remaining.left} to encode", flush=True)
@@ -176,26 +155,6 @@ def run(config: EncodeConfig) -> int:
         budget=budget,
     )
     return run_sharded(config, job)
-
-
-def _plan(config: EncodeConfig, out: Folder, collection: Collection) -> Totals:
-    """Makes the plan, or extends an earlier one by new images."""
-    totals = plan_totals(out)
-    if totals is None:
-        return write_plan(out, collection, config.shard_size, config.limit)
-    if not config.relist or config.limit is not None:
-        return totals
-    totals, changes = extend_plan(out, collection, config.shard_size)
-    if changes.added:
-        print(f"{changes.added} images are new")
-    if changes.changed or changes.removed:
-        print(
-            f"warning: of the files planned, {changes.changed} changed since and {changes.removed} are gone"
-            f" ({', '.join(changes.names)}{', …' if changes.changed + changes.removed > len(changes.names) else ''});"
-            " their latents are kept as they are",
-            file=sys.stderr,
-        )
-    return totals
 
 
 def _precision(

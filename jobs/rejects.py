@@ -34,7 +34,7 @@ class RejectsConfig(Options):
     POSITIONAL: ClassVar[frozenset[str]] = frozenset({"run"})
 
     run: str
-    """The run folder of encode, sweep or interpolate, a path or an fsspec URI."""
+    """The run folder of encode, score, sweep or interpolate, a path or an fsspec URI."""
     reason: str | None = None
     """List only rejects with this reason (default: all)."""
     format: Literal["table", "csv", "json"] = "table"

@@ -11,9 +11,10 @@ from palindrome.jobs.holding import hold_run
 from palindrome.model.execution import Execution
 from palindrome.model.families import Checkpoint
 from palindrome.pipeline.images.records import Shard
+from palindrome.pipeline.images.sources import Collection
 from palindrome.pipeline.runs.encoded import EncodeRun
 from palindrome.pipeline.runs.outcome import Failure
-from palindrome.pipeline.runs.plan import Totals, read_plan
+from palindrome.pipeline.runs.plan import Totals, extend_plan, plan_totals, read_plan, write_plan
 from palindrome.pipeline.runtime.actor import Work
 from palindrome.pipeline.runtime.executor import Executor
 from palindrome.pipeline.runtime.progress import Budget, Progress, follow
@@ -82,6 +83,27 @@ def run_sharded(config: ShardedConfig, job: ShardedJob) -> int:
     if failures:
         print(f"{len(failures)} shards failed; repeat the command to retry them", file=sys.stderr)
     return 1 if len(failures) > job.budget.tolerated else code
+
+
+def plan_collection(out: Folder, collection: Collection, shard_size: int, limit: int | None, relist: bool) -> Totals:
+    """Makes the plan of a run over a collection; or with `relist` extends an earlier one by new images, and prints what
+    changed. Not if it has a limit: the run keeps to its first listing."""
+    totals = plan_totals(out)
+    if totals is None:
+        return write_plan(out, collection, shard_size, limit)
+    if not relist or limit is not None:
+        return totals
+    totals, changes = extend_plan(out, collection, shard_size)
+    if changes.added:
+        print(f"{changes.added} images are new")
+    if changes.changed or changes.removed:
+        print(
+            f"warning: of the files planned, {changes.changed} changed since and {changes.removed} are gone"
+            f" ({', '.join(changes.names)}{', …' if changes.changed + changes.removed > len(changes.names) else ''});"
+            " what was made of them is kept as it is",
+            file=sys.stderr,
+        )
+    return totals
 
 
 def remaining_shards(out: Folder, totals: Totals, done: set[str]) -> Remaining:

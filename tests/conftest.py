@@ -193,7 +193,7 @@ def run(*arguments):
     return Said(code, out.getvalue(), err.getvalue())
 
 
-COMPUTING = {"encode", "reconstruct", "regenerate", "generate", "interpolate", "sweep", "calibrate"}
+COMPUTING = {"encode", "score", "reconstruct", "regenerate", "generate", "interpolate", "sweep", "calibrate"}
 ON_RAY = {"--address", "--workers", "--decode", "--gpus-per-worker", "--resources", "--stall"}
 
 

@@ -9,7 +9,7 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -44,12 +44,17 @@ GRAY_KEYS = {"L;2": (3, 85), "L;4": (15, 17)}  # of a PNG of 2 or 4 bits: its la
 FILTERS = {
     "lanczos": PIL.Resampling.LANCZOS,
     "bicubic": PIL.Resampling.BICUBIC,
+    "bilinear": PIL.Resampling.BILINEAR,
     "box": PIL.Resampling.BOX,
+    "openai": PIL.Resampling.BICUBIC,
     "area": None,  # not Pillow's
 }
 FITS = ("crop", "pad")
 TRUNCATED = ("reject", "keep")
-LEFT_OUT = {"fit": "crop", "truncated": "reject"}  # of records, where they are as before there was a choice
+RECOMPRESS = re.compile(r"jpeg:(100|[1-9]\d?)")
+LARGEST_JPEG = 65535  # pixels, of either side
+# Of records, where they are as before there was a choice.
+LEFT_OUT = {"fit": "crop", "truncated": "reject", "recompress": None, "through": None}
 TURNS = {  # EXIF's orientation -> what makes the image upright
     2: PIL.Transpose.FLIP_LEFT_RIGHT,
     3: PIL.Transpose.ROTATE_180,
@@ -76,9 +81,14 @@ class Preprocess:
     EXIF orientation applied, the first frame of an animation, alpha laid over `background`, converted to RGB (16-bit
     values by their high byte, colour profiles not applied). Then `fit`: `crop` is the largest centred square; `pad` is
     the whole image, centred on `background` (of an odd number of pixels left over, one more is on the right or below).
-    Resized to `size` pixels by `resample`: lanczos, bicubic or box as Pillow does it, or area, the mean over the area
-    that each new pixel covers (OpenCV's INTER_AREA; box counts a pixel in full or not at all). A file that lacks a part
-    of the picture is a reject, or, where `truncated` is `keep`, what its decoder fills in, as far as that gives any.
+    Resized to `size` pixels by `resample`: lanczos, bicubic, bilinear or box as Pillow does it, or area, the mean over
+    the area that each new pixel covers (OpenCV's INTER_AREA; box counts a pixel in full or not at all), or openai, as
+    guided-diffusion reads its images: halved by box while it is at least twice too large, then bicubic, and cropped
+    last. A file that lacks a part of the picture is a reject, or, where `truncated` is `keep`, what its decoder fills
+    in, as far as that gives any.
+
+    Before all that, `recompress`, such as jpeg:90, makes a JPEG of the upright RGB picture, with colours at half the
+    resolution, and reads that. With `through` the square is first resized to that many pixels, by the same filter.
     Raises ValueError for a value that is none of these.
     """
 
@@ -89,6 +99,8 @@ class Preprocess:
     resample: str = "lanczos"
     fit: str = "crop"
     truncated: str = "reject"
+    recompress: str | None = None
+    through: int | None = None
 
     def __post_init__(self) -> None:
         red, green, blue = self.background
@@ -101,6 +113,8 @@ class Preprocess:
             raise ValueError(f"fit {self.fit!r} is none of {', '.join(FITS)}")
         if self.truncated not in TRUNCATED:
             raise ValueError(f"truncated {self.truncated!r} is none of {', '.join(TRUNCATED)}")
+        if self.recompress is not None and not RECOMPRESS.fullmatch(self.recompress):
+            raise ValueError(f"recompress {self.recompress!r} is not jpeg:QUALITY, of a quality from 1 to 100")
 
     def record(self) -> dict[str, Any]:
         """For files, as JSON's types; `Preprocess(**record)` is equal. What LEFT_OUT names is left out where it is the
@@ -243,7 +257,21 @@ def _converted(loaded: PIL.Image, tags: tiff.Tags, data: bytes, how: Preprocess)
 
 def _array(image: PIL.Image, how: Preprocess) -> np.ndarray:
     """RGB or L of any size -> uint8 [size, size, channels]."""
+    if how.recompress:
+        image = _recompressed(image, int(how.recompress.partition(":")[2]))
+    if how.through:
+        image = _fitted(image, replace(how, size=how.through))
     return np.asarray(_fitted(image, how)).reshape(how.size, how.size, how.channels)
+
+
+def _recompressed(image: PIL.Image, quality: int) -> PIL.Image:
+    if max(image.size) > LARGEST_JPEG:
+        raise Rejected("too_large", f"{image.width}x{image.height} is more than a JPEG can have")
+    content = io.BytesIO()
+    image.save(content, "JPEG", quality=quality)
+    again = PIL.open(content)
+    again.load()
+    return again
 
 
 def _open(data: bytes) -> ImageFile:
@@ -368,6 +396,8 @@ def _rgb(image: PIL.Image, data: bytes, how: Preprocess) -> PIL.Image:
 def _fitted(image: PIL.Image, how: Preprocess) -> PIL.Image:
     """RGB or L of any size -> size x size."""
     if how.fit == "crop":
+        if how.resample == "openai":
+            image = _shortened(image, how)
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2
         if image.size != (side, side):  # cropped first: a resize of a part would look past its edge
@@ -381,9 +411,28 @@ def _fitted(image: PIL.Image, how: Preprocess) -> PIL.Image:
     return whole
 
 
+def _shortened(image: PIL.Image, how: Preprocess) -> PIL.Image:
+    """The whole picture with its shorter side at that size, as guided-diffusion's center_crop_arr makes it. Raises
+    Rejected for a strip so long that it would have too many pixels then."""
+    image = _halved(image, how.size)
+    scale = how.size / min(image.size)
+    width, height = (round(side * scale) for side in image.size)
+    if width * height > max(how.max_pixels, how.size**2):
+        raise Rejected("too_large", f"{width}x{height}, before it is cropped, is more than {how.max_pixels} pixels")
+    return image.resize((width, height), FILTERS["openai"])
+
+
+def _halved(image: PIL.Image, side: int) -> PIL.Image:
+    while min(image.size) >= 2 * side:
+        image = image.resize((image.width // 2, image.height // 2), PIL.Resampling.BOX)
+    return image
+
+
 def _resized(image: PIL.Image, size: tuple[int, int], resample: str) -> PIL.Image:
     if image.size == size:
         return image
+    if resample == "openai":
+        image = _halved(image, min(size))
     if resample != "area":
         return image.resize(size, FILTERS[resample])
     (width, height), covered = size, image.width * image.height

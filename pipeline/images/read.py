@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from palindrome.pipeline.images.container import container_of, jpeg_quality
 from palindrome.pipeline.images.decode import Preprocess, Rejected, decode
 from palindrome.pipeline.images.records import Image, Reject, Shard, pack
 from palindrome.pipeline.images.sources import Collection, RawImage, list_pieces, read_raw
@@ -56,4 +57,5 @@ def read_image(raw: RawImage, how: Preprocess) -> Image | Reject:
     except Rejected as e:
         return Reject(raw.image_id, raw.source, e.reason, e.detail)
     content_hash = hashlib.sha256(raw.data).hexdigest()
-    return Image(raw.image_id, raw.source, width, height, content_hash, raw.kept, pixels)
+    made = container_of(raw.data), jpeg_quality(raw.data)
+    return Image(raw.image_id, raw.source, width, height, content_hash, raw.kept, pixels, *made)

@@ -75,7 +75,8 @@ class Reject:
 @dataclass(frozen=True)
 class Image:
     """A decoded image: `pixels` uint8 [H, W, C] after preprocessing, `width` and `height` (pixels) before it,
-    `content_hash` the sha256 of the file's bytes, `kept` the columns that the user asked to keep."""
+    `content_hash` the sha256 of the file's bytes, `kept` the columns that the user asked to keep; `container` and
+    `jpeg_quality` as images.container says them."""
 
     image_id: str
     source: str
@@ -84,6 +85,8 @@ class Image:
     content_hash: str
     kept: dict[str, Any]
     pixels: np.ndarray
+    container: str | None = None
+    jpeg_quality: int | None = None
 
 
 def pack(pieces: Iterable[Piece], shard_size: int, limit: int | None = None) -> Iterator[tuple[Piece, ...]]:

@@ -35,7 +35,7 @@ def choose_examples(
     for image in (image for group in listed.values() for image in group):
         shards[image.shard].add(image.image_id)
     reconstructed, vae = _reconstructed(run, shards, steps)
-    originals = _originals(latents, collection, how, shards)
+    originals = read_originals(latents, collection, how, shards)
     return {
         heading: [
             Example(name, steps, image.error, psnr(image.error), originals[name], reconstructed[name], vae.get(name))
@@ -65,12 +65,13 @@ def _reconstructed(
     return pictures, vae
 
 
-def _originals(
-    latents: Folder, collection: Collection, how: Preprocess, shards: dict[str, set[str]]
+def read_originals(
+    planned: Folder, collection: Collection, how: Preprocess, shards: dict[str, set[str]]
 ) -> dict[str, np.ndarray]:
-    """Originals, uint8 [H, W, C], by id, read again; without those that no longer exist."""
+    """Originals, uint8 [H, W, C], by id, read again; without those that no longer exist. `planned` is the run whose
+    plan has them, and `shards` the wanted ids of each shard."""
     pictures: dict[str, np.ndarray] = {}
-    for shard in read_plan(latents):
+    for shard in read_plan(planned):
         wanted = shards.get(shard.name, set())
         for batch in read_batches(collection, shard, how, 64) if wanted else ():
             pictures |= {image.image_id: image.pixels for image in batch.images if image.image_id in wanted}

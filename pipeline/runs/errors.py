@@ -29,7 +29,8 @@ class Measured(NamedTuple):
 
 @dataclass
 class Errors:
-    """The errors of a set of images: numbers of at least 0, or not finite.
+    """The errors of a set of images: numbers of at least 0, or not finite. Or their scores, which may be negative: of
+    these `exact`, `least`, `bins` and the figure `psnr` say nothing.
 
     Errors of two sets merge to those of both, whatever the order. All is exact, but for the rounding of sums, and the
     quantiles of more than EXACT errors: these come from a KLL sketch, which draws at random what it drops. In 99 of 100
@@ -159,6 +160,15 @@ class Errors:
         # The error of an index has the ranks from index / count to (index + 1) / count: half-way is on no edge.
         low, high = (self.sketch.get_quantile((i + 0.5) / count) for i in (below, above))
         return float(np.quantile([low, high], index - below))
+
+    def linear_histogram(self, bins: int) -> tuple[np.ndarray, np.ndarray]:
+        """Equally wide bins from the smallest to the largest finite value, at least one of them: edges, float64
+        [bins + 1], and the number of values in each, float64 [bins], from the sketch. One bin where all are equal."""
+        low, high = self.sketch.get_min_value(), self.sketch.get_max_value()
+        edges = np.unique(np.linspace(low, high, bins + 1))  # fewer where the values differ in their last digits alone
+        if len(edges) < 3:
+            return np.array([low, high]), np.array([float(self.sketch.n)])
+        return edges, np.array(self.sketch.get_pmf(edges[1:-1].tolist())) * self.sketch.n
 
     def mean(self, column: str) -> float | None:
         """The mean of the finite values of a column of `add`, None where there are none."""

@@ -18,8 +18,10 @@ from palindrome.pipeline.runs.schemas import (
     latent_schema,
     sample_schema,
 )
+from palindrome.pipeline.runs.scores import METHODS, score_schema
 
 LATENTS, REJECTS, RECONSTRUCTIONS, IMAGES, SWEPT = "latents", "rejects", "reconstructions", "images", "sweep"
+SCORES = "scores"
 DATA, INDEX = "data", "index"  # folders of export: tars or Parquet files; tables that describe the image files
 PATHS = "paths"  # the folder of animate
 
@@ -93,6 +95,13 @@ def _latents(manifest: Mapping[str, Any]) -> pa.Schema:
     return latent_schema(shape, config["dtype"], autoencoded=autoencoded, states=config.get("vae_latent", False))
 
 
+def _scores(manifest: Mapping[str, Any]) -> pa.Schema:
+    how, config = manifest["preprocess"], manifest["config"]
+    shape = manifest.get("latent_shape", (how["channels"], how["size"], how["size"]))
+    methods = [METHODS[name] for name in manifest["methods"]]
+    return score_schema(methods, shape if config["latents"] else None, config["maps"])
+
+
 KINDS: Mapping[str, Kind] = MappingProxyType(
     {
         kind.name: kind
@@ -131,6 +140,17 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
                 row_count="latents",
                 rejects=True,
                 per_setting=True,
+            ),
+            Kind(
+                "score",
+                (SCORES,),
+                Plan.OWN,
+                ("collection", "uri"),
+                manifest_keys=("model_digest", "methods", "scores", "preprocess", "collection"),
+                schema=_scores,
+                shard_keys=("model_digest", "methods"),
+                row_count="scored",
+                rejects=True,
             ),
             Kind(
                 "generate",

@@ -88,7 +88,7 @@ class StateReader:
         scale = len(shards) / len(read) if read else 0.0
         rejects = self._rejects(sample, footers)
         images = sum((f.counts or {}).get("images", 0) for f in read)
-        latents = sum((f.counts or {}).get("latents", (f.counts or {}).get("images", 0)) for f in read)
+        latents = sum((f.counts or {}).get(self.kind.row_count, (f.counts or {}).get("images", 0)) for f in read)
         counts: dict[str, Any] = {
             "latents": round(latents * scale) if read or not shards else None,
             "rejects": round(sum(rejects.values()) * scale) if read or not shards else None,

@@ -15,7 +15,7 @@ from palindrome.pipeline.base.errors import writing
 from palindrome.pipeline.base.log import note
 from palindrome.pipeline.base.text import figure
 from palindrome.pipeline.runs.errors import Errors
-from palindrome.pipeline.runs.kinds import IMAGES, LATENTS, RECONSTRUCTIONS, REJECTS
+from palindrome.pipeline.runs.kinds import IMAGES, LATENTS, RECONSTRUCTIONS, REJECTS, SCORES
 from palindrome.pipeline.runs.outcome import Failure
 from palindrome.pipeline.runs.schemas import APART
 from palindrome.pipeline.runs.tallies import Committed, Tally, committed_shards, reasons, tables, tally
@@ -113,6 +113,42 @@ def regenerated_summary(run: Folder, plan: Folder) -> dict[str, Any]:
         figures = errors.figures()
         by_steps.append({"steps": int(steps), "images": errors.count, "mean": figures["mean"], "p99": figures["p99"]})
     return {"images": 0, **_account(found), "by_steps": by_steps}
+
+
+def read_scores(run: Folder, names: Sequence[str]) -> Tally:
+    """The tally of a score run, with the values of each column of scores under its name."""
+
+    def read(shard: Committed, file: ParquetFile) -> Tally:
+        found = Tally.of_footer(file)
+        for first, rows in tables(file, ["image_id", *names]):
+            numbers = first + np.arange(len(rows))
+            for name in names:
+                values = column(rows, name)
+                found.errors[name].add(shard.name, numbers, rows["image_id"], values, squares=values**2)
+        return found
+
+    return tally(run, SCORES, committed_shards(run, SCORES, with_rejects=True), read, "scores", run, run)
+
+
+def scores_summary(found: Tally, scores: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
+    """Of `read_scores`: counts, rejects by reason, seconds, and of each column figures over the images."""
+    summary = {"images": 0, "scored": 0, "rejects": 0, **_account(found), "rejects_by_reason": _sorted(found.reasons)}
+    return {
+        **summary,
+        "scores": {name: {**about, **score_figures(found.errors[name])} for name, about in scores.items()},
+    }
+
+
+def score_figures(values: Errors) -> dict[str, Any]:
+    """mean, std, min, median, p99 and max of scores, None where there are none; and the ids with the lowest and the
+    highest."""
+    named = {"lowest": [i.image_id for i in values.best], "highest": [i.image_id for i in values.worst]}
+    mean, squares = values.total / max(values.count, 1), values.mean("squares")
+    if squares is None:
+        return {"count": 0, **dict.fromkeys(("mean", "std", "min", "median", "p99", "max")), **named}
+    figures = {"mean": mean, "std": math.sqrt(max(squares - mean**2, 0.0)), "min": values.quantile(0.0)}
+    figures |= {"median": values.quantile(0.5), "p99": values.quantile(0.99), "max": values.most}
+    return {"count": values.count, **figures, **named}
 
 
 def mean_nfe(latents: Folder, run: Folder) -> float:

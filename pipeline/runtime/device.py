@@ -200,6 +200,26 @@ class Model:
 
         return self._on_device(compute, images, condition)[0]
 
+    def measure(
+        self,
+        along: Callable[..., Mapping[str, Tensor]],
+        images: Tensor,
+        levels: Ladder,
+        condition: Condition | None = None,
+    ) -> dict[str, Tensor]:
+        """What a function of model.scores says of images in [-1, 1]. Raises RunError as `encode` does."""
+        names: tuple[str, ...] = ()
+
+        def compute(net: Network, images: Tensor, condition: Condition | None) -> tuple[Tensor, ...]:
+            nonlocal names
+            found = along(net, self.autoencoder.to_state(images), condition=condition, **self._along(levels))
+            names = tuple(found)
+            return tuple(found.values())
+
+        values = self._on_device(compute, images, condition)
+        self._checked(images, (values[0][:, None],))
+        return dict(zip(names, values, strict=True))
+
     def decode(self, x: Tensor, levels: Ladder, condition: Condition | None = None) -> Tensor:
         """x at the ladder's top level -> images, about in [-1, 1], by DDIM with eta = 0."""
         return self._decoded(x, levels, condition, lambda state: (self.autoencoder.to_images(state),))[0]

@@ -43,6 +43,10 @@ COMMANDS = {
     "interpolate": lambda pictures, model, encoded: [
         *("interpolate", "--latents", encoded, "--pairs", "random:4", "--frames", 3, "--shard-size", 6)
     ],
+    "score": lambda pictures, model, encoded: [
+        *("score", "--images", pictures, "--model", model, "--method", "invad", "dire", "--steps", 2),
+        *("--shard-size", 8, "--latents"),
+    ],
     "sweep": lambda pictures, model, encoded: [
         *("sweep", "--images", pictures, "--model", model, "--steps", 2, 3, "--corrections", 0, 1, "--shard-size", 8)
     ],

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import chain, product
 from typing import Any
 
@@ -30,7 +30,7 @@ from palindrome.pipeline.runs.verify.plans import (
     names_in,
     open_source,
 )
-from palindrome.pipeline.runs.verify.shards import Read, Shape, Variant, Wanted, check_shard, compare_ids
+from palindrome.pipeline.runs.verify.shards import Pictures, Read, Shape, Variant, Wanted, check_shard, compare_ids
 from palindrome.pipeline.runs.verify.strays import strays
 from palindrome.pipeline.storage.folder import Folder
 
@@ -103,6 +103,19 @@ def _sweep(run: Folder, manifest: Manifest) -> Iterator[Checked]:
 
     wanted = Wanted(kind, _schema(kind, manifest), expected_metadata(manifest), _sweep_rows, compare)
     return _in_shards(run, OwnPlan(run, settings), wanted)
+
+
+def _score(run: Folder, manifest: Manifest) -> Iterator[Checked]:
+    kind, how = KINDS["score"], manifest.content["preprocess"]
+    wanted = Wanted(
+        kind,
+        _schema(kind, manifest),
+        expected_metadata(manifest),
+        lambda batch: _score_rows(batch, manifest.content["scores"], (how["size"], how["size"], how["channels"])),
+        lambda unit, read: _compare_images(kind, unit, read, "it is neither scored nor a reject"),
+        kept=tuple(manifest.config["keep"]),
+    )
+    return _in_shards(run, OwnPlan(run), wanted)
 
 
 def _generate(run: Folder, manifest: Manifest) -> Iterator[Checked]:
@@ -281,17 +294,23 @@ def _finite(latents: pa.Array) -> np.ndarray:
     return np.isfinite(latents.to_numpy_ndarray()).reshape(len(latents), -1).all(1)
 
 
+def _wrong_of_files(batch: pa.RecordBatch) -> dict[str, np.ndarray]:
+    hashed = pc.match_substring_regex(batch.column("content_hash"), "^[0-9a-f]{64}$")
+    return {
+        "has a width or height below 1": (_column(batch, "width") < 1) | (_column(batch, "height") < 1),
+        "has a content_hash that is not a sha256": ~np.asarray(hashed),
+    }
+
+
 def _latent_rows(
     steps: int, most_nfe: int, corrected: bool, tolerance: Any, measured: bool
 ) -> Callable[[pa.RecordBatch], Iterator[str]]:
     def check(batch: pa.RecordBatch) -> Iterator[str]:
         nfe, residual, mse, identical = (_column(batch, name) for name in ("nfe", "residual", "mse", "identical"))
         apart = [name for name in APART if name in batch.schema.names]
-        hashed = pc.match_substring_regex(batch.column("content_hash"), "^[0-9a-f]{64}$")
         wrong = {
             "has a latent that is not finite": ~_finite(batch.column("latent")),
-            "has a width or height below 1": (_column(batch, "width") < 1) | (_column(batch, "height") < 1),
-            "has a content_hash that is not a sha256": ~np.asarray(hashed),
+            **_wrong_of_files(batch),
             f"has an nfe below {steps}": ~(nfe >= steps),
         }
         if tolerance is None:
@@ -327,6 +346,25 @@ def _sweep_rows(batch: pa.RecordBatch) -> Iterator[str]:
         "has a psnr that does not match its mse": np.isfinite(mse) & ~_is_psnr(_column(batch, "psnr"), mse),
     }
     yield from _named(batch.column("image_id"), wrong)
+
+
+def _score_rows(batch: pa.RecordBatch, scores: Collection[str], shape: Shape) -> Iterator[str]:
+    quality, names = _column(batch, "jpeg_quality"), batch.schema.names
+    wrong = {
+        **_wrong_of_files(batch),
+        "has a jpeg_quality outside of 1 to 100": ~(_null(batch, "jpeg_quality") | (quality >= 1) & (quality <= 100)),
+    }
+    for name in scores:
+        values = _column(batch, name)
+        wrong[f"has a {name} that is not finite"] = ~np.isfinite(values)
+        if (parts := f"{name}_steps") in names:
+            sums = np.array([sum(row or ()) for row in batch.column(parts).to_pylist()])
+            wrong[f"has {parts} that do not sum to its {name}"] = ~np.isclose(sums, values, rtol=1e-9, atol=1e-6)
+    for name in (name for name in names if isinstance(batch.schema.field(name).type, pa.FixedShapeTensorType)):
+        wrong[f"has a {name} that is not finite"] = ~_finite(batch.column(name))
+    yield from _named(batch.column("image_id"), wrong)
+    for name in (name for name in names if name.endswith("_map") and name.removesuffix("map") + "l1" in scores):
+        yield from Pictures(shape).check(batch.column("image_id"), batch.column(name).field("bytes"))
 
 
 def _sample_rows(batch: pa.RecordBatch, dtype: pa.DataType | None) -> Iterator[str]:
@@ -377,6 +415,7 @@ CHECKS: Mapping[str, Callable[[Folder, Manifest], Iterator[Checked]]] = {
     "encode": _encode,
     "reconstruct": _reconstruct,
     "sweep": _sweep,
+    "score": _score,
     "generate": _generate,
     "regenerate": _regenerate,
     "interpolate": _interpolate,

@@ -126,12 +126,10 @@ def _read_rows(
 
 def _batch_rows(schema: pa.Schema) -> int:
     """The number of rows per batch, which bounds the memory for large columns."""
-    if "image" in schema.names:
+    if any(pa.types.is_struct(f.type) and f.type.get_field_index("bytes") >= 0 for f in schema):
         return BATCH_PICTURES
-    tensor = schema.field("latent").type if "latent" in schema.names else None
-    if not isinstance(tensor, pa.FixedShapeTensorType):
-        return MAX_BATCH_ROWS
-    size = int(np.prod(tensor.shape)) * tensor.value_type.bit_width // 8
+    tensors = [f.type for f in schema if isinstance(f.type, pa.FixedShapeTensorType)]
+    size = sum(int(np.prod(tensor.shape)) * tensor.value_type.bit_width // 8 for tensor in tensors)
     return min(MAX_BATCH_ROWS, max(1, BATCH_BYTES // max(1, size)))
 
 

@@ -4,14 +4,17 @@ reason; and whatever the bytes are, nothing but Rejected."""
 import io
 import json
 import re
+import runpy
 import struct
 from dataclasses import asdict
 from fractions import Fraction
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageOps, PngImagePlugin, features
@@ -20,6 +23,7 @@ from palindrome.pipeline.images.decode import Preprocess, Rejected, decode
 from palindrome.pipeline.images.records import REASONS
 
 AVIF = ("AVIF",) if features.check("avif") else ()
+FIXTURES = Path(__file__).parents[2] / "fixtures"
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 SMALL = Preprocess(32, max_pixels=200_000)  # for damaged files, whose headers may say any size
 
@@ -548,7 +552,7 @@ def test_a_plane_that_is_missing_is_no_other_one(values):
         assert rejected(data[: -len(data) // 3]).reason == "truncated"
 
 
-RESAMPLES = ("lanczos", "bicubic", "box")
+RESAMPLES = ("lanczos", "bicubic", "bilinear", "box")
 
 
 @settings(max_examples=100)
@@ -644,6 +648,7 @@ def test_record_of_an_earlier_version_means_what_it_meant(files):
     [
         *({"resample": "nearest"}, {"fit": "stretch"}, {"background": (0, 0)}, {"background": (0, 0, 256)}),
         {"background": (-1, 0, 0)},
+        *({"recompress": "png:9"}, {"recompress": "jpeg:0"}, {"recompress": "jpeg:101"}, {"recompress": "jpeg"}),
     ],
 )
 def test_setting_that_is_none_is_refused(wrong):
@@ -667,6 +672,41 @@ def test_the_largest_centred_square_is_resized(width, height, size, seed, resamp
     left, top = (width - edge) // 2, (height - edge) // 2
     square = Image.fromarray(np.ascontiguousarray(values[top : top + edge, left : left + edge]))
     assert np.array_equal(found, np.asarray(square.resize((size, size), getattr(Image.Resampling, resample.upper()))))
+
+
+def test_openai_s_resizing_is_that_of_guided_diffusion(corpus):
+    """DIRE's fork of it read these files (tests/fixtures/scores/README.md)."""
+    made = runpy.run_path(str(FIXTURES / "make_score_fixtures.py"))
+    theirs = safetensors.numpy.load_file(FIXTURES / "scores/tensors.safetensors")["x"]
+    for picture, expected in zip(made["pictures"](), theirs, strict=True):
+        found = pixels(corpus.encoded(Image.fromarray(picture), "PNG"), Preprocess(16, resample="openai"))
+        np.testing.assert_array_equal(found.transpose(2, 0, 1), np.rint((expected + 1) * 127.5))
+
+
+def test_a_strip_that_openai_s_resizing_would_blow_up_is_too_large(corpus):
+    strip = corpus.encoded(Image.new("RGB", (5000, 1)), "PNG")
+    how = Preprocess(32, max_pixels=100_000, resample="openai")
+    assert rejected(strip, how).reason == "too_large"
+    assert pixels(strip, Preprocess(32, max_pixels=100_000)).shape == (32, 32, 3)
+
+
+@pytest.mark.parametrize("resample", ["lanczos", "openai", "area"])
+@pytest.mark.parametrize("fit", ["crop", "pad"])
+def test_recompressed_and_through_a_smaller_size_are_what_pillow_makes_first(picture, corpus, resample, fit):
+    how = {"resample": resample, "fit": fit}
+    jpeg = corpus.encoded(picture, "JPEG", quality=40)
+    small = pixels(jpeg, Preprocess(8, **how))
+    expected = pixels(corpus.encoded(Image.fromarray(small), "PNG"), Preprocess(32, **how))
+    found = pixels(corpus.encoded(picture, "PNG"), Preprocess(32, recompress="jpeg:40", through=8, **how))
+    np.testing.assert_array_equal(found, expected)
+    record = Preprocess(32, recompress="jpeg:40", through=8).record()
+    assert (record["recompress"], record["through"]) == ("jpeg:40", 8)
+    assert not {"recompress", "through"} & Preprocess(32).record().keys()
+
+
+def test_what_no_jpeg_can_hold_is_too_large_to_recompress(corpus):
+    wide = corpus.encoded(Image.new("RGB", (70_000, 1)), "PNG")
+    assert rejected(wide, Preprocess(8, recompress="jpeg:90")).reason == "too_large"
 
 
 def test_each_bad_file_has_its_reason(tmp_path, corpus):

@@ -127,3 +127,21 @@ def test_a_sample_of_few_is_all_of_them_in_any_order():
         assert {(image.shard, image.row) for image in merged(*order).sample} == {
             (f"{i}", row) for i in range(4) for row in range(3)
         }
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=60), st.integers(3, 20))
+def test_the_linear_histogram_is_numpy_s_also_of_negative_values(values, bins):
+    found = of(values)
+    edges, counts = found.linear_histogram(bins)
+    assert (edges[0], edges[-1]) == (min(values), max(values)) and counts.sum() == pytest.approx(len(values))
+    if len(edges) == bins + 1:
+        np.testing.assert_allclose(counts, np.histogram(values, edges)[0], atol=1e-9)
+    assert found.best[0].error == min(values) and found.worst[0].error == max(values)
+    assert found.quantile(0.5) == pytest.approx(float(np.median(values)))
+
+
+def test_a_histogram_of_one_value_has_one_bin():
+    edges, counts = of([2.5] * 7).linear_histogram(10)
+    assert edges.tolist() == [2.5, 2.5] and counts.tolist() == [7]
+    edges, counts = of([1.0, np.nextafter(1.0, 2)]).linear_histogram(10)
+    assert edges[0] == 1 and counts.sum() == 2
