@@ -26,6 +26,7 @@ GROUPS = {
     "inversion": (),
     "sampling": (),
     "interpolation": (),
+    "evaluation": (),
     "training": (),
     "checks": (),
     "output": ("dtype", "latents", "measure", "save_dtype", "shard_size", "vae_latent"),

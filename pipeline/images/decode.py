@@ -77,8 +77,9 @@ class Preprocess:
     values by their high byte, colour profiles not applied). Then `fit`: `crop` is the largest centred square; `pad` is
     the whole image, centred on `background` (of an odd number of pixels left over, one more is on the right or below).
     Resized to `size` pixels by `resample`: lanczos, bicubic or box as Pillow does it, or area, the mean over the area
-    that each new pixel covers (OpenCV's INTER_AREA; box counts a pixel in full or not at all). A file that lacks a part
-    of the picture is a reject, or, where `truncated` is `keep`, what its decoder fills in, as far as that gives any.
+    that each new pixel covers (OpenCV's INTER_AREA; box counts a pixel in full or not at all). With `size` 0 an image
+    is not made square and keeps its own size. A file that lacks a part of the picture is a reject, or, where
+    `truncated` is `keep`, what its decoder fills in, as far as that gives any.
     Raises ValueError for a value that is none of these.
     """
 
@@ -243,6 +244,8 @@ def _converted(loaded: PIL.Image, tags: tiff.Tags, data: bytes, how: Preprocess)
 
 def _array(image: PIL.Image, how: Preprocess) -> np.ndarray:
     """RGB or L of any size -> uint8 [size, size, channels]."""
+    if not how.size:
+        return np.asarray(image).reshape(image.height, image.width, how.channels)
     return np.asarray(_fitted(image, how)).reshape(how.size, how.size, how.channels)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from palindrome.pipeline.runs.schemas import (
+    EVALUATED_SCHEMA,
     FRAME_SCHEMA,
     REGENERATED_SCHEMA,
     SWEEP_SCHEMA,
@@ -22,6 +23,7 @@ from palindrome.pipeline.runs.schemas import (
 LATENTS, REJECTS, RECONSTRUCTIONS, IMAGES, SWEPT = "latents", "rejects", "reconstructions", "images", "sweep"
 DATA, INDEX = "data", "index"  # folders of export: tars or Parquet files; tables that describe the image files
 PATHS = "paths"  # the folder of animate
+FEATURES, MOMENTS = "features", "moments"  # folders of evaluate
 
 
 class Plan(Enum):
@@ -167,6 +169,16 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
                 rejects=True,
                 pictures=True,
                 paths=True,
+            ),
+            Kind(
+                "evaluate",
+                (FEATURES,),
+                Plan.OWN,
+                ("config", "generated"),
+                manifest_keys=("features",),
+                schema=lambda _: EVALUATED_SCHEMA,
+                shard_keys=("features", "resize"),
+                rejects=True,
             ),
             Kind(
                 "export",
