@@ -313,7 +313,7 @@ def _of_features(
     results, near = [], None
     if "kid" in config.metrics:
         size = min(config.subset_size, len(real), len(generated))
-        mean, std = kernel_distance(real, generated, config.subsets, size, config.seed)
+        mean, std = kernel_distance(generated, real, config.subsets, size, config.seed)
         results.append(Result("kid", f"kernel distance, mean of {config.subsets} subsets of {size}", mean, std))
     if "prc" in config.metrics:
         k = min(config.neighbours, len(real) - 1, len(generated) - 1)

@@ -22,7 +22,7 @@ from palindrome.model.process import Process
 
 INCEPTION = "inception-2015"
 INCEPTION_SIZE = 299  # pixels
-BLOCK = 16  # images that a network is given at once: kernels for other numbers of images round otherwise
+BLOCK = 8  # images that a network is given at once: kernels for other numbers of images round otherwise
 STATE_DICT, SCRIPT = "state dict", "TorchScript"
 KNOWN = {  # sha256 of files with the weights of the Inception of 2015 -> what they are
     # weights-inception-2015-12-05-6726825d.pth of torch-fidelity, which is pt_inception-… of pytorch-fid
@@ -59,10 +59,12 @@ class FeatureNetwork(Checkpoint):
         """A function of images [B, *image_shape], in the range that the network takes, to features [B, dimensions] and
         logits [B, classes], float32 both. What it makes of an image does not depend on the others."""
         network = self._network().to(device).eval()
+        layout = torch.channels_last if torch.device(device).type == "cpu" else torch.contiguous_format
+        network.to(memory_format=layout)  # type: ignore[call-overload]
 
         def features(x: Tensor) -> tuple[Tensor, ...]:
             rows = len(x)
-            x = torch.cat([x, x[-1:].expand(-rows % BLOCK, *x.shape[1:])])
+            x = torch.cat([x, x[-1:].expand(-rows % BLOCK, *x.shape[1:])]).contiguous(memory_format=layout)
             # TorchScript's executor would make other kernels of what it has been given twice.
             with torch.inference_mode(), torch.jit.optimized_execution(False):
                 blocks = [_both(network(block)) for block in x.split(BLOCK)]
@@ -103,7 +105,8 @@ def load(name: str, uri: str, size: int | None, storage_options: Mapping[str, An
     if name != INCEPTION and not _is_script(content):
         raise CheckpointError(f"{uri} is no TorchScript file, as torch.jit.save writes it")
     try:
-        found = network.denoiser()(torch.zeros(1, *network.image_shape))
+        with torch.inference_mode():
+            found = _both(network._network().eval()(torch.zeros(1, *network.image_shape)))
     except CheckpointError:
         raise
     except RuntimeError as e:

@@ -183,7 +183,7 @@ def run(*arguments):
     return Said(code, out.getvalue(), err.getvalue())
 
 
-COMPUTING = {"encode", "reconstruct", "regenerate", "generate", "interpolate", "sweep", "calibrate"}
+COMPUTING = {"evaluate", "encode", "reconstruct", "regenerate", "generate", "interpolate", "sweep", "calibrate"}
 ON_RAY = {"--address", "--workers", "--decode", "--gpus-per-worker", "--resources", "--stall"}
 
 
@@ -201,6 +201,48 @@ def palindrome(request):
         return run(command, *arguments, "--inline")
 
     return palindrome
+
+
+@pytest.fixture(scope="session")
+def torch_fidelity():
+    """torch-fidelity. It imports torchvision, whose wheel on PyPI is for a torch with CUDA: beside one without, its
+    library can't be loaded, and its import asks for two of the operators in it, which nothing here calls."""
+    import torch
+
+    try:
+        import torchvision
+    except RuntimeError:
+        torchvision = torch.library.Library("torchvision", "FRAGMENT")
+        for name in ("nms", "qnms"):
+            torchvision.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    import torch_fidelity
+
+    return torch_fidelity
+
+
+@pytest.fixture(scope="session")
+def scripted(tmp_path_factory):
+    """A TorchScript file with a small network of 24 features and 10 classes, for images of 32 pixels in [-1, 1]."""
+    import torch
+
+    class Tiny(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = torch.nn.Conv2d(3, 16, 5, 2), torch.nn.Conv2d(16, 24, 3, 2)
+            self.classes = torch.nn.Linear(24, 10)
+
+        def forward(self, x: torch.Tensor):
+            features = torch.relu(self.second(torch.relu(self.first(x)))).mean([2, 3])
+            return features, self.classes(features)
+
+    network, generator = Tiny().eval().requires_grad_(False), torch.Generator().manual_seed(0)
+    for value in network.parameters():
+        scale = (2 / value[0].numel()) ** 0.5 if value.dim() > 1 else 0.1
+        value.copy_(scale * torch.randn(value.shape, generator=generator))
+    network.classes.weight *= 4
+    path = tmp_path_factory.mktemp("features") / "tiny.pt"
+    torch.jit.save(torch.jit.script(network), path)
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -178,6 +178,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
                 manifest_keys=("features",),
                 schema=lambda _: EVALUATED_SCHEMA,
                 shard_keys=("features", "resize"),
+                row_count="rows",
                 rejects=True,
             ),
             Kind(
