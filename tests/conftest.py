@@ -5,10 +5,11 @@ import gc
 import io
 import os
 import runpy
+import sys
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from hypothesis import settings
@@ -205,18 +206,23 @@ def palindrome(request):
 
 @pytest.fixture(scope="session")
 def torch_fidelity():
-    """torch-fidelity. It imports torchvision, whose wheel on PyPI is for a torch with CUDA: beside one without, its
-    library can't be loaded, and its import asks for two of the operators in it, which nothing here calls."""
-    import torch
-
-    try:
-        import torchvision
-    except RuntimeError:
-        torchvision = torch.library.Library("torchvision", "FRAGMENT")
-        for name in ("nms", "qnms"):
-            torchvision.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    import torch_fidelity
-
+    """torch-fidelity, and from then on pytorch-fid. They import torchvision, whose wheel on PyPI is for a torch with
+    CUDA, and transformers can't be imported beside one that fails: an empty one stands in while they are imported, as
+    nothing that is called here needs it."""
+    names = ("torchvision", *(f"torchvision.{name}" for name in ("datasets", "models", "transforms")))
+    empty = {name: ModuleType(name) for name in (*names, "torchvision.transforms.functional")}
+    for name in names[1:]:
+        setattr(empty["torchvision"], name.partition(".")[2], empty[name])
+    empty["torchvision.transforms"].functional = empty["torchvision.transforms.functional"]
+    for name in ("CIFAR10", "CIFAR100", "STL10"):
+        setattr(empty["torchvision.datasets"], name, type(name, (), {}))
+    blocks = {f"Inception{letter}": type(letter, (), {}) for letter in "ACE"}
+    empty["torchvision.models"].inception = SimpleNamespace(**blocks)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, module in empty.items():
+            patch.setitem(sys.modules, name, module)
+        import pytorch_fid.fid_score  # noqa: F401
+        import torch_fidelity
     return torch_fidelity
 
 

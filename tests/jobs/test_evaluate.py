@@ -80,9 +80,20 @@ def test_it_is_what_torch_fidelity_computes(whole, sets, scripted, torch_fidelit
             return tuple(found[name] for name in self.features_list)
 
     torch_fidelity.register_feature_extractor("tiny", Extractor)
+
+    class Pictures(torch.utils.data.Dataset):
+        def __init__(self, folder):
+            self.files = sorted(folder.iterdir())
+
+        def __len__(self):
+            return len(self.files)
+
+        def __getitem__(self, i):
+            return torch.from_numpy(np.array(Image.open(self.files[i]))).permute(2, 0, 1)
+
     theirs = torch_fidelity.calculate_metrics(
-        input1=str(sets / "generated"),
-        input2=str(sets / "real"),
+        input1=Pictures(sets / "generated"),
+        input2=Pictures(sets / "real"),
         feature_extractor="tiny",
         **dict.fromkeys(("fid", "kid", "isc", "prc"), True),
         kid_subset_size=60,

@@ -158,7 +158,7 @@ def test_weights_of_another_network_are_refused(torch_fidelity, tmp_path):
         features.load(INCEPTION, str(tmp_path / "a.safetensors"), None)
 
 
-def test_the_hash_of_pytorch_fid_s_file_begins_as_its_name_says():
+def test_the_hash_of_pytorch_fid_s_file_begins_as_its_name_says(torch_fidelity):
     from pytorch_fid.inception import FID_WEIGHTS_URL
 
     begin = FID_WEIGHTS_URL.rpartition("-")[2].removesuffix(".pth")
