@@ -1,17 +1,16 @@
 """The report of an evaluate run: its numbers, as a page and as CSV, and the pictures that are the furthest off."""
 
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from pyarrow import csv
 
 from palindrome.pipeline.images.distances import Neighbours
 from palindrome.pipeline.images.read import read_batches
 from palindrome.pipeline.reports.page import put_page
+from palindrome.pipeline.reports.sweep import as_csv
 from palindrome.pipeline.runs.kinds import FEATURES
 from palindrome.pipeline.runs.moments import done, set_of
 from palindrome.pipeline.runs.pictures import Pictures
@@ -50,12 +49,13 @@ def put_report(
     """Writes `table.csv` and `report.html`. `of` names the network, the resizing and the numbers of images; `near` has
     the ids of the real and the generated images, and their neighbours, where these were looked for."""
     rows = [{**vars(result), **of} for result in results]
-    run.put("table.csv", _csv(rows))
+    if rows:
+        run.put("table.csv", as_csv(rows))
     headings = _nearest(near) if near else _by_entropy(run)
     pixels = _read(run, sets, {image_id for cards in headings.values() for card in cards for image_id in card.ids})
     shown = {
         heading: [
-            {"caption": card.caption, "ids": card.ids, "pictures": [_picture(pixels[i]) for i in card.ids]}
+            {"caption": card.caption, "ids": card.ids, "pictures": [picture_of(pixels[i]) for i in card.ids]}
             for card in cards
             if all(image_id in pixels for image_id in card.ids)
         ]
@@ -65,13 +65,6 @@ def put_report(
     network = f"{of['features']} ({of['weights'][:16]}), resized {of['resize']}"
     facts = {**places, "features": network, "rejected": rejected or "none"}
     put_page(run, "evaluation.html", facts, results=results, of=of, headings=shown)
-
-
-def _csv(rows: Sequence[dict[str, Any]]) -> bytes:
-    sink = io.BytesIO()
-    if rows:
-        csv.write_csv(pa.Table.from_pylist(rows), sink)
-    return sink.getvalue()
 
 
 def _nearest(near: tuple[Sequence[str], Sequence[str], Neighbours]) -> dict[str, list[_Card]]:
@@ -130,7 +123,7 @@ def _shards_of(run: Folder, wanted: set[str]) -> set[str]:
     return found
 
 
-def _picture(pixels: np.ndarray) -> dict[str, Any]:
+def picture_of(pixels: np.ndarray) -> dict[str, Any]:
     """Small ones enlarged by an integer, large ones made smaller by leaving out pixels."""
     step = -(-max(pixels.shape[:2]) // (2 * LARGEST))
     pixels = pixels[::step, ::step]

@@ -40,7 +40,7 @@ class Kind:
     """One kind of run: what its folder contains and how to read it."""
 
     name: str
-    """The command that writes it: `job` in run.json."""
+    """The command that writes it, and what it does if that is several things: `job` in run.json."""
     folders: tuple[str, ...]
     """Subfolders with one file per finished unit of work. The first has the shards, if the run has its own plan or
     follows an encode run's."""
@@ -181,6 +181,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
                 row_count="rows",
                 rejects=True,
             ),
+            Kind("evaluate scores", (), Plan.NONE, ("config", "positive")),
             Kind(
                 "export",
                 (DATA, INDEX),
@@ -209,4 +210,5 @@ SHARDED = _names(lambda kind: kind.plan in (Plan.OWN, Plan.ENCODE))  # supported
 VERIFIED = _names(lambda kind: kind.manifest_keys)
 WITH_REJECTS = _names(lambda kind: kind.rejects)
 WITH_PICTURES = _names(lambda kind: kind.pictures)
+WITH_ROWS = _names(lambda kind: kind.schema)
 WITH_PATHS = _names(lambda kind: kind.paths)

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import duckdb
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from sklearn.metrics import average_precision_score, roc_auc_score
 
 REAL, GENERATED = 120, 100
 TINY = ("--features", "tiny", "--input-size", 32)
@@ -35,7 +37,7 @@ def sets(pngs, tmp_path_factory):
 @pytest.fixture(scope="module")
 def command(sets, scripted):
     """command(OUT, flags...) -> an evaluation of the two."""
-    network = [*TINY, "--weights", scripted]
+    network = [*TINY, "--weights", f"file://{scripted}"]
     places = ["--real", sets / "real", "--generated", sets / "generated"]
     return lambda out, *flags: ["evaluate", *places, *network, "--out", out, *flags]
 
@@ -335,8 +337,8 @@ def test_runs_are_taken_for_their_pictures(palindrome, model, pictures, scripted
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--generated", "x", "--weights", "w"], "--real: is needed, as there is --generated"),
-        (["--real", "x", "--weights", "w"], "--generated: is needed, as there is --real"),
+        (["--generated", "x", "--weights", "w"], "--real: is needed, as are --weights and --generated"),
+        (["--real", "x", "--weights", "w"], "--generated: is needed, as are --weights and --real"),
         (["--real", "x", "--generated", "y"], "--weights: the file with the network of features is needed"),
         (["--real", "x", "--generated", "y.npz", "--weights", "w"], "--generated: images are needed"),
         (["--real", "x", "--generated", "y", "--weights", "none"], "--weights: "),
@@ -372,3 +374,135 @@ def test_a_run_without_pictures_is_refused(palindrome, sets, scripted, whole, tm
 def test_a_dry_run_writes_nothing(palindrome, command, tmp_path):
     said = palindrome(*command(tmp_path / "out", "--dry-run"))
     assert said.code == 0 and "220 images in 2 shards" in said.out and not Path(tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def measured(palindrome, model, pictures, sample, tmp_path_factory):
+    """Two encode runs with their errors, `few` of 24 pictures and `many` of 60, as JPEGs of 48 pixels."""
+    folder = tmp_path_factory.mktemp("measured")
+    (folder / "jpegs").mkdir()
+    for i, row in enumerate(pq.read_table(sample).slice(100, 60)["img"].to_pylist()):
+        Image.open(io.BytesIO(row["bytes"])).convert("RGB").resize((48, 48)).save(
+            folder / f"jpegs/{i:03d}.jpg", quality=20
+        )
+    for name, images in (("few", pictures), ("many", folder / "jpegs")):
+        flags = ["--model", model, "--steps", 2, "--measure", "--shard-size", 20]
+        said = palindrome("encode", "--images", images, *flags, "--out", folder / name)
+        assert said.code == 0, said.err
+    return folder
+
+
+def judge(palindrome, measured, out, *flags):
+    places = ["--positive", measured / "many", "--negative", measured / "few", "--out", out]
+    return palindrome("evaluate", *places, "--resamples", 50, *flags)
+
+
+def test_runs_are_told_apart_by_any_column(palindrome, measured, tmp_path):
+    said = judge(palindrome, measured, tmp_path / "out", "--column", "mse", "residual", "--lower", "mse")
+    assert said.code == 0, said.err
+    found = {row["column"]: row for row in json.loads((tmp_path / "out/summary.json").read_text())["columns"]}
+    files = [measured / name / "latents/*.parquet" for name in ("many", "few")]
+    for name, sign in (("mse", -1), ("residual", 1)):
+        drawn = [[row[0] for row in duckdb.sql(f"select {name}::double from '{path}'").fetchall()] for path in files]
+        label = np.repeat([1, 0], [len(values) for values in drawn])
+        scores = sign * np.concatenate(drawn)
+        assert found[name]["measures"]["auroc"] == pytest.approx(roc_auc_score(label, scores))
+        assert found[name]["measures"]["ap"] == pytest.approx(average_precision_score(label, scores))
+        low, high = found[name]["intervals"]["auroc"]
+        assert low <= found[name]["measures"]["auroc"] <= high
+        assert f"{name}: AUROC {found[name]['measures']['auroc']:.4f} ({low:.4f} to {high:.4f})" in said.out
+    with open(tmp_path / "out/table.csv", newline="") as file:
+        table = {row["column"]: row for row in csv.DictReader(file)}
+    assert table["mse"]["positive"] == "lower" and float(table["mse"]["asr"]) == found["mse"]["measures"]["asr"]
+    page = (tmp_path / "out/report.html").read_text()
+    assert page.count("<svg") == 2 and page.count("data:image/png;base64,") == 4 * 8
+    assert "The positive images that look least positive" in page
+    assert "warning: pixels alone tells the runs apart, at an AUROC of 1.0000" in said.err
+
+
+def test_judging_again_gives_the_same(palindrome, measured, tmp_path):
+    contents, out = [], tmp_path / "out"
+    for seed in (0, 0, 1):
+        assert judge(palindrome, measured, tmp_path / "out", "--column", "mse", "--seed", seed).code == 0
+        contents.append(
+            [(tmp_path / "out" / name).read_bytes() for name in ("summary.json", "table.csv", "report.html")]
+        )
+    assert contents[0] == contents[1] != contents[2]
+    other = [
+        "--positive",
+        measured / "few",
+        "--negative",
+        measured / "few",
+        "--column",
+        "mse",
+        "--out",
+        tmp_path / "out",
+    ]
+    said = palindrome("evaluate", *other, "--resamples", 5)
+    assert said.code == 2 and "belongs to another command: --positive was" in said.err
+
+
+def test_a_third_run_makes_a_mixture(palindrome, measured, tmp_path):
+    fit = ["--fit", measured / "few", "--column", "mse", "residual", "--components", 1, 2, "--folds", 3]
+    said = judge(palindrome, measured, tmp_path / "out", *fit)
+    assert said.code == 0, said.err
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert [row["column"] for row in summary["columns"]] == ["mse", "residual", "mixture"]
+    assert summary["mixture"]["rows"] == 24 and summary["mixture"]["columns"] == ["mse", "residual"]
+    said = judge(palindrome, measured, tmp_path / "more", *fit[:5], "--components", 20, "--folds", 3)
+    assert said.code == 2 and "--components: 20 are more than the 16 rows of" in said.err
+
+
+def test_scores_know_which_way_is_positive(palindrome, measured, tmp_path):
+    """As a run of score says of its columns in run.json."""
+    for name in ("few", "many"):
+        shutil.copytree(measured / name, tmp_path / name)
+        manifest = json.loads((tmp_path / name / "run.json").read_text())
+        manifest["scores"] = {"mse": {"method": "m", "positive": "lower", "of": "member"}}
+        (tmp_path / name / "run.json").write_text(json.dumps(manifest))
+    said = judge(palindrome, tmp_path, tmp_path / "out")
+    assert said.code == 0, said.err
+    [found] = json.loads((tmp_path / "out/summary.json").read_text())["columns"]
+    assert (found["column"], found["sign"], found["of"]) == ("mse", -1, "member")
+
+
+def test_a_column_without_values_is_named(palindrome, measured, tmp_path):
+    shutil.copytree(measured / "few", tmp_path / "few")
+    shutil.copytree(measured / "many", tmp_path / "many")
+    for i, path in enumerate(sorted((tmp_path / "few/latents").iterdir())):
+        table = pq.read_table(path)
+        nulls = pa.nulls(len(table), pa.float64())
+        table = table.set_column(table.schema.get_field_index("psnr"), "psnr", nulls)
+        if not i:
+            mse = [float("nan"), *table["mse"].to_pylist()[1:]]
+            table = table.set_column(table.schema.get_field_index("mse"), "mse", pa.array(mse))
+        pq.write_table(table, path)
+    said = judge(palindrome, tmp_path, tmp_path / "out", "--column", "mse", "psnr")
+    assert said.code == 1 and "psnr has no finite value in the negative run" in said.err
+    assert "mse: 1 images have no finite value, and are left out" in said.err and "mse: AUROC" in said.out
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ([], "--column: {0}/many and {0}/few have no scores in common; the columns of numbers are residual, nfe, mse"),
+        (["--column", "label"], "--column: {0}/many has no column 'label' of numbers; it has residual, nfe, mse"),
+        (["--column", "mse", "--lower", "nfe"], "--lower: nfe is not among those of --column"),
+        (["--column", "mse", "--real", "x"], "--real: can't be combined with --positive and --negative"),
+        (["--column", "mse", "--fit", "none"], "--fit: "),
+    ],
+)
+def test_scores_that_can_t_be_judged_are_refused(palindrome, measured, tmp_path, flags, words):
+    said = judge(palindrome, measured, tmp_path / "out", *flags)
+    assert said.code == 2 and words.format(measured) in said.err, said.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_both_runs_are_needed(palindrome, measured, tmp_path):
+    said = palindrome("evaluate", "--positive", measured / "few", "--out", tmp_path / "out")
+    assert said.code == 2 and "--negative: is needed to judge scores" in said.err
+
+
+def test_a_dry_run_judges_nothing(palindrome, measured, tmp_path):
+    said = judge(palindrome, measured, tmp_path / "out", "--column", "mse", "--dry-run")
+    assert said.code == 0 and "60 positive and 24 negative images" in said.out and not (tmp_path / "out").exists()
