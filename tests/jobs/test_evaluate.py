@@ -423,22 +423,11 @@ def test_runs_are_told_apart_by_any_column(palindrome, measured, tmp_path):
 def test_judging_again_gives_the_same(palindrome, measured, tmp_path):
     contents, out = [], tmp_path / "out"
     for seed in (0, 0, 1):
-        assert judge(palindrome, measured, tmp_path / "out", "--column", "mse", "--seed", seed).code == 0
-        contents.append(
-            [(tmp_path / "out" / name).read_bytes() for name in ("summary.json", "table.csv", "report.html")]
-        )
+        assert judge(palindrome, measured, out, "--column", "mse", "--seed", seed).code == 0
+        contents.append([(out / name).read_bytes() for name in ("summary.json", "table.csv", "report.html")])
     assert contents[0] == contents[1] != contents[2]
-    other = [
-        "--positive",
-        measured / "few",
-        "--negative",
-        measured / "few",
-        "--column",
-        "mse",
-        "--out",
-        tmp_path / "out",
-    ]
-    said = palindrome("evaluate", *other, "--resamples", 5)
+    other = ["--positive", measured / "few", "--negative", measured / "few", "--column", "mse", "--resamples", 5]
+    said = palindrome("evaluate", *other, "--out", out)
     assert said.code == 2 and "belongs to another command: --positive was" in said.err
 
 
