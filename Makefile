@@ -36,10 +36,11 @@ bench: .venv/.installed-test
 	$(PIP) -e .
 	@touch $@
 
-# open_clip_torch for the vocabulary of CLIP alone: the torchvision that it asks for brings another torch of several GB.
+# open_clip_torch for the vocabulary of CLIP alone, torch-fidelity and pytorch-fid to be compared with: the torchvision
+# that they ask for brings another torch of several GB.
 .venv/.installed-test: .venv/.installed
 	$(PIP) -e '.[test]'
-	$(PIP) --no-deps open_clip_torch
+	$(PIP) --no-deps open_clip_torch pytorch-fid torch-fidelity
 	@touch $@
 
 clean:

@@ -27,6 +27,7 @@ GROUPS = {
     "scoring": (),
     "sampling": (),
     "interpolation": (),
+    "evaluation": (),
     "training": (),
     "checks": (),
     "output": ("dtype", "latents", "measure", "save_dtype", "shard_size", "vae_latent"),

@@ -27,6 +27,7 @@ JOBS = {
     "generate": "noise -> new images",
     "interpolate": "latents -> the images between them",
     "animate": "write the paths of interpolate as strips and videos",
+    "evaluate": "measure how far generated images are from real ones",
     "train": "train a model on an image collection",
     "convert": "write a model as a checkpoint folder with safetensors",
     "status": "show the progress of a run",

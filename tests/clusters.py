@@ -99,7 +99,8 @@ class RayCluster:
 
     def start(self, *flags):
         """A node; returns its number."""
-        names = ("RAY_ADDRESS", "OMP_NUM_THREADS", "PYTHONPATH", "PALINDROME_TEST_WORKERS")  # workers as Ray starts them
+        # Its workers start as Ray starts them, and not as conftest.py's `forked_workers`.
+        names = ("RAY_ADDRESS", "OMP_NUM_THREADS", "PYTHONPATH", "PALINDROME_TEST_WORKERS")
         environment = {k: v for k, v in os.environ.items() if k not in names} | self.environment
         path = f"{Path(RAY).parent}:{os.environ['PATH']}"  # a job's command begins with `python`
         environment |= {"OMP_NUM_THREADS": "1", "PATH": path, **SOON}

@@ -5,10 +5,11 @@ import gc
 import io
 import os
 import runpy
+import sys
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from hypothesis import settings
@@ -123,11 +124,11 @@ def store(request):
 @pytest.fixture(scope="session")
 def forked_workers():
     """The workers of each Ray that is started from now on by these tests have their imports done: tests/commands.py."""
-    with runpy.run_path(str(Path(__file__).with_name("commands.py")))["Workers"](dict(os.environ)) as workers:
-        with pytest.MonkeyPatch.context() as patch:
-            for name, value in workers.environment.items():
-                patch.setenv(name, value)
-            yield
+    commands = runpy.run_path(str(Path(__file__).with_name("commands.py")))
+    with commands["Workers"](dict(os.environ)) as workers, pytest.MonkeyPatch.context() as patch:
+        for name, value in workers.environment.items():
+            patch.setenv(name, value)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -193,7 +194,9 @@ def run(*arguments):
     return Said(code, out.getvalue(), err.getvalue())
 
 
-COMPUTING = {"encode", "score", "reconstruct", "regenerate", "generate", "interpolate", "sweep", "calibrate"}
+COMPUTING = {
+    *("encode", "score", "evaluate", "reconstruct", "regenerate", "generate", "interpolate", "sweep", "calibrate"),
+}
 ON_RAY = {"--address", "--workers", "--decode", "--gpus-per-worker", "--resources", "--stall"}
 
 
@@ -211,6 +214,53 @@ def palindrome(request):
         return run(command, *arguments, "--inline")
 
     return palindrome
+
+
+@pytest.fixture(scope="session")
+def torch_fidelity():
+    """torch-fidelity, and from then on pytorch-fid. They import torchvision, whose wheel on PyPI is for a torch with
+    CUDA, and transformers can't be imported beside one that fails: an empty one stands in while they are imported, as
+    nothing that is called here needs it."""
+    names = ("torchvision", *(f"torchvision.{name}" for name in ("datasets", "models", "transforms")))
+    empty = {name: ModuleType(name) for name in (*names, "torchvision.transforms.functional")}
+    for name in names[1:]:
+        setattr(empty["torchvision"], name.partition(".")[2], empty[name])
+    empty["torchvision.transforms"].functional = empty["torchvision.transforms.functional"]
+    for name in ("CIFAR10", "CIFAR100", "STL10"):
+        setattr(empty["torchvision.datasets"], name, type(name, (), {}))
+    blocks = {f"Inception{letter}": type(letter, (), {}) for letter in "ACE"}
+    empty["torchvision.models"].inception = SimpleNamespace(**blocks)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, module in empty.items():
+            patch.setitem(sys.modules, name, module)
+        import pytorch_fid.fid_score  # noqa: F401
+        import torch_fidelity
+    return torch_fidelity
+
+
+@pytest.fixture(scope="session")
+def scripted(tmp_path_factory):
+    """A TorchScript file with a small network of 24 features and 10 classes, for images of 32 pixels in [-1, 1]."""
+    import torch
+
+    class Tiny(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = torch.nn.Conv2d(3, 16, 5, 2), torch.nn.Conv2d(16, 24, 3, 2)
+            self.classes = torch.nn.Linear(24, 10)
+
+        def forward(self, x: torch.Tensor):
+            features = torch.relu(self.second(torch.relu(self.first(x)))).mean([2, 3])
+            return features, self.classes(features)
+
+    network, generator = Tiny().eval().requires_grad_(False), torch.Generator().manual_seed(0)
+    for value in network.parameters():
+        scale = (2 / value[0].numel()) ** 0.5 if value.dim() > 1 else 0.1
+        value.copy_(scale * torch.randn(value.shape, generator=generator))
+    network.classes.weight *= 4
+    path = tmp_path_factory.mktemp("features") / "tiny.pt"
+    torch.jit.save(torch.jit.script(network), path)
+    return path
 
 
 @pytest.fixture(scope="session")

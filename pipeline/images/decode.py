@@ -84,8 +84,8 @@ class Preprocess:
     Resized to `size` pixels by `resample`: lanczos, bicubic, bilinear or box as Pillow does it, or area, the mean over
     the area that each new pixel covers (OpenCV's INTER_AREA; box counts a pixel in full or not at all), or openai, as
     guided-diffusion reads its images: halved by box while it is at least twice too large, then bicubic, and cropped
-    last. A file that lacks a part of the picture is a reject, or, where `truncated` is `keep`, what its decoder fills
-    in, as far as that gives any.
+    last. With `size` 0 an image is not made square and keeps its own size. A file that lacks a part of the picture is a
+    reject, or, where `truncated` is `keep`, what its decoder fills in, as far as that gives any.
 
     Before all that, `recompress`, such as jpeg:90, makes a JPEG of the upright RGB picture, with colours at half the
     resolution, and reads that. With `through` the square is first resized to that many pixels, by the same filter.
@@ -259,6 +259,8 @@ def _array(image: PIL.Image, how: Preprocess) -> np.ndarray:
     """RGB or L of any size -> uint8 [size, size, channels]."""
     if how.recompress:
         image = _recompressed(image, int(how.recompress.partition(":")[2]))
+    if not how.size:
+        return np.asarray(image).reshape(image.height, image.width, how.channels)
     if how.through:
         image = _fitted(image, replace(how, size=how.through))
     return np.asarray(_fitted(image, how)).reshape(how.size, how.size, how.channels)

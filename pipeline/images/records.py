@@ -17,7 +17,7 @@ REASONS = {
     "truncated": "the image breaks off",
     "corrupt": "the image could not be decoded",
     "too_large": "the image has more pixels than --max-pixels",
-    "not_finite": "the latent has values that are no numbers, or are infinite",
+    "not_finite": "what was computed of the image has values that are no numbers, or are infinite",
     "no_class": "the image has no class, or one that the model does not know",
     "no_prompt": "the image has no prompt, or one that is no text",
     "no_latent": "the encode run has no latent of that image",

@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from palindrome.pipeline.runs.schemas import (
+    EVALUATED_SCHEMA,
     FRAME_SCHEMA,
     REGENERATED_SCHEMA,
     SWEEP_SCHEMA,
@@ -24,6 +25,7 @@ LATENTS, REJECTS, RECONSTRUCTIONS, IMAGES, SWEPT = "latents", "rejects", "recons
 SCORES = "scores"
 DATA, INDEX = "data", "index"  # folders of export: tars or Parquet files; tables that describe the image files
 PATHS = "paths"  # the folder of animate
+FEATURES, MOMENTS = "features", "moments"  # folders of evaluate
 
 
 class Plan(Enum):
@@ -40,7 +42,7 @@ class Kind:
     """One kind of run: what its folder contains and how to read it."""
 
     name: str
-    """The command that writes it: `job` in run.json."""
+    """The command that writes it, and what it does if that is several things: `job` in run.json."""
     folders: tuple[str, ...]
     """Subfolders with one file per finished unit of work. The first has the shards, if the run has its own plan or
     follows an encode run's."""
@@ -189,6 +191,18 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
                 paths=True,
             ),
             Kind(
+                "evaluate",
+                (FEATURES,),
+                Plan.OWN,
+                ("config", "generated"),
+                manifest_keys=("model_digest", "features", "resize"),
+                schema=lambda _: EVALUATED_SCHEMA,
+                shard_keys=("model_digest", "features", "resize"),
+                row_count="rows",
+                rejects=True,
+            ),
+            Kind("evaluate scores", (), Plan.NONE, ("config", "positive")),
+            Kind(
                 "export",
                 (DATA, INDEX),
                 Plan.EXPORTED,
@@ -216,4 +230,5 @@ SHARDED = _names(lambda kind: kind.plan in (Plan.OWN, Plan.ENCODE))  # supported
 VERIFIED = _names(lambda kind: kind.manifest_keys)
 WITH_REJECTS = _names(lambda kind: kind.rejects)
 WITH_PICTURES = _names(lambda kind: kind.pictures)
+WITH_ROWS = _names(lambda kind: kind.schema)
 WITH_PATHS = _names(lambda kind: kind.paths)

@@ -165,6 +165,27 @@ FRAME_SCHEMA = pa.schema(
     ]
 )
 
+EVALUATED_SCHEMA = pa.schema(
+    [
+        pa.field("image_id", pa.string(), nullable=False),  # real/… or generated/…
+        pa.field("source", pa.string(), nullable=False),
+        ("picture", pa.string()),  # the image_id in the run that it is from, null if from none
+        pa.field("width", pa.int32(), nullable=False),
+        pa.field("height", pa.int32(), nullable=False),
+        pa.field("content_hash", pa.string(), nullable=False),
+        ("entropy", pa.float64()),  # of p(y|x), in nats, null without classes
+    ]
+)
+
+
+def evaluated_schema(dimensions: int | None) -> pa.Schema:
+    """EVALUATED_SCHEMA; with a number of dimensions, the features are a further column."""
+    if dimensions is None:
+        return EVALUATED_SCHEMA
+    features = pa.field("features", pa.fixed_shape_tensor(pa.float32(), (dimensions,)), nullable=False)
+    return pa.schema([*EVALUATED_SCHEMA, features])
+
+
 SWEEP_SCHEMA = pa.schema(
     [
         ("image_id", pa.string()),

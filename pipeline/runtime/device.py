@@ -220,6 +220,16 @@ class Model:
         self._checked(images, (values[0][:, None],))
         return dict(zip(names, values, strict=True))
 
+    def features(self, images: Tensor) -> tuple[Tensor, ...]:
+        """What a network of model.features makes of images [B, 3, S, S] in its range: features, and logits if any."""
+
+        def compute(network: Network, images: Tensor, _: Condition | None) -> tuple[Tensor, ...]:
+            found: Any = network(images)
+            return tuple(found)
+
+        found: tuple[Tensor, ...] = self._on_device(compute, images, None)
+        return found
+
     def decode(self, x: Tensor, levels: Ladder, condition: Condition | None = None) -> Tensor:
         """x at the ladder's top level -> images, about in [-1, 1], by DDIM with eta = 0."""
         return self._decoded(x, levels, condition, lambda state: (self.autoencoder.to_images(state),))[0]

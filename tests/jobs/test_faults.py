@@ -52,9 +52,9 @@ def children(cluster, name):
     session, found = cluster.head_node.get_session_dir_path(), []
     for entry in Path("/proc").iterdir():
         try:
-            if entry.name.isdigit() and (entry / "cmdline").read_bytes().startswith(f"ray::{name}".encode()):
-                if (entry / "fd/1").readlink().is_relative_to(session):
-                    found.append(int(entry.name))
+            at_work = entry.name.isdigit() and (entry / "cmdline").read_bytes().startswith(f"ray::{name}".encode())
+            if at_work and (entry / "fd/1").readlink().is_relative_to(session):
+                found.append(int(entry.name))
         except OSError:
             continue
     return found

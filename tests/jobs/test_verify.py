@@ -73,11 +73,11 @@ def changed(name, row, value):
     return change
 
 
-def latent_with(value):
+def latent_with(value, name="latent"):
     def change(table):
-        latents = table["latent"].combine_chunks().to_numpy_ndarray().copy()
-        latents[1, 2, 3, 4] = value
-        return with_column(table, "latent", pa.FixedShapeTensorArray.from_numpy_ndarray(latents))
+        latents = table[name].combine_chunks().to_numpy_ndarray().copy()
+        latents[(1, 2, 3, 4)[: latents.ndim]] = value
+        return with_column(table, name, pa.FixedShapeTensorArray.from_numpy_ndarray(latents))
 
     return change
 
@@ -335,7 +335,7 @@ def test_a_reconstruction(palindrome, run, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def made(palindrome, model, mixed, whole, read_run, tmp_path_factory):
+def made(palindrome, model, mixed, whole, read_run, scripted, tmp_path_factory):
     """One run of each kind that is sharded, by the name of the job."""
     folder = tmp_path_factory.mktemp("made")
     ids = read_run(whole).ids
@@ -360,6 +360,10 @@ def made(palindrome, model, mixed, whole, read_run, tmp_path_factory):
             folder / "ids.txt",
         ],
         "interpolate": ["--latents", whole, "--pairs", folder / "pairs.csv", "--frames", 5, "--shard-size", 10],
+        "evaluate": [
+            *("--real", mixed, "--generated", folder / "generate", "--features", "tiny", "--input-size", 32),
+            *("--weights", scripted, "--store-features", "--shard-size", 32),
+        ],
     }
     for job, flags in commands.items():
         said = palindrome(job, *flags, "--out", folder / job)
@@ -374,6 +378,7 @@ WELL = {
     "generate": "3 shards, 20 images, 0 rejects: all well\n",
     "regenerate": f"5 shards, {GOOD // 2} latents, 0 rejects: all well\n",
     "interpolate": "2 shards, 15 frames, 1 rejects: all well\n",
+    "evaluate": f"4 shards, {GOOD + 20} images, {BAD} rejects: all well\n",
 }
 
 
@@ -438,6 +443,9 @@ DAMAGE_OF_ONE = [
     ("regenerate", lambda p: rewrite(p, changed("variation", 0, 2)), "^{}: has rows at . steps in variation 2"),
     ("regenerate", lambda p: rewrite(p, schema_says(eta=1)), "^{}: says eta 1, and run.json 0.5"),
     ("interpolate", lambda p: rewrite(p, changed("frame", 0, 3)), "^{}: .* has the path or the frame of another"),
+    ("evaluate", lambda p: rewrite(p, changed("entropy", 0, 2.4)), "^{}: .* has an entropy that no such network has"),
+    ("evaluate", lambda p: rewrite(p, latent_with(np.nan, "features")), "^{}: .* features that are not finite"),
+    ("evaluate", lambda p: (p.parents[1] / f"moments/{p.stem}.npz").unlink(), "^{}: its moments can't be read: FileN"),
 ]  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from palindrome.pipeline.base.threads import in_threads
 from palindrome.pipeline.images.records import REASONS
 from palindrome.pipeline.runs.kinds import KINDS, REJECTS, Kind, setting_name
 from palindrome.pipeline.runs.manifest import Manifest
+from palindrome.pipeline.runs.moments import read_moments
 from palindrome.pipeline.runs.plan import frame_id, ids_of, sample_id
 from palindrome.pipeline.runs.schemas import APART, DTYPES
 from palindrome.pipeline.runs.selection import Selection, listed_ids
@@ -115,6 +116,37 @@ def _score(run: Folder, manifest: Manifest) -> Iterator[Checked]:
         lambda unit, read: _compare_images(kind, unit, read, "it is neither scored nor a reject"),
         kept=tuple(manifest.config["keep"]),
     )
+    return _in_shards(run, OwnPlan(run), wanted)
+
+
+def _evaluate(run: Folder, manifest: Manifest) -> Iterator[Checked]:
+    kind, found = KINDS["evaluate"], manifest.content["features"]
+    stored = manifest.content["stored"]
+
+    def check(batch: pa.RecordBatch) -> Iterator[str]:
+        entropy, ids = _column(batch, "entropy"), batch.column("image_id")
+        most = np.log(found["classes"] or 1) + 1e-9
+        wrong = {"has an entropy that no such network has": ~((entropy >= -1e-9) & (entropy <= most))}
+        yield from _named(ids, wrong if found["classes"] else {"has an entropy": ~_null(batch, "entropy")})
+        if stored:
+            features = batch.column("features")
+            if not isinstance(features.type, pa.FixedShapeTensorType) or features.type.shape != [found["dimensions"]]:
+                yield f"column features is {features.type}, not {found['dimensions']} numbers"
+            else:
+                yield from _named(ids, {"has features that are not finite": ~_finite(features)})
+
+    def compare(unit: Unit, read: Read) -> Iterator[str]:
+        yield from _compare_images(kind, unit, read, "it is neither evaluated nor a reject")
+        try:
+            moments = read_moments(run, unit.name)[0].count
+        except Exception as e:  # damaged files raise errors of many types
+            yield f"its moments can't be read: {one_line(e)}"
+            return
+        if moments != read.counts.get(kind.row_count):
+            yield f"has moments of {moments} images, and its footer says {read.counts.get(kind.row_count)}"
+
+    kept = ("features",) if stored else ()
+    wanted = Wanted(kind, _schema(kind, manifest), expected_metadata(manifest), check, compare, kept=kept)
     return _in_shards(run, OwnPlan(run), wanted)
 
 
@@ -416,6 +448,7 @@ CHECKS: Mapping[str, Callable[[Folder, Manifest], Iterator[Checked]]] = {
     "reconstruct": _reconstruct,
     "sweep": _sweep,
     "score": _score,
+    "evaluate": _evaluate,
     "generate": _generate,
     "regenerate": _regenerate,
     "interpolate": _interpolate,

@@ -18,7 +18,16 @@ from palindrome.pipeline.base.text import duration, printable
 from palindrome.pipeline.images.records import Image, Reject
 from palindrome.pipeline.runs import status as state
 from palindrome.pipeline.runs.entries import entries
-from palindrome.pipeline.runs.kinds import IMAGES, KINDS, LATENTS, RECONSTRUCTIONS, SCORES, SHARDED, SWEPT
+from palindrome.pipeline.runs.kinds import (
+    FEATURES,
+    IMAGES,
+    KINDS,
+    LATENTS,
+    RECONSTRUCTIONS,
+    SCORES,
+    SHARDED,
+    SWEPT,
+)
 from palindrome.pipeline.runs.manifest import open_run
 from palindrome.pipeline.runs.schemas import latent_schema
 from palindrome.pipeline.runs.shards import latent_rows, latent_writer, rejects
@@ -70,9 +79,8 @@ def run(tmp_path):
 
 def test_the_folders_are_those_that_the_jobs_write():
     images = {"generate": IMAGES, "regenerate": IMAGES, "interpolate": IMAGES}
-    assert {"encode": LATENTS, "reconstruct": RECONSTRUCTIONS, "sweep": SWEPT, "score": SCORES, **images} == {
-        name: KINDS[name].folder for name in SHARDED
-    }
+    others = {"encode": LATENTS, "reconstruct": RECONSTRUCTIONS, "sweep": SWEPT, "score": SCORES, "evaluate": FEATURES}
+    assert {**others, **images} == {name: KINDS[name].folder for name in SHARDED}
 
 
 def test_a_run_under_way(run):
