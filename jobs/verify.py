@@ -30,8 +30,8 @@ class VerifyConfig(Options):
     POSITIONAL: ClassVar[frozenset[str]] = frozenset({"run"})
 
     run: str
-    """The run folder of encode, score, reconstruct, sweep, generate, regenerate, interpolate, evaluate or export, a path
-    or an fsspec URI."""
+    """The run folder of encode, score, reconstruct, sweep, generate, regenerate, interpolate, evaluate or export, a
+    path or an fsspec URI."""
     deep: Annotated[int, Range(1)] | None = None
     """For encode runs: also decode this number of latents, spread evenly over the run, on this machine, and compare
     them with the originals."""
