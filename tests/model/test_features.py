@@ -136,7 +136,7 @@ def test_inception_is_torch_fidelity_s(inception):
     assert (mine.size, mine.dimensions, mine.classes) == (299, 2048, 1008)
     images = np.random.default_rng(0).integers(0, 256, (2, 40, 32, 3), np.uint8)
     expected = theirs(torch.from_numpy(images).permute(0, 3, 1, 2))
-    found = mine.denoiser()(resized(list(images), 299, TENSORFLOW, RANGES[TENSORFLOW]))
+    found = mine._network().eval()(resized(list(images), 299, TENSORFLOW, RANGES[TENSORFLOW]))
     for mine_, wanted in zip(found, expected, strict=True):
         assert float((mine_ - wanted).abs().max()) < 1e-5 * float(wanted.abs().max())
 

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import mannwhitneyu, norm
 from sklearn.metrics import average_precision_score, roc_auc_score
@@ -21,6 +21,7 @@ def scores(values, **files):
     return Scores(run, None, [str(i) for i in range(count)], ["s"] * count, values, files)
 
 
+@settings(max_examples=40)
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 6)), min_size=2, max_size=40))
 def test_measures_are_scikit_learn_s_also_of_ties(rows):
     label, values = (np.array(part) for part in zip(*rows, strict=True))
