@@ -120,7 +120,7 @@ def test_the_jobs_that_read_images_take_the_same_flags(palindrome, job):
     text = " ".join(palindrome(job, "--help").out.split())
     for words in (
         "--fit {crop,pad}",
-        "--resample {lanczos,bicubic,box,area}",
+        "--resample {lanczos,bicubic,bilinear,box,area,openai}",
         "(default: 255 255 255)",
         "--max-pixels",
     ):
