@@ -42,6 +42,7 @@ SLOW = [
         "jobs/test_encode.py",
         "model/families/test_edm.py",
         "jobs/test_latent.py",
+        "jobs/test_score.py",
         "jobs/test_sweep.py",
         "jobs/test_precision.py",
     ),

@@ -115,12 +115,12 @@ def test_a_run_of_an_earlier_version_goes_on(palindrome, odd, model, tmp_path):
     assert palindrome("verify", tmp_path, "--deep", 6).code == 0
 
 
-@pytest.mark.parametrize("job", ["encode", "sweep", "calibrate", "train"])
+@pytest.mark.parametrize("job", ["encode", "score", "sweep", "calibrate", "train"])
 def test_the_jobs_that_read_images_take_the_same_flags(palindrome, job):
     text = " ".join(palindrome(job, "--help").out.split())
     for words in (
         "--fit {crop,pad}",
-        "--resample {lanczos,bicubic,box,area}",
+        "--resample {lanczos,bicubic,bilinear,box,area,openai}",
         "(default: 255 255 255)",
         "--max-pixels",
     ):
