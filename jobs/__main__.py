@@ -1,7 +1,6 @@
 """The command line: `palindrome COMMAND --flags`, or `python -m palindrome COMMAND --flags`."""
 
 import atexit
-import gc
 import importlib
 import os
 import signal
@@ -29,12 +28,31 @@ class Terminated(KeyboardInterrupt):
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command. Exit codes: 0 success; 1 the run failed; 2 the command is invalid; 130 SIGINT; 143 SIGTERM."""
-    argv = sys.argv[1:] if arguments is None else arguments
-    if arguments is None:
-        _spare_loopback()
-        _use_utf8()
-        _hide_options(argv)
-        atexit.register(gc.freeze)  # no garbage collection at exit, as the process ends anyway
+    if arguments is not None:
+        return _logged(arguments)
+    argv, ended = sys.argv[1:], list[int]()
+    _spare_loopback()
+    _use_utf8()
+    _hide_options(argv)
+    atexit.register(_leave, ended)
+    ended.append(_logged(argv))
+    return ended[0]
+
+
+def _leave(ended: list[int]) -> None:
+    """Ends the process with this exit code, once all else that is to be done at its end is. Python would go on to take
+    itself apart, during which a thread of Arrow's that still holds a file may abort it (apache/arrow#34314): a run that
+    is complete would exit with 134."""
+    try:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+    except (AttributeError, OSError):  # closed: Python says so, and has an exit code for it
+        return
+    if ended:
+        os._exit(ended[0])
+
+
+def _logged(argv: list[str]) -> int:
     try:
         as_json = logs_json(argv, sys.stdout.isatty())
     except ConfigError as e:

@@ -264,6 +264,26 @@ def run(palindrome, pictures, model, tmp_path_factory):
     return command
 
 
+def test_what_fails_as_python_takes_itself_apart_is_not_the_command_s(run, tmp_path):
+    """Threads of Arrow's have ended processes so, after a run was found to be well: apache/arrow#34314."""
+    script = """
+import os, sys
+from palindrome.jobs.__main__ import main
+
+class Late:
+    def __del__(self, abort=os.abort):
+        abort()
+
+sys.late = Late()
+sys.argv[1:] = ["verify", sys.argv[1]]
+sys.exit(main())
+"""
+    command = [sys.executable, "-c", script, str(run[run.index("--out") + 1])]
+    said = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert (said.returncode, said.stderr) == (0, "")
+    assert "all well" in said.stdout
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
