@@ -132,6 +132,13 @@ def forked_workers():
         yield
 
 
+@pytest.fixture
+def workers_as_started(monkeypatch):
+    """A Ray that is started in the test starts its workers by itself, whatever tests came before."""
+    for name in ("PYTHONPATH", "PALINDROME_TEST_WORKERS"):
+        monkeypatch.delenv(name, raising=False)
+
+
 @pytest.fixture(scope="session")
 def ray_here(forked_workers):
     """The address of one Ray on this machine for all tests, without GPUs; a job called in this process runs on it. It

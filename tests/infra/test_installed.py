@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.usefixtures("workers_as_started")
 HOSTILE = ["model.py", "jobs.py", "infra.py", "api.py", "pipeline/__init__.py", "palindrome/pipeline/base/errors.py"]
 LIBRARIES = ["torch.py", "numpy.py", "pyarrow.py", "queue.py"]
 

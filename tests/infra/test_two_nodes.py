@@ -14,6 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "infra/two-nodes.sh"
+pytestmark = pytest.mark.usefixtures("workers_as_started")
 
 # In the cluster, after the encode: the folder of its nodes, their addresses, and what a wrong token is worth.
 LOOK = r"""
