@@ -16,6 +16,7 @@ from palindrome.pipeline.runtime.actor import ShardActor
 from palindrome.pipeline.runtime.device import SWITCH_INTERVAL
 
 ROOT = Path(__file__).parents[3]
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's workers can't import a test module
 
 
 @dataclass(frozen=True)
