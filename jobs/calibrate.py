@@ -15,6 +15,7 @@ from palindrome.jobs.config import (
     LatentEncodingOptions,
     PictureOptions,
     Planned,
+    open_model,
 )
 from palindrome.jobs.estimate import executor_of
 from palindrome.model.families import Checkpoint
@@ -26,7 +27,6 @@ from palindrome.pipeline.images.metrics import round_trip_error, statistics, to_
 from palindrome.pipeline.images.read import first_images
 from palindrome.pipeline.images.sources import open_collection
 from palindrome.pipeline.runs.ladders import KINDS, ladder_of_kind
-from palindrome.pipeline.runs.models import load_model
 from palindrome.pipeline.runtime.device import Model, tune_process
 from palindrome.pipeline.storage.folder import absolute, file_at
 
@@ -66,12 +66,7 @@ def run(config: CalibrateConfig) -> int:
     """Writes the ladder and returns the exit code."""
     if not config.out.endswith(".json"):
         raise ConfigError(f"--out: {config.out} does not end in .json, by which --ladder recognises a ladder file")
-    with config_error("--model"):
-        _, model = load_model(config.model, config.allow_pickle)
-    model = config.fitted(model)
-    with config_error("--model"):
-        how = config.preprocess(model.image_shape)
-    model = config.conditioned(model)
+    _, model, how = open_model(config)
     process = model.process
     top = default_top(process, config.steps) if config.top is None else config.top
     with config_error("--steps" if config.top is None else "--top"):

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol
 
 from palindrome.jobs.arguments import ConfigError, Options, Range, config_error, flag_of
 from palindrome.pipeline.base.errors import SourceError
@@ -503,3 +503,27 @@ class PictureOptions(Options):
         red, green, blue = self.background
         background = (red, green, blue)
         return Preprocess(size, channels, self.max_pixels, background, self.resample, self.fit, self.truncated)
+
+
+class ModelOfImages(Protocol):
+    """A config with LatentOptions, PictureOptions, ConditionOptions and a model."""
+
+    @property
+    def model(self) -> str: ...
+    @property
+    def allow_pickle(self) -> bool: ...
+    def fitted(self, model: "Checkpoint") -> "Checkpoint": ...
+    def preprocess(self, shape: tuple[int, int, int]) -> "Preprocess": ...
+    def conditioned(self, model: "Checkpoint") -> "Checkpoint": ...
+
+
+def open_model(config: ModelOfImages) -> tuple[str, "Checkpoint", "Preprocess"]:
+    """Where the model is, the model as the flags want it, and how images are made ready for it. Raises ConfigError."""
+    from palindrome.pipeline.runs.models import load_model  # imports torch
+
+    with config_error("--model"):
+        where, model = load_model(config.model, config.allow_pickle)
+    model = config.fitted(model)
+    with config_error("--model"):
+        how = config.preprocess(model.image_shape)
+    return where, config.conditioned(model), how

@@ -1,7 +1,7 @@
 """palindrome encode: images -> latents in Parquet, by DDIM inversion."""
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -12,25 +12,23 @@ from palindrome.jobs.config import (
     LatentEncodingOptions,
     PictureOptions,
     WholeCollectionConfig,
+    open_model,
 )
-from palindrome.jobs.sharded import Remaining, ShardedJob, plan_collection, remaining_shards, run_sharded
+from palindrome.jobs.sharded import Remaining, ShardedJob, exit_code, plan_collection, print_rejects, run_sharded
 from palindrome.model.execution import FLOAT32, Execution
 from palindrome.model.families import Checkpoint
 from palindrome.pipeline.base.text import figure
 from palindrome.pipeline.images.decode import Preprocess
 from palindrome.pipeline.images.read import first_images
-from palindrome.pipeline.images.records import REASONS
 from palindrome.pipeline.images.sources import Collection, open_collection
 from palindrome.pipeline.runs.inversion import Inversion
-from palindrome.pipeline.runs.kinds import REJECTS
+from palindrome.pipeline.runs.kinds import LATENTS
 from palindrome.pipeline.runs.ladders import KINDS, resolve
 from palindrome.pipeline.runs.manifest import earlier_manifest, note, read_manifest
-from palindrome.pipeline.runs.models import load_model
 from palindrome.pipeline.runs.outcome import Failure
 from palindrome.pipeline.runs.plan import Totals
 from palindrome.pipeline.runs.schemas import DTYPES, LATENT_COLUMNS
-from palindrome.pipeline.runs.shards import committed
-from palindrome.pipeline.runs.summary import apart_words, latents_summary, put_summary, rejects_by_reason
+from palindrome.pipeline.runs.summary import apart_words, latents_summary, put_summary
 from palindrome.pipeline.runtime.executor import Executor
 from palindrome.pipeline.runtime.precision import MIN_IMAGES_FOR_TRIAL, TRIAL_IMAGES, try_precisions
 from palindrome.pipeline.runtime.progress import Budget
@@ -86,12 +84,7 @@ def run(config: EncodeConfig) -> int:
         uri = absolute(config.images)
         keep = config.with_columns(config.keep)
         collection = open_collection(uri, keep=keep, reserved=LATENT_COLUMNS, **config.reading())
-    with config_error("--model"):
-        where, model = load_model(config.model, config.allow_pickle)
-    model = config.fitted(model)
-    with config_error("--model"):
-        how = config.preprocess(model.image_shape)
-    model = config.conditioned(model)
+    where, model, how = open_model(config)
     with config_error("--out"):
         earlier = earlier_manifest(Folder(absolute(config.out)), "encode")
     if earlier:
@@ -115,13 +108,8 @@ def run(config: EncodeConfig) -> int:
 
     def plan(out: Folder) -> Remaining:
         nonlocal totals, done
-        with config_error("--images"):
-            totals = plan_collection(out, collection, config.shard_size, config.limit, config.relist)
-        done = committed(out) - (committed(out, REJECTS) if config.retry_rejects else set())
-        remaining = remaining_shards(out, totals, done)
-        print(f"{totals.images} images in {totals.shards} shards, {remaining.left} to encode", flush=True)
-        if config.max_reject_fraction < 1:
-            remaining = replace(remaining, rejects=sum(rejects_by_reason(out, done).values()))
+        remaining, done = plan_collection(config, out, collection, LATENTS, "encode")
+        totals = remaining.totals
         return remaining
 
     def precision(executor: Executor, resources: Resources, batch_size: int) -> str:
@@ -138,12 +126,11 @@ def run(config: EncodeConfig) -> int:
         put_summary(out, summary, failures)
         return _conclude(config, summary, budget.exceeded(len(failures), summary["rejects"], totals.images))
 
-    source = {"uri": collection.uri, "kind": collection.kind, "image_column": collection.image_column}
     job = ShardedJob(
         name="encode",
         model=model,
         settings={"images": uri, "model": where, "steps": inversion.steps, "keep": keep},
-        facts={**facts, "collection": source},
+        facts={**facts, "collection": collection.record()},
         plan=plan,
         evaluations=inversion.nfe_up + inversion.steps * measured,
         written=prod(model.latent_shape) * DTYPES[config.dtype].byte_width * (1 + config.vae_latent),
@@ -217,10 +204,7 @@ def _tolerance(config: EncodeConfig) -> tuple[float, bool]:
 
 def _conclude(config: EncodeConfig, summary: dict[str, Any], exceeded: str | None) -> int:
     print(f"{summary['latents']} latents and {summary['rejects']} rejects in {config.out}")
-    for reason, count in summary["rejects_by_reason"].items():
-        print(f"  {count} rejected as {reason}: {REASONS[reason]}")
-    if cut := summary.get("prompts_cut"):
-        print(f"{cut} prompts are longer than the model can be told, and were cut", file=sys.stderr)
+    print_rejects(summary)
     if "round_trip" in summary and summary["latents"]:
         measured = summary["round_trip"]
         if measured["not_finite"]:
@@ -233,10 +217,4 @@ def _conclude(config: EncodeConfig, summary: dict[str, Any], exceeded: str | Non
             print(words)
         if config.tolerance == "exact" and measured["not_identical"]:
             print(f"not identical: {', '.join(measured['not_identical_ids'])}", file=sys.stderr)
-    if exceeded:
-        print(f"aborted: {exceeded}", file=sys.stderr)
-        return 1
-    if not summary["latents"]:
-        print("no image could be encoded", file=sys.stderr)
-        return 1
-    return 0
+    return exit_code(summary["latents"], "encoded", exceeded)

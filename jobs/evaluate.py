@@ -86,15 +86,9 @@ class EvaluateConfig(ReadingConfig):
     palindrome evaluate --positive runs/a --negative runs/b --column mse residual --lower mse --out runs/by-error
     """
 
+    # What is computed at the end, of what is stored, may change.
     MUTABLE: ClassVar[frozenset[str]] = ReadingConfig.MUTABLE | {
-        *(
-            "weights",
-            "metrics",
-            "subsets",
-            "subset_size",
-            "neighbours",
-            "seed",
-        ),  # computed at the end of what is stored
+        *("weights", "metrics", "subsets", "subset_size", "neighbours", "seed"),
     }
 
     real: str | None = None
@@ -310,8 +304,7 @@ def _about(name: str) -> Iterator[None]:
 
 
 def _described(pictures: Pictures) -> dict[str, Any]:
-    found = pictures.collection
-    return {"uri": found.uri, "kind": found.kind, "image_column": found.image_column, "how": pictures.how.record()}
+    return {**pictures.collection.record(), "how": pictures.how.record()}
 
 
 def _plan(out: Folder, sets: dict[str, Pictures], config: EvaluateConfig) -> Totals:
@@ -340,7 +333,8 @@ def _finish(
 ) -> int:
     found = {name: moments_of(out, name, network.dimensions) for name in sets}
     few = [name for name, (moments, _) in found.items() if moments.count < 2]
-    rejects = rejects_by_reason(out, committed(out, FEATURES))
+    shards = committed(out, FEATURES)
+    rejects = rejects_by_reason(out, shards)
     if reference is None and "real" not in few:
         real = found["real"][0]
         reference = Reference(real.mean, real.covariance, real.count)
@@ -356,8 +350,7 @@ def _finish(
             results += more
     counts = {"real": reference.count if reference else 0, "generated": found["generated"][0].count}
     of = {"features": network.name, "weights": network.digest, "resize": config.resize, **counts}
-    shards = sum(1 for _ in committed(out, FEATURES))
-    summary = {"shards": shards, **of, "dimensions": network.dimensions, "rejects_by_reason": rejects}
+    summary = {"shards": len(shards), **of, "dimensions": network.dimensions, "rejects_by_reason": rejects}
     put_summary(out, {**summary, "metrics": [vars(result) for result in results]}, failures)
     put_report(out, {name: str(getattr(config, name)) for name in SETS}, of, results, rejects, sets, near)
     return _conclude(config, results, of, rejects, few, network)

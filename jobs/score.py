@@ -12,21 +12,19 @@ from palindrome.jobs.config import (
     LatentOptions,
     PictureOptions,
     WholeCollectionConfig,
+    open_model,
 )
-from palindrome.jobs.sharded import Remaining, ShardedJob, plan_collection, remaining_shards, run_sharded
+from palindrome.jobs.sharded import Remaining, ShardedJob, exit_code, plan_collection, print_rejects, run_sharded
 from palindrome.model.execution import Execution
 from palindrome.pipeline.base.text import figure
-from palindrome.pipeline.images.records import REASONS
 from palindrome.pipeline.images.sources import open_collection
 from palindrome.pipeline.reports.scores import put_report
-from palindrome.pipeline.runs.kinds import REJECTS, SCORES
+from palindrome.pipeline.runs.kinds import SCORES
 from palindrome.pipeline.runs.manifest import earlier_manifest
-from palindrome.pipeline.runs.models import load_model
 from palindrome.pipeline.runs.outcome import Failure
 from palindrome.pipeline.runs.plan import Totals
 from palindrome.pipeline.runs.scores import METHODS, Method, score_schema, scores_of
-from palindrome.pipeline.runs.shards import committed
-from palindrome.pipeline.runs.summary import put_summary, read_scores, rejects_by_reason, scores_summary
+from palindrome.pipeline.runs.summary import put_summary, read_scores, scores_summary
 from palindrome.pipeline.runtime.progress import Budget
 from palindrome.pipeline.runtime.reader import Reader
 from palindrome.pipeline.runtime.scheduler import Resources
@@ -86,14 +84,9 @@ def run(config: ScoreConfig) -> int:
         uri = absolute(config.images)
         keep = config.with_columns(config.keep)
         collection = open_collection(uri, keep=keep, reserved=reserved, **config.reading())
-    with config_error("--model"):
-        where, model = load_model(config.model, config.allow_pickle)
-    model = config.fitted(model)
-    with config_error("--model"):
-        how = config.preprocess(model.image_shape)
+    where, model, how = open_model(config)
     with config_error("--recompress"):
         how = replace(how, recompress=config.recompress, through=config.through)
-    model = config.conditioned(model)
     with config_error("--out"):
         earlier = earlier_manifest(Folder(absolute(config.out)), "score")
     if earlier:
@@ -113,17 +106,12 @@ def run(config: ScoreConfig) -> int:
 
     def plan(out: Folder) -> Remaining:
         nonlocal totals
-        with config_error("--images"):
-            totals = plan_collection(out, collection, config.shard_size, config.limit, config.relist)
-        done = committed(out, SCORES) - (committed(out, REJECTS) if config.retry_rejects else set())
-        remaining = remaining_shards(out, totals, done)
-        print(f"{totals.images} images in {totals.shards} shards, {remaining.left} to score", flush=True)
-        if config.max_reject_fraction < 1:
-            remaining = replace(remaining, rejects=sum(rejects_by_reason(out, done).values()))
+        remaining, _ = plan_collection(config, out, collection, SCORES, "score")
+        totals = remaining.totals
         return remaining
 
     def work(out: Folder, resources: Resources, execution: Execution) -> Score:
-        reader = Reader(collection, how, execution.batch_size, resources.decode_in_tasks)
+        reader = Reader(collection, how, execution.batch_size, resources.decode_in_tasks, containers=True)
         about = {**facts, "precision": execution.precision}
         return Score(out, reader, measures, config.maps, config.latents, about, config.retry_rejects)
 
@@ -145,10 +133,7 @@ def run(config: ScoreConfig) -> int:
         name="score",
         model=model,
         settings={"images": uri, "model": where, "keep": keep, "method": [method.name for method in methods]},
-        facts={
-            **facts,
-            "collection": {"uri": collection.uri, "kind": collection.kind, "image_column": collection.image_column},
-        },
+        facts={**facts, "collection": collection.record()},
         plan=plan,
         evaluations=sum(measure.evaluations for measure in measures),
         written=_written(config, methods, model.image_shape, model.latent_shape),
@@ -180,10 +165,7 @@ def _written(config: ScoreConfig, methods: list[Method], image: tuple[int, ...],
 
 def _conclude(config: ScoreConfig, summary: dict[str, Any], exceeded: str | None) -> int:
     print(f"{summary['scored']} images scored and {summary['rejects']} rejects in {config.out}")
-    for reason, count in summary["rejects_by_reason"].items():
-        print(f"  {count} rejected as {reason}: {REASONS[reason]}")
-    if cut := summary.get("prompts_cut"):
-        print(f"{cut} prompts are longer than the model can be told, and were cut", file=sys.stderr)
+    print_rejects(summary)
     for name, found in summary["scores"].items():
         if found["count"]:
             mean, std = figure(found["mean"]), figure(found["std"])
@@ -191,10 +173,4 @@ def _conclude(config: ScoreConfig, summary: dict[str, Any], exceeded: str | None
     print(f"report: {config.out}/report.html")
     if "dire-exact" in config.method:
         print(EXACT, file=sys.stderr)
-    if exceeded:
-        print(f"aborted: {exceeded}", file=sys.stderr)
-        return 1
-    if not summary["scored"]:
-        print("no image could be scored", file=sys.stderr)
-        return 1
-    return 0
+    return exit_code(summary["scored"], "scored", exceeded)

@@ -2,19 +2,23 @@
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from palindrome.jobs.config import ShardedConfig
+from palindrome.jobs.arguments import config_error
+from palindrome.jobs.config import ShardedConfig, WholeCollectionConfig
 from palindrome.jobs.estimate import Cost, prepared
 from palindrome.jobs.holding import hold_run
 from palindrome.model.execution import Execution
 from palindrome.model.families import Checkpoint
-from palindrome.pipeline.images.records import Shard
+from palindrome.pipeline.images.records import REASONS, Shard
 from palindrome.pipeline.images.sources import Collection
 from palindrome.pipeline.runs.encoded import EncodeRun
+from palindrome.pipeline.runs.kinds import REJECTS
 from palindrome.pipeline.runs.outcome import Failure
 from palindrome.pipeline.runs.plan import Totals, extend_plan, plan_totals, read_plan, write_plan
+from palindrome.pipeline.runs.shards import committed
+from palindrome.pipeline.runs.summary import rejects_by_reason
 from palindrome.pipeline.runtime.actor import Work
 from palindrome.pipeline.runtime.executor import Executor
 from palindrome.pipeline.runtime.progress import Budget, Progress, follow
@@ -85,15 +89,30 @@ def run_sharded(config: ShardedConfig, job: ShardedJob) -> int:
     return 1 if len(failures) > job.budget.tolerated else code
 
 
-def plan_collection(out: Folder, collection: Collection, shard_size: int, limit: int | None, relist: bool) -> Totals:
-    """Makes the plan of a run over a collection; or with `relist` extends an earlier one by new images, and prints what
-    changed. Not if it has a limit: the run keeps to its first listing."""
+def plan_collection(
+    config: WholeCollectionConfig, out: Folder, collection: Collection, below: str, verb: str
+) -> tuple[Remaining, set[str]]:
+    """What is left of a run over a collection, which it prints, and the shards that are done: those in the folder
+    `below`. Raises ConfigError."""
+    with config_error("--images"):
+        totals = _planned(config, out, collection)
+    done = committed(out, below) - (committed(out, REJECTS) if config.retry_rejects else set())
+    remaining = remaining_shards(out, totals, done)
+    print(f"{totals.images} images in {totals.shards} shards, {remaining.left} to {verb}", flush=True)
+    if config.max_reject_fraction < 1:
+        remaining = replace(remaining, rejects=sum(rejects_by_reason(out, done).values()))
+    return remaining, done
+
+
+def _planned(config: WholeCollectionConfig, out: Folder, collection: Collection) -> Totals:
+    """Makes the plan; or extends an earlier one by new images, and prints what changed, unless the run keeps to its
+    first listing."""
     totals = plan_totals(out)
     if totals is None:
-        return write_plan(out, collection, shard_size, limit)
-    if not relist or limit is not None:
+        return write_plan(out, collection, config.shard_size, config.limit)
+    if not config.relist or config.limit is not None:
         return totals
-    totals, changes = extend_plan(out, collection, shard_size)
+    totals, changes = extend_plan(out, collection, config.shard_size)
     if changes.added:
         print(f"{changes.added} images are new")
     if changes.changed or changes.removed:
@@ -104,6 +123,23 @@ def plan_collection(out: Folder, collection: Collection, shard_size: int, limit:
             file=sys.stderr,
         )
     return totals
+
+
+def print_rejects(summary: Mapping[str, Any]) -> None:
+    for reason, count in summary["rejects_by_reason"].items():
+        print(f"  {count} rejected as {reason}: {REASONS[reason]}")
+    if cut := summary.get("prompts_cut"):
+        print(f"{cut} prompts are longer than the model can be told, and were cut", file=sys.stderr)
+
+
+def exit_code(rows: int, verb: str, exceeded: str | None) -> int:
+    """Of a run over a collection, apart from failed shards: why the budget is `exceeded`, if it is, and whether any
+    image could be used are said."""
+    if exceeded:
+        print(f"aborted: {exceeded}", file=sys.stderr)
+    elif not rows:
+        print(f"no image could be {verb}", file=sys.stderr)
+    return 1 if exceeded or not rows else 0
 
 
 def remaining_shards(out: Folder, totals: Totals, done: set[str]) -> Remaining:

@@ -14,6 +14,7 @@ from palindrome.jobs.config import (
     LatentEncodingOptions,
     PictureOptions,
     ReadingConfig,
+    open_model,
 )
 from palindrome.jobs.sharded import Remaining, ShardedJob, run_sharded
 from palindrome.model.execution import Execution
@@ -26,7 +27,6 @@ from palindrome.pipeline.runs.inversion import Inversion
 from palindrome.pipeline.runs.kinds import SWEPT
 from palindrome.pipeline.runs.ladders import KINDS, NAMED, resolve
 from palindrome.pipeline.runs.manifest import earlier_manifest
-from palindrome.pipeline.runs.models import load_model
 from palindrome.pipeline.runs.outcome import Failure
 from palindrome.pipeline.runs.plan import Totals, plan_totals, read_plan, write_plan
 from palindrome.pipeline.runs.shards import committed
@@ -86,12 +86,7 @@ def run(config: SweepConfig) -> int:
     with config_error("--images"), config.column_error():
         uri = absolute(config.images)
         collection = open_collection(uri, keep=config.with_columns(()), **config.reading())
-    with config_error("--model"):
-        where, model = load_model(config.model, config.allow_pickle)
-    model = config.fitted(model)
-    with config_error("--model"):
-        how = config.preprocess(model.image_shape)
-    model = config.conditioned(model)
+    where, model, how = open_model(config)
     with config_error("--out"):
         earlier = earlier_manifest(Folder(absolute(config.out)), "sweep")
     # Sweeps of versions before go on to 0.8 of the timesteps.
@@ -126,7 +121,6 @@ def run(config: SweepConfig) -> int:
         put_report(out, described, rows, rejects)
         return _conclude(config, rows, rejects)
 
-    source = {"uri": collection.uri, "kind": collection.kind, "image_column": collection.image_column}
     job = ShardedJob(
         name="sweep",
         model=model,
@@ -136,7 +130,7 @@ def run(config: SweepConfig) -> int:
             "top_log_snr": top_log_snr,
             **model.told(),
             "preprocess": how.record(),
-            "collection": source,
+            "collection": collection.record(),
         },
         plan=plan,
         evaluations=sum(setting.most_nfe for setting in settings) / len(settings),

@@ -4,6 +4,7 @@ Where real images are JPEGs and generated ones PNGs, what tells them apart may b
 """
 
 import re
+from functools import lru_cache
 
 import numpy as np
 
@@ -57,9 +58,13 @@ def jpeg_quality(data: bytes) -> int | None:
     for segment in segments(data, 0):
         if segment.code == TABLES:
             wide = data[segment.body : segment.body + 1] >= b"\x10"  # 16 bits a value
-            table = data[segment.body + 1 : segment.end][: 64 << wide]
-            if len(table) != 64 << wide:
-                return None
-            values = np.frombuffer(table, ">u2" if wide else "u1").astype(np.int64)
-            return int(np.abs(AT_QUALITY - values).sum(1).argmin()) + 1
+            return _nearest(data[segment.body + 1 : segment.end][: 64 << wide], wide)
     return None
+
+
+@lru_cache(1024)  # a collection's files are made by few programs, and this took longer than the rest of a small one
+def _nearest(table: bytes, wide: bool) -> int | None:
+    if len(table) != 64 << wide:
+        return None
+    values = np.frombuffer(table, ">u2" if wide else "u1").astype(np.int64)
+    return int(np.abs(AT_QUALITY - values).sum(1).argmin()) + 1

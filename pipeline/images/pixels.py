@@ -2,8 +2,10 @@
 
 import io
 import math
+import re
 import zlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image as PIL
@@ -21,6 +23,11 @@ def png(pixels: np.ndarray) -> bytes:
     content = io.BytesIO()
     to_pillow(pixels).save(content, "PNG")
     return content.getvalue()
+
+
+def picture(image_id: str, pixels: np.ndarray) -> dict[str, Any]:
+    """uint8 [H, W, C] -> the value of a column of pictures: a PNG, and the name of a file for it."""
+    return {"bytes": png(pixels), "path": re.sub(r"[^\w.-]+", "_", image_id).strip(".") + ".png"}
 
 
 def pixels_of(content: bytes) -> np.ndarray:

@@ -76,7 +76,7 @@ class Reject:
 class Image:
     """A decoded image: `pixels` uint8 [H, W, C] after preprocessing, `width` and `height` (pixels) before it,
     `content_hash` the sha256 of the file's bytes, `kept` the columns that the user asked to keep; `container` and
-    `jpeg_quality` as images.container says them."""
+    `jpeg_quality` as images.container says them, where they were asked for."""
 
     image_id: str
     source: str
@@ -87,6 +87,10 @@ class Image:
     pixels: np.ndarray
     container: str | None = None
     jpeg_quality: int | None = None
+
+
+def not_finite(image: Image, detail: str = REASONS["not_finite"]) -> Reject:
+    return Reject(image.image_id, image.source, "not_finite", detail)
 
 
 def pack(pieces: Iterable[Piece], shard_size: int, limit: int | None = None) -> Iterator[tuple[Piece, ...]]:

@@ -8,14 +8,13 @@ import numpy as np
 from markupsafe import Markup
 
 from palindrome.pipeline.images.decode import Preprocess
-from palindrome.pipeline.images.read import read_batches
 from palindrome.pipeline.images.sources import Collection
 from palindrome.pipeline.reports.charts import LIGHT, inline, new_figure, styled, to_svg
+from palindrome.pipeline.reports.comparison import read_originals
 from palindrome.pipeline.reports.evaluation import picture_of
 from palindrome.pipeline.reports.page import put_page
 from palindrome.pipeline.reports.sweep import as_csv
 from palindrome.pipeline.runs.detection import MEASURES, Scores, Separation
-from palindrome.pipeline.runs.plan import read_plan
 from palindrome.pipeline.storage.folder import Folder
 
 NAMES = dict(zip(MEASURES, ("AUROC", "AP", "TPR at 1 % FPR", "TPR at 5 % FPR", "ASR"), strict=True))
@@ -104,11 +103,4 @@ def _read(scores: Scores, rows: np.ndarray) -> dict[str, np.ndarray]:
     wanted: dict[str, set[str]] = defaultdict(set)
     for i in rows:
         wanted[scores.shards[i].partition("-")[0]].add(scores.ids[i])
-    found: dict[str, np.ndarray] = {}
-    for shard in read_plan(scores.run):
-        ids = wanted.get(shard.name, set())
-        for batch in read_batches(collection, shard, how, 64) if ids else ():
-            found |= {image.image_id: image.pixels for image in batch.images if image.image_id in ids}
-            if ids <= found.keys():
-                break
-    return found
+    return read_originals(scores.run, collection, how, wanted)

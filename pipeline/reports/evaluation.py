@@ -8,13 +8,12 @@ import numpy as np
 import pyarrow as pa
 
 from palindrome.pipeline.images.distances import Neighbours
-from palindrome.pipeline.images.read import read_batches
+from palindrome.pipeline.reports.comparison import read_originals
 from palindrome.pipeline.reports.page import put_page
 from palindrome.pipeline.reports.sweep import as_csv
 from palindrome.pipeline.runs.kinds import FEATURES
-from palindrome.pipeline.runs.moments import done, set_of
+from palindrome.pipeline.runs.moments import done
 from palindrome.pipeline.runs.pictures import Pictures
-from palindrome.pipeline.runs.plan import read_plan
 from palindrome.pipeline.storage.folder import Folder
 
 SHOWN = 12  # pictures under each heading
@@ -101,26 +100,15 @@ def _by_entropy(run: Folder) -> dict[str, list[_Card]]:
 def _read(run: Folder, sets: Mapping[str, Pictures], wanted: set[str]) -> dict[str, np.ndarray]:
     """Pictures, uint8 [H, W, C], by id, read again; without those that no longer exist."""
     found: dict[str, np.ndarray] = {}
-    shards = _shards_of(run, wanted)
-    for shard in read_plan(run) if wanted else ():
-        pictures = sets.get(set_of(shard))
-        if shard.name not in shards or pictures is None:
-            continue
-        for batch in read_batches(pictures.collection, shard, pictures.how, 64):
-            found |= {image.image_id: image.pixels for image in batch.images if image.image_id in wanted}
+    for which, pictures in sets.items() if wanted else ():
+        found |= read_originals(run, pictures.collection, pictures.how, _shards_of(run, which, wanted))
     return found
 
 
-def _shards_of(run: Folder, wanted: set[str]) -> set[str]:
-    """The shards that have one of the images."""
-    ids = pa.array(sorted(wanted), pa.string())
-    found = set()
-    for which in ("real", "generated"):
-        for shard in done(run, which):
-            column = run.read_parquet(f"{FEATURES}/{shard}.parquet", ["image_id"])["image_id"]
-            if pa.compute.any(pa.compute.is_in(column, ids)).as_py():
-                found.add(shard)
-    return found
+def _shards_of(run: Folder, which: str, wanted: set[str]) -> dict[str, set[str]]:
+    """Those of the wanted images that each shard of a set has."""
+    ids = {s: run.read_parquet(f"{FEATURES}/{s}.parquet", ["image_id"])["image_id"] for s in done(run, which)}
+    return {shard: wanted.intersection(column.to_pylist()) for shard, column in ids.items()}
 
 
 def picture_of(pixels: np.ndarray) -> dict[str, Any]:

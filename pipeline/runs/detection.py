@@ -11,10 +11,11 @@ import pyarrow.compute as pc
 
 from palindrome.pipeline.base.errors import ManifestError, SettingError
 from palindrome.pipeline.runs.manifest import Manifest
+from palindrome.pipeline.runs.scores import DIFFPATH_SUMS, METHODS
 from palindrome.pipeline.runs.shards import committed
 from palindrome.pipeline.storage.folder import Folder
 
-DIFFPATH = tuple(f"diffpath_{name}{power}" for name in ("eps_sum", "deps_dt") for power in ("", "_sq", "_cb"))
+DIFFPATH = tuple(f"{METHODS['diffpath'].prefix}{name}" for name in DIFFPATH_SUMS)
 ABOUT_FILES = ("container", "jpeg_quality", "width", "height")
 MIXTURE = "mixture"  # the column of mixture_scores
 MEASURES = ("auroc", "ap", "tpr_at_1", "tpr_at_5", "asr")

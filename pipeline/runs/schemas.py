@@ -36,6 +36,15 @@ SHARD_SCHEMA = pa.schema(
         ),
     ]
 )
+PICTURE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])  # a file, and a name for it
+IMAGE_FIELDS = (
+    pa.field("image_id", pa.string(), nullable=False),
+    pa.field("source", pa.string(), nullable=False),
+    pa.field("width", pa.int32(), nullable=False),
+    pa.field("height", pa.int32(), nullable=False),
+    pa.field("content_hash", pa.string(), nullable=False),
+)
+"""What rows made of an image say of it."""
 REJECT_SCHEMA = pa.schema([(name, pa.string()) for name in ("image_id", "source", "reason", "detail")])
 ERROR_SCHEMA = pa.schema(
     [
@@ -46,7 +55,7 @@ ERROR_SCHEMA = pa.schema(
         ("mse", pa.float64()),
         ("psnr", pa.float64()),
         ("identical", pa.float64()),  # the fraction of identical 8-bit values
-        ("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
+        ("image", PICTURE),
     ]
 )
 
@@ -98,11 +107,7 @@ def latent_schema(
     tensor = pa.fixed_shape_tensor(DTYPES[dtype], tuple(shape))
     return pa.schema(
         [
-            pa.field("image_id", pa.string(), nullable=False),
-            pa.field("source", pa.string(), nullable=False),
-            pa.field("width", pa.int32(), nullable=False),
-            pa.field("height", pa.int32(), nullable=False),
-            pa.field("content_hash", pa.string(), nullable=False),
+            *IMAGE_FIELDS,
             *kept,
             pa.field("latent", tensor, nullable=False),
             *([pa.field("vae_latent", tensor, nullable=False)] if states else []),
@@ -136,8 +141,7 @@ def metadata_of(schema: pa.Schema) -> dict[str, Any]:
 def sample_schema(shape: tuple[int, ...], dtype: str | None) -> pa.Schema:
     """One row per sample: `image_id` is its index with at least nine digits, `latent` is x_T [C, H, W] if `dtype`."""
     latent = [("latent", pa.fixed_shape_tensor(DTYPES[dtype], shape))] if dtype else []
-    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    return pa.schema([("image_id", pa.string()), ("index", pa.int64()), ("image", image), *latent])
+    return pa.schema([("image_id", pa.string()), ("index", pa.int64()), ("image", PICTURE), *latent])
 
 
 REGENERATED_SCHEMA = pa.schema(
@@ -147,7 +151,7 @@ REGENERATED_SCHEMA = pa.schema(
         ("steps", pa.int32()),
         ("variation", pa.int32()),
         ("to_longest", pa.float64()),  # mean squared error to the image with the most steps, pixels in [0, 1]
-        ("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
+        ("image", PICTURE),
     ]
 )
 
@@ -161,7 +165,7 @@ FRAME_SCHEMA = pa.schema(
         ("down", pa.float64()),  # in a grid, 0 in the upper row, 1 in the lower; else null
         ("rms_slerp", pa.float64()),  # root mean square of the latent's values, for each method
         ("rms_linear", pa.float64()),
-        ("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
+        ("image", PICTURE),
     ]
 )
 

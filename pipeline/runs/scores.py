@@ -6,6 +6,8 @@ from types import MappingProxyType
 
 import pyarrow as pa
 
+from palindrome.pipeline.runs.schemas import IMAGE_FIELDS, PICTURE
+
 AT_LEVEL = "image at the first level, from the last level to alpha 0"
 AT_CLEAN_END = "image at the clean end, up to the last level"
 
@@ -42,7 +44,7 @@ class Method:
         return self.name.replace("-", "_") + "_"
 
 
-_SUMS = tuple(f"{name}{power}" for name in ("eps_sum", "deps_dt") for power in ("", "_sq", "_cb"))
+DIFFPATH_SUMS = tuple(f"{name}{power}" for name in ("eps_sum", "deps_dt") for power in ("", "_sq", "_cb"))
 METHODS: Mapping[str, Method] = MappingProxyType(
     {
         method.name: method
@@ -62,10 +64,10 @@ METHODS: Mapping[str, Method] = MappingProxyType(
                 10,
                 "higher",
                 "out of distribution",
-                (*_SUMS, "deps_dt_sq_sqrt"),
+                (*DIFFPATH_SUMS, "deps_dt_sq_sqrt"),
                 AT_LEVEL,
                 "clear-nus/diffpath, whose configs clip x0; the paper writes of the network's own epsilon",
-                arrays=tuple(f"{name}_steps" for name in _SUMS),
+                arrays=tuple(f"{name}_steps" for name in DIFFPATH_SUMS),
                 clipped=True,
             ),
             Method(
@@ -132,20 +134,15 @@ def score_schema(
     """One row per image. `container` and `jpeg_quality` are of its file, `width` and `height` of the picture in it;
     then the methods' scores, their arrays, with `maps` their maps as PNGs, and x_T [C, H, W] of that `shape`, if there
     is one."""
-    picture = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     fields = [pa.field(f"{m.prefix}{column}", pa.float64(), nullable=False) for m in methods for column in m.columns]
     fields += [pa.field(f"{m.prefix}{column}", pa.list_(pa.float64())) for m in methods for column in m.arrays]
-    fields += [pa.field(f"{m.prefix}map", picture) for m in methods if m.map and maps]
+    fields += [pa.field(f"{m.prefix}map", PICTURE) for m in methods if m.map and maps]
     if shape is not None:
         tensor = pa.fixed_shape_tensor(pa.float32(), tuple(shape))
         fields += [pa.field(f"{m.prefix}latent", tensor, nullable=False) for m in methods if m.latent]
     return pa.schema(
         [
-            pa.field("image_id", pa.string(), nullable=False),
-            pa.field("source", pa.string(), nullable=False),
-            pa.field("width", pa.int32(), nullable=False),
-            pa.field("height", pa.int32(), nullable=False),
-            pa.field("content_hash", pa.string(), nullable=False),
+            *IMAGE_FIELDS,
             *kept,
             ("container", pa.string()),
             ("jpeg_quality", pa.int32()),

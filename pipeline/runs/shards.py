@@ -122,13 +122,16 @@ def latent_writer(
     run: Folder, shard: str, schema: pa.Schema, metadata: Mapping[str, Any], once: bool = False
 ) -> ShardWriter:
     """A writer for rows of schemas.latent_schema."""
-    # BYTE_STREAM_SPLIT compresses better, but DuckDB (2.0) can't read it for float16.
-    tensors = [name for name in TENSORS if name in schema.names]
-    is_float32 = schema.field("latent").type.value_type == pa.float32()
-    split = [f"{name}.list.element" for name in tensors] if is_float32 else False
+    return ShardWriter(run, LATENTS, shard, schema, metadata, once, **parquet_options(schema))
+
+
+def parquet_options(schema: pa.Schema) -> dict[str, Any]:
+    """How rows with latents are written."""
+    tensors = {f.name: f.type.value_type for f in schema if isinstance(f.type, pa.FixedShapeTensorType)}
     others = [f.name for f in schema if f.name not in tensors]  # statistics and dictionaries of latents are useless
-    how = {"use_dictionary": others, "write_statistics": others, "use_byte_stream_split": split}
-    return ShardWriter(run, LATENTS, shard, schema, metadata, once, **how)
+    # BYTE_STREAM_SPLIT compresses better, but DuckDB (2.0) can't read it for float16.
+    split = [f"{name}.list.element" for name, dtype in tensors.items() if dtype == pa.float32()]
+    return {"use_dictionary": others, "write_statistics": others, "use_byte_stream_split": split or False}
 
 
 def committed(run: Folder, below: str = LATENTS) -> set[str]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from palindrome.model.condition import Condition
 from palindrome.model.ladder import Ladder
 from palindrome.pipeline.images.metrics import errors_apart, finite, psnr, round_trip_error, to_model, to_pixels
-from palindrome.pipeline.images.records import REASONS, Image, Reject, Shard
+from palindrome.pipeline.images.records import Image, Reject, Shard, not_finite
 from palindrome.pipeline.runs.inversion import Inversion
 from palindrome.pipeline.runs.outcome import Receipt
 from palindrome.pipeline.runs.schemas import latent_schema
@@ -57,7 +57,7 @@ class Encode:
                         found["vae_latent"] = model.autoencode(x)[0].to(latents.dtype).numpy()
                     good = finite(latents)
                     if not good.all():  # to pick rows copies them
-                        rejects += [_not_finite(image) for image in compress(images, ~good)]
+                        rejects += [not_finite(image) for image in compress(images, ~good)]
                         images = list(compress(images, good))
                         latents, found = latents[good], {name: values[good] for name, values in found.items()}
                     rows = latent_rows(schema, images, latents.numpy(), found)
@@ -73,10 +73,6 @@ def split_by_condition(model: Model, images: Sequence[Image]) -> tuple[list[Imag
     why = [model.checkpoint.refusal(image.kept) for image in images]
     refused = [Reject(i.image_id, i.source, model.checkpoint.REFUSED, w) for i, w in zip(images, why, strict=True) if w]
     return [image for image, w in zip(images, why, strict=True) if not w], refused
-
-
-def _not_finite(image: Image) -> Reject:
-    return Reject(image.image_id, image.source, "not_finite", REASONS["not_finite"])
 
 
 def latents_of(

@@ -12,7 +12,7 @@ import torch
 
 from palindrome.pipeline.images.distances import Labels, Moments, softmax
 from palindrome.pipeline.images.metrics import finite
-from palindrome.pipeline.images.records import REASONS, Image, Reject, Shard
+from palindrome.pipeline.images.records import Image, Shard, not_finite
 from palindrome.pipeline.images.resize import resized
 from palindrome.pipeline.runs.kinds import FEATURES
 from palindrome.pipeline.runs.moments import put_moments, set_of
@@ -53,7 +53,7 @@ class Evaluate:
                     found = model.features(x)
                     good = np.logical_and.reduce([finite(output) for output in found])
                     if not good.all():
-                        rejects = [*rejects, *(_not_finite(image) for image in compress(images, ~good))]
+                        rejects = [*rejects, *(not_finite(image) for image in compress(images, ~good))]
                         images = list(compress(images, good))
                     found = tuple(output[torch.from_numpy(good)] for output in found)
                     rows = self._rows(schema, images, *(output.numpy() for output in found))
@@ -89,10 +89,6 @@ class Evaluate:
 
 
 _OWN = ("image_id", "source", "width", "height", "content_hash")
-
-
-def _not_finite(image: Image) -> Reject:
-    return Reject(image.image_id, image.source, "not_finite", REASONS["not_finite"])
 
 
 def split_of(image_id: str, splits: int) -> int:

@@ -29,7 +29,7 @@ from palindrome.pipeline.base.threads import in_threads
 from palindrome.pipeline.images.pixels import check_png
 from palindrome.pipeline.runs.exports import PICTURES
 from palindrome.pipeline.runs.kinds import DATA, IMAGES, INDEX, Kind
-from palindrome.pipeline.runs.schemas import METADATA_KEY
+from palindrome.pipeline.runs.schemas import METADATA_KEY, PICTURE
 from palindrome.pipeline.runs.shards import open_checked
 from palindrome.pipeline.storage.folder import TEMPORARY, Folder, TableWriter
 
@@ -194,7 +194,7 @@ class Export:
     def _table(self, shard: str) -> int:
         schema, batches = self._read(shard)
         position = schema.get_field_index("image")
-        image = pa.field("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+        image = pa.field("image", PICTURE)
         features = {
             f.name: {"dtype": FEATURES[str(f.type)], "_type": "Value"} for f in schema if str(f.type) in FEATURES
         }

@@ -1,6 +1,5 @@
 """Stored latents -> images, compared with the originals: `reconstructions/<shard>.parquet`."""
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from palindrome.model.ladder import Ladder
 from palindrome.pipeline.images.metrics import errors_apart, psnr, round_trip_error, to_model, to_pixels
-from palindrome.pipeline.images.pixels import png
+from palindrome.pipeline.images.pixels import picture
 from palindrome.pipeline.images.read import Batch
 from palindrome.pipeline.images.records import Image, Shard
 from palindrome.pipeline.runs.kinds import RECONSTRUCTIONS
@@ -97,9 +96,8 @@ def _compare(
     steps: int,
 ) -> Iterator[dict[str, Any]]:
     for i, (row, original, pixels) in enumerate(zip(rows, originals, to_pixels(decoded), strict=True)):
-        name = re.sub(r"[^\w.-]+", "_", row["image_id"]).strip(".") + ".png"
         result = {"image_id": row["image_id"], "source": row["source"], "steps": steps}
-        result["image"] = {"bytes": png(pixels), "path": name}
+        result["image"] = picture(row["image_id"], pixels)
         if isinstance(original, str):
             yield {**result, "status": original}
             continue
@@ -109,6 +107,6 @@ def _compare(
             [wanted] = to_pixels(made[1])
             apart = errors_apart(x, decoded[i][None], states[i][None], made)
             result |= {error: float(value[0]) for error, value in apart.items()}
-            result["vae_image"] = {"bytes": png(wanted), "path": name}
+            result["vae_image"] = picture(row["image_id"], wanted)
         identical = float((wanted == pixels).mean())
         yield {**result, "status": "compared", "mse": mse, "psnr": psnr(mse), "identical": identical}

@@ -1,6 +1,5 @@
 """Images -> scores: one shard of a score run."""
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import compress
@@ -18,12 +17,12 @@ from palindrome.model.ladder import Ladder, logsnr_ladder
 from palindrome.model.process import VP
 from palindrome.model.scores import diffpath, dire, distance, gaussian, invad, secmi, secmi_levels, sectioned, spaced
 from palindrome.pipeline.images.metrics import finite, to_model
-from palindrome.pipeline.images.pixels import png
-from palindrome.pipeline.images.records import Image, Reject, Shard
+from palindrome.pipeline.images.pixels import picture
+from palindrome.pipeline.images.records import Image, Reject, Shard, not_finite
 from palindrome.pipeline.runs.kinds import SCORES
 from palindrome.pipeline.runs.outcome import Receipt
 from palindrome.pipeline.runs.scores import Method, score_schema
-from palindrome.pipeline.runs.shards import ShardWriter, tensor_array
+from palindrome.pipeline.runs.shards import ShardWriter, parquet_options, tensor_array
 from palindrome.pipeline.runtime.device import Model, stopwatch
 from palindrome.pipeline.runtime.reader import Reader
 from palindrome.pipeline.storage.folder import Folder
@@ -115,10 +114,7 @@ class Score:
         shape = model.checkpoint.latent_shape if self.latents else None
         methods = [measure.method for measure in self.measures]
         schema = score_schema(methods, shape, self.maps, self.reader.collection.kept)
-        tensors = [f.name for f in schema if isinstance(f.type, pa.FixedShapeTensorType)]
-        others = [f.name for f in schema if f.name not in tensors]  # statistics and dictionaries of latents are useless
-        split = [f"{name}.list.element" for name in tensors] or False
-        how = {"use_dictionary": others, "write_statistics": others, "use_byte_stream_split": split}
+        how = parquet_options(schema)
         with ShardWriter(self.run, SCORES, shard.name, schema, self.metadata, once=not self.again, **how) as out:
             cut = 0
             for batch in self.reader.batches(shard):
@@ -152,7 +148,7 @@ def _without_not_finite(
     if not bad:
         return list(images), dict(found), []
     good = np.array([row not in bad for row in range(len(images))])
-    rejects = [Reject(images[row].image_id, images[row].source, "not_finite", why) for row, why in sorted(bad.items())]
+    rejects = [not_finite(images[row], why) for row, why in sorted(bad.items())]
     return list(compress(images, good)), {name: values[good] for name, values in found.items()}, rejects
 
 
@@ -163,8 +159,7 @@ def _rows(schema: pa.Schema, images: Sequence[Image], found: Mapping[str, Tensor
         if field.name in found and pa.types.is_struct(field.type):
             # As DIRE's code rounds it: downwards.
             pixels = (found[field.name] * 255).clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
-            names = (re.sub(r"[^\w.-]+", "_", image.image_id).strip(".") + ".png" for image in images)
-            return pa.array([{"bytes": png(p), "path": n} for p, n in zip(pixels, names, strict=True)], field.type)
+            return pa.array([picture(i.image_id, p) for i, p in zip(images, pixels, strict=True)], field.type)
         if field.name in found:
             return pa.array(list(found[field.name].numpy()), field.type)
         values = [i.kept[field.name] if field.name in i.kept else getattr(i, field.name) for i in images]

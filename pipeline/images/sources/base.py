@@ -34,6 +34,10 @@ class Collection:
     recognised: bool = False
     """Whether `kind` is what the first names looked like, and was not said."""
 
+    def record(self) -> dict[str, Any]:
+        """For run.json; `Collection(**record)` reads the same images, without columns besides."""
+        return {"uri": self.uri, "kind": self.kind, "image_column": self.image_column}
+
 
 @dataclass(frozen=True)
 class RawImage:

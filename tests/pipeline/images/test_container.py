@@ -55,7 +55,7 @@ def test_sixteen_bit_tables_and_cut_ones():
 
 
 def test_they_come_with_the_image():
-    found = read_image(RawImage("a", "a", written("JPEG", quality=61), {}), Preprocess(8))
+    found = read_image(RawImage("a", "a", written("JPEG", quality=61), {}), Preprocess(8), True)
     assert (found.container, found.jpeg_quality) == ("JPEG", 61)
-    found = read_image(RawImage("a", "a", written("PNG"), {}), Preprocess(8, recompress="jpeg:5"))
+    found = read_image(RawImage("a", "a", written("PNG"), {}), Preprocess(8, recompress="jpeg:5"), True)
     assert (found.container, found.jpeg_quality) == ("PNG", None), "of the file, not of what is made of it"
