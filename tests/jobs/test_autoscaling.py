@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[2]
 HEAD = "f" * 51 + "00000"  # the id by which that autoscaler knows the head
 NOTHING = ("initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands", "rsync_exclude")
 NOTHING += ("head_start_ray_commands", "worker_start_ray_commands", "cluster_synced_files", "rsync_filter")
+TWO_GPUS = "Active:\n 1 ray.head.default\n 2 gpu"  # in the autoscaler's log
 
 
 @pytest.fixture(scope="module")
@@ -81,11 +82,20 @@ def _said(folder, name, words):
     return False
 
 
-def test_nodes_are_started_for_what_is_asked_for(scaled_to_zero, start, sample, model, tmp_path):
+def test_nodes_are_started_for_what_is_asked_for(scaled_to_zero, start, workers, sample, model, tmp_path):
     address, environment, folder = scaled_to_zero
     places = ["--images", sample, "--model", model, "--out", tmp_path / "run", "--address", address]
     flags = ["--workers", 1, 3, "--gpus-per-worker", 0.5, "--resources", '{"h100": 0.5}', "--decode", "tasks"]
     process = start("encode", *places, *flags, "--shard-size", 8, "--steps", 10, **environment)
+    held, until = set(), time.monotonic() + 300  # seconds
+    while not _said(folder, "session_latest/logs/monitor.log", TWO_GPUS):
+        assert process.poll() is None and time.monotonic() < until
+        for pid in {*workers("ShardActor", "shard ")} - held:  # one could do it all before the second node is there
+            os.kill(pid, signal.SIGSTOP)
+            held.add(pid)
+        time.sleep(0.02)
+    for pid in held:
+        os.kill(pid, signal.SIGCONT)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0 and "256 latents and 0 rejects" in out, err
-    assert _said(folder, "session_latest/logs/monitor.log", "Active:\n 1 ray.head.default\n 2 gpu")
+    assert _said(folder, "session_latest/logs/monitor.log", TWO_GPUS)
