@@ -26,6 +26,7 @@ GROUPS = {
     "inversion": (),
     "scoring": (),
     "sampling": (),
+    "watermark": (),
     "interpolation": (),
     "evaluation": (),
     "training": (),

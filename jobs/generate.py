@@ -18,6 +18,7 @@ from palindrome.pipeline.runs.plan import add_pieces, plan_totals, read_plan
 from palindrome.pipeline.runs.schemas import DTYPES
 from palindrome.pipeline.runs.shards import committed
 from palindrome.pipeline.runs.summary import generated_summary, put_summary
+from palindrome.pipeline.runs.watermarks import read_keys, record
 from palindrome.pipeline.runtime.scheduler import Resources
 from palindrome.pipeline.storage.folder import Folder, absolute
 from palindrome.pipeline.tasks.generate import KIND, Generate, ranges
@@ -56,6 +57,9 @@ class GenerateConfig(ImagesConfig, LatentOptions, ConditionOptions):
     """Add noise with the larger standard deviation sigma-hat of section 5 of the DDIM paper."""
     clip: bool = False
     """Clip the predicted image to [-1, 1] in each step, as DDPM does; only with --eta above 0 or --sigma-hat."""
+    watermark: str | None = None
+    """A file of keys that `palindrome watermark` wrote: sample 0 has the watermark of the first key in its noise x_T,
+    sample 1 that of the second, and so on, in turn; the column watermark names it. `score --keys` finds it again."""
     latents: Literal["none", "float16", "float32"] = "none"
     """The dtype in which x_T is stored with each image."""
     shard_size: Annotated[int, Range(1)] = 1024
@@ -79,9 +83,16 @@ def run(config: GenerateConfig) -> int:
     with config_error("--steps" if config.ladder in KINDS else "--ladder"):
         steps = config.steps or (min(100, model.process.num_train_timesteps) if config.ladder in NAMED else None)
         levels = resolve(config.ladder, steps, model.process, earlier.top if earlier else None, model.own_ladder)
+    with config_error("--watermark"):
+        file = None if config.watermark is None else absolute(config.watermark)
+        keys = None if file is None else read_keys(file)
+        if keys is not None:
+            keys.check(model.latent_shape)
     how = {"eta": config.eta, "use_sigma_hat": config.sigma_hat, "clip": config.clip}
     dtype = None if config.latents == "none" else config.latents
     facts = {"model_digest": model.digest, "levels": list(levels), **model.describe()}
+    if keys is not None:
+        facts["watermark"] = record(keys)
 
     def plan(out: Folder) -> Remaining:
         with config_error("--out"):
@@ -93,7 +104,7 @@ def run(config: GenerateConfig) -> int:
 
     def work(out: Folder, resources: Resources, execution: Execution) -> Generate:
         about = {**facts, "seed": config.seed, **how}
-        return Generate(out, config.seed, levels, how, dtype, execution.batch_size, about)
+        return Generate(out, config.seed, levels, how, dtype, execution.batch_size, about, keys)
 
     def finish(out: Folder, failures: list[Failure]) -> int:
         with config_error("--out"):
@@ -106,7 +117,7 @@ def run(config: GenerateConfig) -> int:
     job = ShardedJob(
         name="generate",
         model=model,
-        settings={"model": where, "steps": len(levels) - 1},
+        settings={"model": where, "steps": len(levels) - 1, "watermark": file},
         facts=facts,
         plan=plan,
         evaluations=len(levels) - 1,

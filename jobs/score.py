@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from math import prod
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -16,6 +17,7 @@ from palindrome.jobs.config import (
 )
 from palindrome.jobs.sharded import Remaining, ShardedJob, exit_code, plan_collection, print_rejects, run_sharded
 from palindrome.model.execution import Execution
+from palindrome.model.watermarks import Keys
 from palindrome.pipeline.base.text import figure
 from palindrome.pipeline.images.sources import open_collection
 from palindrome.pipeline.reports.scores import put_report
@@ -23,8 +25,9 @@ from palindrome.pipeline.runs.kinds import SCORES
 from palindrome.pipeline.runs.manifest import earlier_manifest
 from palindrome.pipeline.runs.outcome import Failure
 from palindrome.pipeline.runs.plan import Totals
-from palindrome.pipeline.runs.scores import METHODS, Method, score_schema, scores_of
+from palindrome.pipeline.runs.scores import LEVEL, METHODS, Method, score_schema, scores_of
 from palindrome.pipeline.runs.summary import put_summary, read_scores, scores_summary
+from palindrome.pipeline.runs.watermarks import read_keys
 from palindrome.pipeline.runtime.progress import Budget
 from palindrome.pipeline.runtime.reader import Reader
 from palindrome.pipeline.runtime.scheduler import Resources
@@ -46,6 +49,7 @@ class ScoreConfig(CollectionOptions, PictureOptions, LatentOptions, ConditionCol
     EXAMPLES: ClassVar[str] = """
     palindrome score --images photos/ --model checkpoints/cifar10-32 --method diffpath secmi --out runs/scores
     palindrome score --images photos/ --model lsun_bedroom.pt --allow-pickle --method dire --maps --out runs/dire
+    palindrome score --images photos/ --model MODEL --method tree-ring --keys keys.json --out runs/marked
     palindrome score --images photos/ --model model/ --method nll --recompress jpeg:90 --through 32 --out runs/nll
     """
 
@@ -53,12 +57,19 @@ class ScoreConfig(CollectionOptions, PictureOptions, LatentOptions, ConditionCol
     """The checkpoint: a folder in diffusers' layout, also of a latent diffusion pipeline, or with EDM's config, or a
     .pt file of OpenAI's, a path or an fsspec URI; or a Hugging Face repository, ORG/NAME or ORG/NAME@REVISION, if
     huggingface_hub is installed."""
-    method: tuple[Literal["nll", "diffpath", "invad", "secmi", "dire", "dire-exact"], ...]
+    method: tuple[
+        Literal["nll", "diffpath", "invad", "secmi", "dire", "dire-exact", "tree-ring", "gaussian-shading"], ...
+    ]
     """What to compute, one or several. nll: the Gaussian density and the norm of the latent. diffpath: sums of epsilon
     and of its change. invad: density and range of norms of the latent. secmi: the t-error. dire: the distance to the
-    reconstruction of clipped DDIM. dire-exact: that of exact inversion, which is near 0 for every image."""
+    reconstruction of clipped DDIM. dire-exact: that of exact inversion, which is near 0 for every image. tree-ring,
+    gaussian-shading: the p-value of a watermark in the latent, and the nearest of the keys."""
+    keys: tuple[str, ...] = ()
+    """Files of keys that `palindrome watermark` wrote, paths or fsspec URIs: one for each of the methods tree-ring and
+    gaussian-shading."""
     steps: Annotated[int, Range(1)] | None = None
-    """Steps of the path up (default: nll and diffpath 10, invad 3, dire and dire-exact 20). secmi has 11 evaluations of
+    """Steps of the path up (default: nll and diffpath 10, invad 3, dire, dire-exact
+    and watermarks 20). secmi has 11 evaluations of
     its own."""
     resample: Literal["lanczos", "bicubic", "bilinear", "box", "area", "openai"] = "openai"
     """The filter that resizes images to the model's size; openai is the one of guided-diffusion, with which DIRE reads
@@ -91,8 +102,10 @@ def run(config: ScoreConfig) -> int:
         earlier = earlier_manifest(Folder(absolute(config.out)), "score")
     if earlier:
         model = model.as_described(earlier.content)
+    with config_error("--keys"):
+        keys = _keys(config, methods, model.latent_shape)
     with config_error("--steps" if config.steps else "--method"):
-        measures = tuple(Measure.of(method, model, config.steps) for method in methods)
+        measures = tuple(Measure.of(method, model, config.steps, keys.get(method.name)) for method in methods)
     scores = scores_of(methods)
     facts = {
         "model_digest": model.digest,
@@ -116,7 +129,7 @@ def run(config: ScoreConfig) -> int:
         return Score(out, reader, measures, config.maps, config.latents, about, config.retry_rejects)
 
     def finish(out: Folder, failures: list[Failure]) -> int:
-        found = read_scores(out, list(scores))
+        found = read_scores(out, scores)
         summary = scores_summary(found, scores)
         put_summary(out, summary, failures)
         described = {
@@ -132,7 +145,13 @@ def run(config: ScoreConfig) -> int:
     job = ShardedJob(
         name="score",
         model=model,
-        settings={"images": uri, "model": where, "keep": keep, "method": [method.name for method in methods]},
+        settings={
+            "images": uri,
+            "model": where,
+            "keep": keep,
+            "method": [method.name for method in methods],
+            "keys": [absolute(file) for file in config.keys],
+        },
         facts={**facts, "collection": collection.record()},
         plan=plan,
         evaluations=sum(measure.evaluations for measure in measures),
@@ -157,6 +176,25 @@ def _check(config: ScoreConfig, methods: list[Method]) -> None:
         raise ConfigError(f"--latents: {names} has no latent")
 
 
+def _keys(config: ScoreConfig, methods: list[Method], shape: tuple[int, ...]) -> dict[str, Keys]:
+    """The keys of each method. Raises ConfigError, ValueError and OSError."""
+    keyed = [method.name for method in methods if method.keyed]
+    if keyed and find_spec("scipy") is None:
+        raise ConfigError(f"--method: {keyed[0]} needs scipy, which palindrome[watermark] installs")
+    found: dict[str, Keys] = {}
+    for file in config.keys:
+        keys = read_keys(file)
+        method = keys.watermark.METHOD
+        if method not in keyed or method in found:
+            raise ConfigError(f"--keys: {file} has keys of {method}, {'again' if method in found else 'not computed'}")
+        keys.check(shape)
+        found[method] = keys
+    for method in keyed:
+        if method not in found:
+            raise ConfigError(f"--keys: {method} looks for keys, and is given none")
+    return found
+
+
 def _written(config: ScoreConfig, methods: list[Method], image: tuple[int, ...], latent: tuple[int, ...]) -> int:
     """Bytes per image, at most."""
     maps = prod(image) * sum(method.map for method in methods) if config.maps else 0
@@ -167,7 +205,9 @@ def _conclude(config: ScoreConfig, summary: dict[str, Any], exceeded: str | None
     print(f"{summary['scored']} images scored and {summary['rejects']} rejects in {config.out}")
     print_rejects(summary)
     for name, found in summary["scores"].items():
-        if found["count"]:
+        if "significant" in found:
+            print(f"{name}: at most {LEVEL:g} for {found['significant']} images ({found['of']})")
+        elif found["count"]:
             mean, std = figure(found["mean"]), figure(found["std"])
             print(f"{name}: mean {mean}, standard deviation {std} ({found['positive']}: {found['of']})")
     print(f"report: {config.out}/report.html")

@@ -160,7 +160,8 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
                 Plan.OWN,
                 ("config", "model"),
                 manifest_keys=("model_digest", "levels"),
-                schema=lambda _: sample_schema((), None),  # run.json has no shape of the optional latents
+                # run.json has no shape of the optional latents
+                schema=lambda manifest: sample_schema((), None, "watermark" in manifest),
                 shard_keys=("model_digest", "levels"),
                 pictures=True,
             ),

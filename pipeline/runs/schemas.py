@@ -138,10 +138,12 @@ def metadata_of(schema: pa.Schema) -> dict[str, Any]:
     return dict(json.loads((schema.metadata or {}).get(METADATA_KEY, b"{}")))
 
 
-def sample_schema(shape: tuple[int, ...], dtype: str | None) -> pa.Schema:
-    """One row per sample: `image_id` is its index with at least nine digits, `latent` is x_T [C, H, W] if `dtype`."""
+def sample_schema(shape: tuple[int, ...], dtype: str | None, watermarked: bool = False) -> pa.Schema:
+    """One row per sample: `image_id` is its index with at least nine digits, `latent` is x_T [C, H, W] if `dtype`,
+    `watermark` the name of the key in it, if any."""
     latent = [("latent", pa.fixed_shape_tensor(DTYPES[dtype], shape))] if dtype else []
-    return pa.schema([("image_id", pa.string()), ("index", pa.int64()), ("image", PICTURE), *latent])
+    key = [("watermark", pa.string())] if watermarked else []
+    return pa.schema([("image_id", pa.string()), ("index", pa.int64()), *key, ("image", PICTURE), *latent])
 
 
 REGENERATED_SCHEMA = pa.schema(

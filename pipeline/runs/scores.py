@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 import pyarrow as pa
 
@@ -23,11 +24,13 @@ class Method:
     """What an image with a `higher` or `lower` score is said to be."""
     of: str
     columns: tuple[str, ...]
-    """float64."""
+    """float64. P_VALUE is a p-value."""
     path: str
     """Where the path begins and ends, for run.json."""
     follows: str
     """Whose convention that is, for run.json."""
+    texts: tuple[str, ...] = ()
+    """Columns with a string."""
     arrays: tuple[str, ...] = ()
     """Columns with an array of float64."""
     clipped: bool = False
@@ -38,12 +41,15 @@ class Method:
     """Whether there is a picture of where the image differs."""
     from_clean_end: bool = False
     """Whether its path is one of Palindrome's own, up a ladder from the clean end."""
+    keyed: bool = False
+    """Whether it looks for the keys of a watermark."""
 
     @property
     def prefix(self) -> str:
         return self.name.replace("-", "_") + "_"
 
 
+P_VALUE, LEVEL = "p", 0.01  # the column with a p-value, and up to which the summary counts it
 DIFFPATH_SUMS = tuple(f"{name}{power}" for name in ("eps_sum", "deps_dt") for power in ("", "_sq", "_cb"))
 METHODS: Mapping[str, Method] = MappingProxyType(
     {
@@ -111,15 +117,44 @@ METHODS: Mapping[str, Method] = MappingProxyType(
                 map=True,
                 from_clean_end=True,
             ),
+            Method(
+                "tree-ring",
+                20,
+                "lower",
+                "watermarked",
+                ("p", "noise_p", "distance"),
+                AT_CLEAN_END,
+                "plain DDIM inversion; a Hermitian pattern, where that of YuxinWenRick/tree-ring-watermark is not",
+                texts=("key",),
+                from_clean_end=True,
+                keyed=True,
+            ),
+            Method(
+                "gaussian-shading",
+                20,
+                "lower",
+                "watermarked",
+                ("p", "sign_errors", "bit_errors"),
+                AT_CLEAN_END,
+                "plain DDIM inversion; all signs of a known message, where bsmhmmlf/Gaussian-Shading counts its bits",
+                texts=("key",),
+                from_clean_end=True,
+                keyed=True,
+            ),
         )
     }
 )
 
 
-def scores_of(methods: Sequence[Method]) -> dict[str, dict[str, str]]:
-    """The key `scores` of run.json: of each column the method, and what a positive is."""
+def scores_of(methods: Sequence[Method]) -> dict[str, dict[str, Any]]:
+    """The key `scores` of run.json: of each column the method, what a positive is, and if it is a p-value, that."""
     return {
-        f"{method.prefix}{column}": {"method": method.name, "positive": method.positive, "of": method.of}
+        f"{method.prefix}{column}": {
+            "method": method.name,
+            "positive": method.positive,
+            "of": method.of,
+            **({"p_value": True} if column == P_VALUE else {}),
+        }
         for method in methods
         for column in method.columns
     }
@@ -132,9 +167,10 @@ def score_schema(
     kept: Sequence[pa.Field] = (),
 ) -> pa.Schema:
     """One row per image. `container` and `jpeg_quality` are of its file, `width` and `height` of the picture in it;
-    then the methods' scores, their arrays, with `maps` their maps as PNGs, and x_T [C, H, W] of that `shape`, if there
-    is one."""
+    then the methods' scores, their texts, their arrays, with `maps` their maps as PNGs, and x_T [C, H, W] of that
+    `shape`, if there is one."""
     fields = [pa.field(f"{m.prefix}{column}", pa.float64(), nullable=False) for m in methods for column in m.columns]
+    fields += [pa.field(f"{m.prefix}{column}", pa.string(), nullable=False) for m in methods for column in m.texts]
     fields += [pa.field(f"{m.prefix}{column}", pa.list_(pa.float64())) for m in methods for column in m.arrays]
     fields += [pa.field(f"{m.prefix}map", PICTURE) for m in methods if m.map and maps]
     if shape is not None:

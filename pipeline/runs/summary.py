@@ -18,6 +18,7 @@ from palindrome.pipeline.runs.errors import Errors
 from palindrome.pipeline.runs.kinds import IMAGES, LATENTS, RECONSTRUCTIONS, REJECTS, SCORES
 from palindrome.pipeline.runs.outcome import Failure
 from palindrome.pipeline.runs.schemas import APART
+from palindrome.pipeline.runs.scores import LEVEL
 from palindrome.pipeline.runs.tallies import Committed, Tally, committed_shards, reasons, tables, tally
 from palindrome.pipeline.storage.folder import Folder
 
@@ -115,22 +116,24 @@ def regenerated_summary(run: Folder, plan: Folder) -> dict[str, Any]:
     return {"images": 0, **_account(found), "by_steps": by_steps}
 
 
-def read_scores(run: Folder, names: Sequence[str]) -> Tally:
-    """The tally of a score run, with the values of each column of scores under its name."""
+def read_scores(run: Folder, scores: Mapping[str, Mapping[str, Any]]) -> Tally:
+    """The tally of a score run, with the values of each column of scores under its name; `scores` is that of
+    run.json."""
 
     def read(shard: Committed, file: ParquetFile) -> Tally:
         found = Tally.of_footer(file)
-        for first, rows in tables(file, ["image_id", *names]):
+        for first, rows in tables(file, ["image_id", *scores]):
             numbers = first + np.arange(len(rows))
-            for name in names:
+            for name, about in scores.items():
                 values = column(rows, name)
-                found.errors[name].add(shard.name, numbers, rows["image_id"], values, squares=values**2)
+                others = {"significant": values <= LEVEL} if "p_value" in about else {}
+                found.errors[name].add(shard.name, numbers, rows["image_id"], values, squares=values**2, **others)
         return found
 
     return tally(run, SCORES, committed_shards(run, SCORES, with_rejects=True), read, "scores", run, run)
 
 
-def scores_summary(found: Tally, scores: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
+def scores_summary(found: Tally, scores: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Of `read_scores`: counts, rejects by reason, seconds, and of each column figures over the images."""
     summary = {"images": 0, "scored": 0, "rejects": 0, **_account(found), "rejects_by_reason": _sorted(found.reasons)}
     return {
@@ -140,14 +143,16 @@ def scores_summary(found: Tally, scores: Mapping[str, Mapping[str, str]]) -> dic
 
 
 def score_figures(values: Errors) -> dict[str, Any]:
-    """mean, std, min, median, p99 and max of scores, None where there are none; and the ids with the lowest and the
-    highest."""
+    """mean, std, min, median, p99 and max of scores, None where there are none; of p-values how many are
+    `significant`, at most LEVEL; and the ids with the lowest and the highest."""
     named = {"lowest": [i.image_id for i in values.best], "highest": [i.image_id for i in values.worst]}
     mean, squares = values.total / max(values.count, 1), values.mean("squares")
     if squares is None:
         return {"count": 0, **dict.fromkeys(("mean", "std", "min", "median", "p99", "max")), **named}
     figures = {"mean": mean, "std": math.sqrt(max(squares - mean**2, 0.0)), "min": values.quantile(0.0)}
     figures |= {"median": values.quantile(0.5), "p99": values.quantile(0.99), "max": values.most}
+    if (significant := values.mean("significant")) is not None:
+        figures["significant"] = round(significant * values.count)
     return {"count": values.count, **figures, **named}
 
 

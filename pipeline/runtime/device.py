@@ -273,15 +273,22 @@ class Model:
         return self._on_device(compute, images, None)
 
     def generate(
-        self, seed: int, indices: Sequence[int], levels: Ladder, condition: Condition | None = None, **how: Any
+        self,
+        seed: int,
+        indices: Sequence[int],
+        levels: Ladder,
+        condition: Condition | None = None,
+        mark: Callable[[Tensor, Sequence[int]], Tensor] = lambda noise, indices: noise,
+        **how: Any,
     ) -> tuple[Tensor, Tensor]:
         """x_T of the samples `indices` of `seed`, and their images, about in [-1, 1]. The noise of a sample depends on
-        the seed and its index only. `how` is passed to model.ddim.sample (eta, use_sigma_hat, clip)."""
+        the seed and its index only; `mark` may change its x_T. `how` is passed to model.ddim.sample (eta,
+        use_sigma_hat, clip)."""
         along, shape = self._along(levels), self.checkpoint.latent_shape
 
         def compute(net: Network, indices: Tensor, condition: Condition | None) -> tuple[Tensor, Tensor]:
             noise = noise_stream(seed, indices.tolist(), shape)
-            x = next(noise).to(self.device)
+            x = mark(next(noise), indices.tolist()).to(self.device)
             state = sample(net, x, noise=noise, condition=condition, **along, **how)
             return x, self.autoencoder.to_images(state)
 

@@ -16,6 +16,7 @@ from palindrome.model.inversion import evaluations
 from palindrome.model.ladder import Ladder, logsnr_ladder
 from palindrome.model.process import VP
 from palindrome.model.scores import diffpath, dire, distance, gaussian, invad, secmi, secmi_levels, sectioned, spaced
+from palindrome.model.watermarks import Keys
 from palindrome.pipeline.images.metrics import finite, to_model
 from palindrome.pipeline.images.pixels import picture
 from palindrome.pipeline.images.records import Image, Reject, Shard, not_finite
@@ -23,6 +24,7 @@ from palindrome.pipeline.runs.kinds import SCORES
 from palindrome.pipeline.runs.outcome import Receipt
 from palindrome.pipeline.runs.scores import Method, score_schema
 from palindrome.pipeline.runs.shards import ShardWriter, parquet_options, tensor_array
+from palindrome.pipeline.runs.watermarks import record
 from palindrome.pipeline.runtime.device import Model, stopwatch
 from palindrome.pipeline.runtime.reader import Reader
 from palindrome.pipeline.storage.folder import Folder
@@ -39,18 +41,19 @@ ON_PATHS: Mapping[str, Callable[..., dict[str, Tensor]]] = {
 
 @dataclass(frozen=True)
 class Measure:
-    """A method on the levels that it visits."""
+    """A method on the levels that it visits; `keys` are those of a watermark, which it looks for."""
 
     method: Method
     levels: Ladder
+    keys: Keys | None = None
 
     @classmethod
-    def of(cls, method: Method, model: Checkpoint, steps: int | None = None) -> "Measure":
+    def of(cls, method: Method, model: Checkpoint, steps: int | None = None, keys: Keys | None = None) -> "Measure":
         """Raises ValueError, which begins with the method's name, where the model is none for it, or the steps."""
         try:
             if method.clipped and model.autoencoded:
                 raise ValueError("it clips x0 to the range of pixels, which the states of an autoencoder do not have")
-            return cls(method, _levels(method, model, steps))
+            return cls(method, _levels(method, model, steps), keys)
         except ValueError as e:
             raise ValueError(f"{method.name}: {e}") from e
 
@@ -65,6 +68,8 @@ class Measure:
     def record(self) -> dict[str, Any]:
         """What run.json has of the method under `methods`."""
         about = {"path": self.method.path, "follows": self.method.follows, "clipped": self.method.clipped}
+        if self.keys is not None:
+            about["keys"] = record(self.keys)
         return {"levels": list(self.levels), "evaluations": self.evaluations, **about}
 
     def __call__(self, model: Model, x: Tensor, condition: Condition | None) -> dict[str, Tensor]:
@@ -73,7 +78,9 @@ class Measure:
         if self.method.from_clean_end:
             corrections = CORRECTIONS if self.method.name == "dire-exact" else 0
             latent, *_ = model.encode(x, self.levels, corrections, condition=condition)
-            if corrections:
+            if self.keys is not None:
+                found = self.keys.find(latent)
+            elif corrections:
                 found = distance(model.attainable(x), model.decode(latent, self.levels, condition))
             else:
                 found = gaussian(latent)
@@ -128,12 +135,18 @@ class Score:
                         found |= measure(model, x, condition)
                     images, found, refused = _without_not_finite(images, found, self.measures)
                     rejects += refused
-                out.add(_rows(schema, images, found) if images else None, [*batch.rejects, *rejects])
+                out.add(_rows(schema, images, found, self._keys) if images else None, [*batch.rejects, *rejects])
                 model.advance(len(batch.images))
             seconds = spent()
             counts = {"images": out.rows + out.refused, "scored": out.rows, "rejects": out.refused}
             written = out.commit(seconds, {**counts, **({"prompts_cut": cut} if cut else {})})
             return Receipt(shard.name, out.rows, out.refused, **seconds, bytes=written)
+
+    @property
+    def _keys(self) -> dict[str, tuple[str, ...]]:
+        """The names of the keys whose numbers a column of the methods has."""
+        keyed = [(measure.method, measure.keys) for measure in self.measures if measure.keys is not None]
+        return {f"{method.prefix}{column}": keys.names for method, keys in keyed for column in method.texts}
 
 
 def _without_not_finite(
@@ -152,7 +165,9 @@ def _without_not_finite(
     return list(compress(images, good)), {name: values[good] for name, values in found.items()}, rejects
 
 
-def _rows(schema: pa.Schema, images: Sequence[Image], found: Mapping[str, Tensor]) -> pa.Table:
+def _rows(
+    schema: pa.Schema, images: Sequence[Image], found: Mapping[str, Tensor], names: Mapping[str, Sequence[str]]
+) -> pa.Table:
     def column(field: pa.Field) -> pa.Array:
         if isinstance(field.type, pa.FixedShapeTensorType) and field.name in found:
             return tensor_array(field.type, found[field.name].float().numpy())
@@ -160,6 +175,8 @@ def _rows(schema: pa.Schema, images: Sequence[Image], found: Mapping[str, Tensor
             # As DIRE's code rounds it: downwards.
             pixels = (found[field.name] * 255).clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
             return pa.array([picture(i.image_id, p) for i, p in zip(images, pixels, strict=True)], field.type)
+        if field.name in names:
+            return pa.array([names[field.name][number] for number in found[field.name].tolist()], field.type)
         if field.name in found:
             return pa.array(list(found[field.name].numpy()), field.type)
         values = [i.kept[field.name] if field.name in i.kept else getattr(i, field.name) for i in images]
