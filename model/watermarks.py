@@ -39,8 +39,8 @@ class TreeRing:
     """A pattern in the low frequencies of x_T: in a disc of this radius about frequency 0, in some channels.
 
     `rand` has a value for each frequency. `ring` has one for each ring, which rotations leave as they are; so few are
-    soon guessed, and its p-values can't be small, and they meet in one large value at the corner of x_T. The values have
-    the variance that noise has there.
+    soon guessed, so that p-values can't be small, and they meet in one large value at the corner of x_T. The values
+    have the variance that noise has there.
 
     The Fourier transform of a real x_T is Hermitian, F(-k) = conj(F(k)), and so are these patterns. The released code's
     are not, nor is its disc centred on frequency 0, so that it does not find in x_T what it has put there.
