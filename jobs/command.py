@@ -25,6 +25,7 @@ JOBS = {
     "sweep": "measure error and network evaluations over settings",
     "regenerate": "latents -> images, with any number of steps, or as variations",
     "generate": "noise -> new images",
+    "restore": "images with a part missing -> whole: inpainted, upscaled, coloured",
     "interpolate": "latents -> the images between them",
     "animate": "write the paths of interpolate as strips and videos",
     "evaluate": "measure how far generated images are from real ones",

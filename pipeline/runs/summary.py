@@ -115,6 +115,34 @@ def regenerated_summary(run: Folder, plan: Folder) -> dict[str, Any]:
     return {"images": 0, **_account(found), "by_steps": by_steps}
 
 
+def restored_summary(run: Folder) -> dict[str, Any]:
+    """Of a restore run: counts, rejects by reason, seconds, and of the results mean and largest `observation_error` and
+    `picture_error`; where the originals are known, the errors of the `results` and of the observations alone, the
+    `baseline`, as error_statistics has them."""
+
+    def read(shard: Committed, file: ParquetFile) -> Tally:
+        found = Tally.of_footer(file)
+        columns = ["observation_error", "picture_error", "mse", "baseline_mse"]
+        for first, rows in tables(file, ["image_id", "variation", *columns]):
+            numbers, once = first + np.arange(len(rows)), column(rows, "variation") == 0
+            for name in columns:
+                at = once if name == "baseline_mse" else np.ones(len(rows), bool)
+                there = at & ~np.asarray(pc.is_null(rows[name]))
+                these = rows.filter(pa.array(there))
+                found.errors[name].add(shard.name, numbers[there], these["image_id"], column(these, name))
+        return found
+
+    found = tally(run, IMAGES, committed_shards(run, IMAGES, with_rejects=True), read, "restored", run, run)
+    summary = {"images": 0, "restored": 0, "rejects": 0, **_account(found), "rejects_by_reason": _sorted(found.reasons)}
+    for name in ("observation_error", "picture_error"):
+        figures = error_statistics(found.errors[name])
+        summary[name] = {key: figures[key] for key in ("mean", "max")}
+    if found.errors["mse"].count:
+        summary |= {"results": error_statistics(found.errors["mse"])}
+        summary |= {"baseline": error_statistics(found.errors["baseline_mse"])}
+    return summary
+
+
 def read_scores(run: Folder, names: Sequence[str]) -> Tally:
     """The tally of a score run, with the values of each column of scores under its name."""
 
