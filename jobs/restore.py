@@ -1,7 +1,8 @@
-"""palindrome restore: images with a part missing -> whole images, by a model that was trained for nothing of the kind."""
+"""palindrome restore: images of which a part is known -> whole images."""
 
 import sys
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from math import prod
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -22,6 +23,7 @@ from palindrome.model.execution import Execution
 from palindrome.model.families import Checkpoint
 from palindrome.pipeline.base.text import figure
 from palindrome.pipeline.images.masks import Masks
+from palindrome.pipeline.images.metrics import SSIM_WINDOW
 from palindrome.pipeline.images.sources import Collection, open_collection
 from palindrome.pipeline.images.sources.tables import byte_columns
 from palindrome.pipeline.reports.restoration import put_report
@@ -85,6 +87,8 @@ class RestoreConfig(CollectionOptions, PictureOptions, LatentOptions, ConditionC
     """The number of results per image, each with its own noise."""
     seed: Annotated[int, Range(0)] = 0
     """The seed of the noise, which an image's id and the variation determine besides."""
+    ssim: bool = False
+    """Also measure the structural similarity to the originals (SSIM), by scikit-image (palindrome[restore])."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -96,6 +100,9 @@ class RestoreConfig(CollectionOptions, PictureOptions, LatentOptions, ConditionC
         for name in ("fit", "resample") if self.degraded else ():
             if getattr(self, name) != getattr(PictureOptions, name):
                 raise ConfigError(f"--{name}: with --degraded nothing is resized")
+
+        if self.ssim and self.degraded:
+            raise ConfigError("--ssim: with --degraded there are no originals to compare with")
 
     @property
     def mask_column(self) -> str | None:
@@ -144,7 +151,8 @@ def run(config: RestoreConfig) -> int:
         reader = Reader(collection, how, execution.batch_size, resources.decode_in_tasks)
         noise = {"eta": config.eta, "variations": config.variations, "seed": config.seed}
         about = {**facts, **noise, "precision": execution.precision}
-        return Restore(out, reader, degradation, kept, levels, *noise.values(), about, config.retry_rejects)
+        what = (degradation, kept, levels, *noise.values())
+        return Restore(out, reader, *what, about, config.retry_rejects, config.ssim)
 
     def finish(out: Folder, failures: list[Failure]) -> int:
         summary = restored_summary(out)
@@ -179,12 +187,20 @@ def _degradation(config: RestoreConfig, model: Checkpoint, collection: Collectio
     """Raises ConfigError."""
     channels, size, _ = model.image_shape
     if model.autoencoded and config.task != INPAINT:
-        raise ConfigError(f"--task: {config.task} needs a model of pixels; by an autoencoder's states only inpaint does")
+        raise ConfigError(
+            f"--task: {config.task} needs a model of pixels; by an autoencoder's states only inpaint does"
+        )
     if config.task == COLORIZE and channels != 3:
         raise ConfigError("--task: the model's images have no colours")
     factor = (config.factor or FACTOR) if config.task == UPSCALE else None
     if factor and (size % factor or size == factor):
-        raise ConfigError(f"--factor: the model's {size} pixels are no multiple of {factor}, or nothing is left of them")
+        raise ConfigError(
+            f"--factor: the model's {size} pixels are no multiple of {factor}, or nothing is left of them"
+        )
+    if config.ssim and find_spec("skimage") is None:
+        raise ConfigError("--ssim: needs scikit-image (palindrome[restore])")
+    if config.ssim and size < SSIM_WINDOW:
+        raise ConfigError(f"--ssim: the model's {size} pixels are fewer than the {SSIM_WINDOW} of its window")
     masks = None
     if config.mask is not None:
         with config_error("--mask"):
@@ -208,5 +224,7 @@ def _conclude(config: RestoreConfig, summary: dict[str, Any], exceeded: str | No
             print(f"{found['not_finite']} results are not finite, and left out of the mean", file=sys.stderr)
         psnr, before = (f"{figure(row['psnr'])} dB" for row in (found, alone))
         print(f"mean PSNR {psnr}; of the observations alone {before}")
+        if "ssim" in found:
+            print(f"mean SSIM {figure(found['ssim'])}; of the observations alone {figure(alone['ssim'])}")
     print(f"report: {config.out}/report.html")
     return exit_code(summary["restored"], "restored", exceeded)

@@ -1,5 +1,5 @@
-"""DDNM (Wang, Yu, Zhang, arXiv 2212.00490): an image from a part of what is known of it, by a model that was trained for
-nothing of the kind. What an observation y = A x says is put into every predicted x0, whose null space the model fills:
+"""DDNM (Wang, Yu, Zhang, arXiv 2212.00490): a whole image from an observation y = A x of it, by a model that was not
+trained for that. What y says replaces its part of every predicted x0; the model fills the null space of A:
 
     x0 = (z_b - sigma_b epsilon) / alpha_b                                                     (eq. 12)
     x0' = x0 - A⁺ (A x0 - y)                                                                   (eq. 13)
@@ -157,8 +157,8 @@ def restore(
 
     `noise` gives standard normal draws [B, C, H, W]: x_T, and then one a step, but for the last. `eta` in [0, 1] is the
     part of each step's noise that is new, where `ddim.sample` has eq. 16 of the DDIM paper. The last step ends at the
-    projected x0, also where the process has its clean end at another level. Raises ValueError for another eta, and where
-    the top is at alpha 0 and the network predicts epsilon.
+    projected x0, also where the process has its clean end at another level. Raises ValueError for another eta, and
+    where the top is at alpha 0 and the network predicts epsilon.
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta is {eta}; it lies between 0 and 1")

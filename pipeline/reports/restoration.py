@@ -33,7 +33,9 @@ def put_report(
     """Writes `images.png`, a row for each of the first images, and `report.html`. The images are read again, and those
     that are gone since are left out."""
     columns, rows = _columns(degradation), _rows(run, collection, how, degradation)
-    sheet = grid([picture for row in rows.values() for picture in row], len(next(iter(rows.values())))) if rows else None
+    sheet = (
+        grid([picture for row in rows.values() for picture in row], len(next(iter(rows.values())))) if rows else None
+    )
     if sheet is not None:
         run.put("images.png", png(sheet))
     put_page(run, "restoration.html", facts, summary=summary, columns=columns, ids=list(rows), sheet=sheet)

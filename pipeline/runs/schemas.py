@@ -162,10 +162,12 @@ RESTORED_SCHEMA = pa.schema(
         ("mask_hash", pa.string()),  # of images.masks.mask_hash, null without a mask
         ("observation_error", pa.float64()),  # the largest |A x - y| of the result, pixels in [0, 1]
         ("picture_error", pa.float64()),  # the same of `image`, which is clipped and rounded to 8 bits
-        ("mse", pa.float64()),  # of `image` to the original, null where that is not known, as the next three
+        ("mse", pa.float64()),  # of `image` to the original, null where that is not known, as the next five
         ("psnr", pa.float64()),
+        ("ssim", pa.float64()),  # null without --ssim
         ("baseline_mse", pa.float64()),  # of the observation alone: of A⁺ y, clipped and rounded
         ("baseline_psnr", pa.float64()),
+        ("baseline_ssim", pa.float64()),
         ("image", PICTURE),
     ]
 )

@@ -118,18 +118,19 @@ def regenerated_summary(run: Folder, plan: Folder) -> dict[str, Any]:
 def restored_summary(run: Folder) -> dict[str, Any]:
     """Of a restore run: counts, rejects by reason, seconds, and of the results mean and largest `observation_error` and
     `picture_error`; where the originals are known, the errors of the `results` and of the observations alone, the
-    `baseline`, as error_statistics has them."""
+    `baseline`, as error_statistics has them, and the mean SSIM if it was measured."""
 
     def read(shard: Committed, file: ParquetFile) -> Tally:
         found = Tally.of_footer(file)
-        columns = ["observation_error", "picture_error", "mse", "baseline_mse"]
-        for first, rows in tables(file, ["image_id", "variation", *columns]):
+        columns = {"observation_error": None, "picture_error": None, "mse": "ssim", "baseline_mse": "baseline_ssim"}
+        similarities = [name for name in columns.values() if name]
+        for first, rows in tables(file, ["image_id", "variation", *columns, *similarities]):
             numbers, once = first + np.arange(len(rows)), column(rows, "variation") == 0
-            for name in columns:
-                at = once if name == "baseline_mse" else np.ones(len(rows), bool)
-                there = at & ~np.asarray(pc.is_null(rows[name]))
+            for name, similarity in columns.items():
+                there = (once | (name != "baseline_mse")) & ~np.asarray(pc.is_null(rows[name]))
                 these = rows.filter(pa.array(there))
-                found.errors[name].add(shard.name, numbers[there], these["image_id"], column(these, name))
+                others = {"ssim": column(these, similarity)} if similarity else {}
+                found.errors[name].add(shard.name, numbers[there], these["image_id"], column(these, name), **others)
         return found
 
     found = tally(run, IMAGES, committed_shards(run, IMAGES, with_rejects=True), read, "restored", run, run)
@@ -137,9 +138,10 @@ def restored_summary(run: Folder) -> dict[str, Any]:
     for name in ("observation_error", "picture_error"):
         figures = error_statistics(found.errors[name])
         summary[name] = {key: figures[key] for key in ("mean", "max")}
-    if found.errors["mse"].count:
-        summary |= {"results": error_statistics(found.errors["mse"])}
-        summary |= {"baseline": error_statistics(found.errors["baseline_mse"])}
+    for name, errors in (("results", found.errors["mse"]), ("baseline", found.errors["baseline_mse"])):
+        if errors.count:
+            similarity = errors.mean("ssim")
+            summary[name] = error_statistics(errors) | ({} if similarity is None else {"ssim": similarity})
     return summary
 
 

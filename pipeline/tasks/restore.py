@@ -17,7 +17,7 @@ from palindrome.model.restoration import Gray, Masked, Operator, Pooled, Separab
 from palindrome.pipeline.base.threads import in_threads
 from palindrome.pipeline.images.decode import Rejected
 from palindrome.pipeline.images.masks import Masks, mask_hash
-from palindrome.pipeline.images.metrics import finite, psnr, round_trip_error, to_model, to_pixels
+from palindrome.pipeline.images.metrics import finite, psnr, round_trip_error, ssim, to_model, to_pixels
 from palindrome.pipeline.images.pixels import picture
 from palindrome.pipeline.images.records import Image, Reject, Shard, not_finite
 from palindrome.pipeline.runs.kinds import IMAGES
@@ -125,6 +125,8 @@ class Restore:
     seed: int
     metadata: Mapping[str, Any]
     again: bool = False
+    similarity: bool = False
+    """Whether SSIM is measured too."""
 
     def process(self, model: Model, shard: Shard) -> Receipt:
         spent, schema = stopwatch(model), restored_schema(self.kept)
@@ -153,24 +155,32 @@ class Restore:
         """The rows of a batch, and rejects of images of which a variation has values that are not finite."""
         x, y, operator = self.degradation.observed(images, known)
         original = None if self.degradation.degraded else x
-        alone = _errors("baseline_", original, to_model(to_pixels(operator.invert(y))))
+        alone = self._errors("baseline_", original, to_pixels(operator.invert(y)))
         made, good = [], np.ones(len(images), bool)
         for variation in range(self.variations):
             indices = [noise_index(f"{variation}/{image.image_id}") for image in images]
             restored = model.restore(y, operator, self.levels, self.seed, indices, condition, self.eta)
             good &= finite(restored)
             pixels = to_pixels(restored)
-            stored = to_model(pixels)
             errors = {
                 "observation_error": _distance(operator.observe(restored), y),
-                "picture_error": _distance(operator.observe(stored), y),
-                **_errors("", original, stored),
+                "picture_error": _distance(operator.observe(to_model(pixels)), y),
+                **self._errors("", original, pixels),
                 **alone,
             }
             each = zip(range(len(x)), images, known, pixels, strict=True)
             made.append([self._row(*row, variation, errors) for row in each])
         rows = [of_variation[i] for i in np.flatnonzero(good).tolist() for of_variation in made]
         return rows, [not_finite(image) for image in compress(images, ~good)]
+
+    def _errors(self, prefix: str, original: Tensor | None, pixels: np.ndarray) -> dict[str, np.ndarray]:
+        """Of pictures as stored, where the originals [B, C, H, W] are known."""
+        if original is None:
+            return {}
+        mse = round_trip_error(original, to_model(pixels))
+        found = {"mse": mse, "psnr": np.array([psnr(error) for error in mse])}
+        found |= {"ssim": ssim(to_pixels(original), pixels)} if self.similarity else {}
+        return {f"{prefix}{name}": values for name, values in found.items()}
 
     def _row(
         self,
@@ -189,14 +199,6 @@ class Restore:
             **{name: float(values[i]) for name, values in errors.items()},
             "image": picture(image.image_id, pixels),
         }
-
-
-def _errors(prefix: str, original: Tensor | None, found: Tensor) -> dict[str, np.ndarray]:
-    """mse and psnr of pictures as stored, where the originals are known."""
-    if original is None:
-        return {}
-    mse = round_trip_error(original, found)
-    return {f"{prefix}mse": mse, f"{prefix}psnr": np.array([psnr(error) for error in mse])}
 
 
 def _distance(observed: Tensor, y: Tensor) -> np.ndarray:

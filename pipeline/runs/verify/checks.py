@@ -171,7 +171,11 @@ def _restore(run: Folder, manifest: Manifest) -> Iterator[Checked]:
     kind, config = KINDS["restore"], manifest.config
     variations = range(config["variations"])
     channels, height, width = manifest.content["image_shape"]
-    masked, measured = manifest.content["restoration"]["task"] == "inpaint", not config["degraded"]
+    has = {
+        "mask": manifest.content["restoration"]["task"] == "inpaint",
+        "mse": not config["degraded"],
+        "ssim": config["ssim"],
+    }
 
     def compare(unit: Unit, read: Read) -> Iterator[str]:
         if read.ids is None:
@@ -188,7 +192,7 @@ def _restore(run: Folder, manifest: Manifest) -> Iterator[Checked]:
         kind,
         _schema(kind, manifest),
         metadata,
-        lambda batch: _restored_rows(batch, masked, measured),
+        lambda batch: _restored_rows(batch, has),
         compare,
         kept=tuple(config["keep"]),
         shape=(height, width, channels),
@@ -464,23 +468,28 @@ def _regenerated_rows(batch: pa.RecordBatch) -> Iterator[str]:
     yield from _named(batch.column("image_id"), wrong)
 
 
-def _restored_rows(batch: pa.RecordBatch, masked: bool, measured: bool) -> Iterator[str]:
-    """`masked`: whether each image has a mask; `measured`: whether the originals are known."""
-    errors = {name: _column(batch, name) for name in ("observation_error", "picture_error", "mse", "baseline_mse")}
+def _restored_rows(batch: pa.RecordBatch, has: Mapping[str, bool]) -> Iterator[str]:
+    """Which of `mask`, `mse` and `ssim` a run `has`."""
+    masked = has["mask"]
     hashed = pc.fill_null(pc.match_substring_regex(batch.column("mask_hash"), "^[0-9a-f]{64}$"), False)
     wrong = {
         **_wrong_of_files(batch),
         "has a mask_hash that is not a sha256": masked & ~np.asarray(hashed),
         "has a mask_hash, though the run has no masks": ~_null(batch, "mask_hash") & (not masked),
     }
-    for name, values in errors.items():
-        if measured or not name.endswith("mse"):
-            wrong[f"has a {name} that is not a number of 0 or more"] = ~_is_error(values)
+    for name in ("observation_error", "picture_error"):
+        wrong[f"has a {name} that is not a number of 0 or more"] = ~_is_error(_column(batch, name))
+    for prefix in ("", "baseline_"):
+        mse, psnr, ssim = (_column(batch, f"{prefix}{name}") for name in ("mse", "psnr", "ssim"))
+        if has["mse"]:
+            wrong[f"has a {prefix}mse that is not a number of 0 or more"] = ~_is_error(mse)
+            wrong[f"has a {prefix}psnr that does not match its {prefix}mse"] = ~_is_psnr(psnr, mse)
         else:
-            wrong[f"has a {name}, though the originals are not known"] = ~_null(batch, name)
-    for prefix in ("", "baseline_") if measured else ():
-        psnr, mse = _column(batch, f"{prefix}psnr"), errors[f"{prefix}mse"]
-        wrong[f"has a {prefix}psnr that does not match its {prefix}mse"] = ~_is_psnr(psnr, mse)
+            present = ~_null(batch, f"{prefix}mse") | ~_null(batch, f"{prefix}psnr")
+            wrong[f"has a {prefix}mse or {prefix}psnr, though the originals are not known"] = present
+        wrong[f"has a {prefix}ssim outside of -1 to 1, or that the run does not measure"] = (
+            ~((ssim >= -1) & (ssim <= 1)) if has["ssim"] else ~_null(batch, f"{prefix}ssim")
+        )
     yield from _named(batch.column("image_id"), wrong)
 
 
