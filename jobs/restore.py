@@ -151,7 +151,7 @@ def run(config: RestoreConfig) -> int:
         reader = Reader(collection, how, execution.batch_size, resources.decode_in_tasks)
         noise = {"eta": config.eta, "variations": config.variations, "seed": config.seed}
         about = {**facts, **noise, "precision": execution.precision}
-        what = (degradation, kept, levels, *noise.values())
+        what = (degradation, kept, levels, config.eta, config.variations, config.seed)
         return Restore(out, reader, *what, about, config.retry_rejects, config.ssim)
 
     def finish(out: Folder, failures: list[Failure]) -> int:

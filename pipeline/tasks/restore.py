@@ -91,8 +91,9 @@ class Degradation:
         """The images that can be restored, their masks, and rejects of the others."""
         good: list[tuple[Image, np.ndarray | None]] = []
         rejects: list[Reject] = []
-        at_once = in_threads if self.masks and self.masks.folder else map
-        for image, found in zip(images, at_once(self._mask, images), strict=True):
+        of_files = self.masks is not None and self.masks.folder is not None
+        masks = in_threads(self._mask, images) if of_files else map(self._mask, images)
+        for image, found in zip(images, masks, strict=True):
             if isinstance(found, Rejected):
                 rejects.append(Reject(image.image_id, image.source, found.reason, found.detail))
             else:

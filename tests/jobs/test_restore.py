@@ -306,7 +306,7 @@ def test_a_folder_of_masks_and_what_is_wrong_with_some(restore, palindrome, tmp_
     masks.mkdir()
     for i, content in enumerate([hole(slice(3)), hole(slice(5), 20), hole(slice(0)), hole(slice(SIZE)), b"none"]):
         (masks / f"{i:02d}.png").write_bytes(content)
-    said = restore("--task", "inpaint", "--mask", f"file:{masks}", "--limit", 7, "--seed", 1)
+    said = restore("--task", "inpaint", "--mask", f"file:{masks}", "--limit", 8, "--seed", 1)
     assert said.code == 0, said.err
     assert [name for name, _ in rows(tmp_path / "run")] == ["00.png"]
     found = rejected(palindrome, tmp_path / "run")
@@ -317,12 +317,13 @@ def test_a_folder_of_masks_and_what_is_wrong_with_some(restore, palindrome, tmp_
         "03.png": "none_known",
         "03-not.png": "not_an_image",
         "04.png": "no_mask",
+        "05-cut.png": "truncated",
         "05.png": "no_mask",
     }
     assert found["05.png"][1] == "05.png does not exist"
     assert palindrome("verify", tmp_path / "run").code == 0
     (masks / "05.png").write_bytes(hole(slice(2)))
-    again = ["--task", "inpaint", "--mask", f"file:{masks}", "--limit", 7, "--seed", 1, "--retry-rejects"]
+    again = ["--task", "inpaint", "--mask", f"file:{masks}", "--limit", 8, "--seed", 1, "--retry-rejects"]
     assert restore(*again).code == 0
     assert [name for name, _ in rows(tmp_path / "run")] == ["00.png", "05.png"]
 
