@@ -121,7 +121,7 @@ def run(config: RestoreConfig) -> int:
     where, model, how = open_model(config)
     degradation = _degradation(config, model, collection)
     if config.degraded:
-        how = replace(how, size=0)
+        how = replace(how, size=degradation.size, fit="exact")
     with config_error("--out"):
         earlier = earlier_manifest(Folder(absolute(config.out)), "restore")
     if earlier:

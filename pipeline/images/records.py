@@ -24,7 +24,7 @@ REASONS = {
     "mask_size": "the mask is of another size than the image",
     "all_known": "the mask leaves no pixel to be filled in",
     "none_known": "the mask leaves no pixel known",
-    "wrong_size": "the observation is not of the size that makes an image of the model's",
+    "wrong_size": "the image is of another size than is needed, and is not to be resized",
     "no_latent": "the encode run has no latent of that image",
     "no_arc": "the latents are opposite, 0 or not finite",
 }
