@@ -1,6 +1,5 @@
 """palindrome restore: images of which a part is known -> whole images."""
 
-import sys
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from math import prod
@@ -100,7 +99,6 @@ class RestoreConfig(CollectionOptions, PictureOptions, LatentOptions, ConditionC
         for name in ("fit", "resample") if self.degraded else ():
             if getattr(self, name) != getattr(PictureOptions, name):
                 raise ConfigError(f"--{name}: with --degraded nothing is resized")
-
         if self.ssim and self.degraded:
             raise ConfigError("--ssim: with --degraded there are no originals to compare with")
 
@@ -220,8 +218,6 @@ def _conclude(config: RestoreConfig, summary: dict[str, Any], exceeded: str | No
         print(f"largest distance to an observation: {result}, of the picture in 8 bits {stored} (pixels in [0, 1])")
     if "results" in summary:
         found, alone = summary["results"], summary["baseline"]
-        if found["not_finite"]:
-            print(f"{found['not_finite']} results are not finite, and left out of the mean", file=sys.stderr)
         psnr, before = (f"{figure(row['psnr'])} dB" for row in (found, alone))
         print(f"mean PSNR {psnr}; of the observations alone {before}")
         if "ssim" in found:
