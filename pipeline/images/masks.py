@@ -13,7 +13,7 @@ import numpy as np
 
 from palindrome.pipeline.images.decode import Preprocess, Rejected, decode
 from palindrome.pipeline.images.records import Image
-from palindrome.pipeline.storage.folder import Folder, absolute, file_at, is_outage
+from palindrome.pipeline.storage.folder import Folder, absolute, is_outage
 
 AS_IT_IS = Preprocess(0, channels=1)
 WHITE = 128
@@ -45,9 +45,8 @@ class Masks:
         recipe = f"file:{folder.uri}"
         if folder.fs.isdir(folder.path()):
             return cls(recipe, size, folder=folder)
-        within, name = file_at(value)
         try:
-            known = known_of(within.read(name))
+            known = known_of(folder.read(""))  # it is a file
         except Rejected as e:
             raise ValueError(f"{value}: {e}") from e
         except FileNotFoundError as e:

@@ -329,6 +329,14 @@ def test_a_folder_of_masks_and_what_is_wrong_with_some(restore, palindrome, tmp_
     assert [name for name, _ in rows(tmp_path / "run")] == ["00.png", "05.png"]
 
 
+def test_a_run_in_which_nothing_can_be_restored_fails(restore, palindrome, tmp_path):
+    (tmp_path / "masks").mkdir()
+    said = restore("--task", "inpaint", "--mask", f"file:{tmp_path}/masks")
+    assert said.code == 1 and "no image could be restored" in said.err
+    assert "8 rejected as no_mask: the image has no mask" in said.out
+    assert palindrome("verify", tmp_path / "run").code == 0
+
+
 def test_a_column_of_masks(restore, palindrome, pngs, tmp_path):
     contents = [hole(slice(3)), None, hole(slice(6))]
     images = {"image": pngs[:3], "mask": [c and {"bytes": c, "path": None} for c in contents], "label": [1, 2, 3]}

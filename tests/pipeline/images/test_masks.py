@@ -4,6 +4,7 @@ import hashlib
 import io
 from types import SimpleNamespace
 
+import fsspec
 import numpy as np
 import pytest
 from hypothesis import given
@@ -55,6 +56,13 @@ def test_a_folder_has_one_for_each_image(tmp_path):
     for image_id, rows in {"a/1.png": 1, "2.jpg": 2, "x.parquet#3": 3}.items():
         assert (~masks.find(named(image_id))).sum() == 8 * rows
     assert masks.record() == {"recipe": f"file:{tmp_path}"}
+
+
+def test_they_are_read_from_any_store():
+    store = fsspec.filesystem("memory")
+    store.pipe_file("/masks/a/1.jpg.png", picture(slice(3)))
+    assert (~Masks.of("file:memory://masks", 8).find(named("a/1.jpg"))).sum() == 24
+    assert (~Masks.of("file:memory://masks/a/1.jpg.png", 8).find(named("any"))).sum() == 24
 
 
 def test_a_column_has_them_as_bytes_or_structs():
