@@ -20,6 +20,7 @@ from palindrome.pipeline.tasks.restore import Degradation
 
 SHOWN = 12  # images
 MOST = 6  # results of each
+WIDTH, MOST_WIDE = 96, 720  # CSS pixels of an image, and of a row
 
 
 def put_report(
@@ -32,18 +33,21 @@ def put_report(
 ) -> None:
     """Writes `images.png`, a row for each of the first images, and `report.html`. The images are read again, and those
     that are gone since are left out."""
-    columns, rows = _columns(degradation), _rows(run, collection, how, degradation)
-    sheet = (
-        grid([picture for row in rows.values() for picture in row], len(next(iter(rows.values())))) if rows else None
-    )
-    if sheet is not None:
+    rows, sheet, width = _rows(run, collection, how, degradation), None, 0
+    if rows:
+        across = max(map(len, rows.values()))
+        sheet, width = (
+            grid([picture for row in rows.values() for picture in row], across),
+            min(MOST_WIDE, WIDTH * across),
+        )
         run.put("images.png", png(sheet))
-    put_page(run, "restoration.html", facts, summary=summary, columns=columns, ids=list(rows), sheet=sheet)
+    shown = {"columns": _columns(degradation), "ids": list(rows), "sheet": sheet, "width": width}
+    put_page(run, "restoration.html", facts, summary=summary, **shown)
 
 
 def _columns(degradation: Degradation) -> list[str]:
     """What the pictures of a row are, from left to right, but for the results."""
-    alone = ["the observation alone, A⁺ y"] if degradation.factor else []  # else it is the observation
+    alone = ["A⁺ y"] if degradation.factor else []  # else it is the observation
     return [*([] if degradation.degraded else ["original"]), "observation", *alone]
 
 
