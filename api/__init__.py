@@ -3,9 +3,9 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from palindrome.notebook import Run, open, scores
+    from palindrome.notebook import Run, open, restored, scores
 
-__all__ = ["Run", "open", "scores"]
+__all__ = ["Run", "open", "restored", "scores"]
 
 
 def __getattr__(name: str) -> Any:

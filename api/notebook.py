@@ -27,7 +27,6 @@ from palindrome.pipeline.images.decode import Rejected, decode, from_pillow
 from palindrome.pipeline.images.metrics import to_model, to_pixels
 from palindrome.pipeline.images.pixels import to_pillow
 from palindrome.pipeline.runs.encoded import EncodeRun
-from palindrome.pipeline.runs.kinds import SCORES
 from palindrome.pipeline.runs.manifest import open_run
 from palindrome.pipeline.runs.selection import Selection
 from palindrome.pipeline.runs.shards import TENSORS, committed
@@ -35,7 +34,7 @@ from palindrome.pipeline.runtime.device import Model
 from palindrome.pipeline.storage.folder import Folder, Options, absolute, by_protocol, current_options, open_fs, using
 from palindrome.pipeline.tasks.encode import latents_of
 
-__all__ = ["Run", "open", "scores"]
+__all__ = ["Run", "open", "restored", "scores"]
 
 BATCH = 64  # latents on the device at once, the jobs' default
 Location = str | os.PathLike[str]  # a path or an fsspec URI
@@ -66,15 +65,33 @@ def scores(
     """The rows of the score run in the folder `run`, of the shards committed by now; by default without latents and
     maps. `where`, `columns` and `storage_options` are those of `Run.table` and `open`. Raises RunError if the folder is
     no score run, and ValueError as `Run.table` does."""
-    with using(current_options() if storage_options is None else storage_options):
-        folder, _ = open_run(os.fspath(run), "score")
-    files = [folder.path(f"{SCORES}/{name}.parquet") for name in sorted(committed(folder, SCORES))]
-    if not files:
-        raise ValueError(f"{folder.uri} holds no scores yet")
-    rows = dataset(files, filesystem=folder.arrow_fs, format="parquet")
+    rows = _rows(run, "score", storage_options)
     kinds = ((f.name, f.type) for f in rows.schema)
     small = [n for n, t in kinds if not isinstance(t, pa.FixedShapeTensorType) and not n.endswith("_map")]
     return _selected(rows, where, small if columns is None else columns)
+
+
+def restored(
+    run: Location,
+    where: str | None = None,
+    columns: Sequence[str] | None = None,
+    storage_options: Options | None = None,
+) -> pa.Table:
+    """The rows of the restore run in the folder `run`, of the shards committed by now; with columns=["image_id",
+    "image"], say, its pictures as PNGs, which are else left out. Otherwise as `scores`."""
+    rows = _rows(run, "restore", storage_options)
+    return _selected(rows, where, [n for n in rows.schema.names if n != "image"] if columns is None else columns)
+
+
+def _rows(run: Location, job: str, storage_options: Options | None) -> Dataset:
+    """The rows of a run of that job. Raises RunError if the folder is none, and ValueError if it has none yet."""
+    with using(current_options() if storage_options is None else storage_options):
+        folder, manifest = open_run(os.fspath(run), job)
+    below = manifest.kind.folder
+    files = [folder.path(f"{below}/{name}.parquet") for name in sorted(committed(folder, below))]
+    if not files:
+        raise ValueError(f"{folder.uri} holds no {below} yet")
+    return dataset(files, filesystem=folder.arrow_fs, format="parquet")
 
 
 def _selected(rows: Dataset, where: str | None, columns: Sequence[str]) -> pa.Table:

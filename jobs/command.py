@@ -26,6 +26,7 @@ JOBS = {
     "regenerate": "latents -> images, with any number of steps, or as variations",
     "generate": "noise -> new images",
     "watermark": "write keys of watermarks, for generate and score",
+    "restore": "images with a part missing -> whole: inpainted, upscaled, coloured",
     "interpolate": "latents -> the images between them",
     "animate": "write the paths of interpolate as strips and videos",
     "evaluate": "measure how far generated images are from real ones",

@@ -94,7 +94,7 @@ class EvaluateConfig(ReadingConfig):
     real: str | None = None
     """The real images: a collection as encode reads it, a run, or statistics, a .npz file with mu and sigma as this
     command, pytorch-fid and EDM write it; a path or an fsspec URI. Of an encode run the images that it encoded are
-    meant, as it resized them; of reconstruct, regenerate, generate, interpolate and export their pictures."""
+    meant, as it resized them; of commands that make pictures, and of export, these."""
     generated: str | None = None
     """The generated images: a run or a collection."""
     weights: str | None = None

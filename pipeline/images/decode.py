@@ -49,7 +49,7 @@ FILTERS = {
     "openai": PIL.Resampling.BICUBIC,
     "area": None,  # not Pillow's
 }
-FITS = ("crop", "pad")
+FITS = ("crop", "pad", "exact")
 TRUNCATED = ("reject", "keep")
 RECOMPRESS = re.compile(r"jpeg:(100|[1-9]\d?)")
 LARGEST_JPEG = 65535  # pixels, of either side
@@ -84,8 +84,9 @@ class Preprocess:
     Resized to `size` pixels by `resample`: lanczos, bicubic, bilinear or box as Pillow does it, or area, the mean over
     the area that each new pixel covers (OpenCV's INTER_AREA; box counts a pixel in full or not at all), or openai, as
     guided-diffusion reads its images: halved by box while it is at least twice too large, then bicubic, and cropped
-    last. With `size` 0 an image is not made square and keeps its own size. A file that lacks a part of the picture is a
-    reject, or, where `truncated` is `keep`, what its decoder fills in, as far as that gives any.
+    last. Where `fit` is `exact`, an image of other than size x size pixels is a reject instead. With `size` 0 an image
+    is not made square and keeps its own size. A file that lacks a part of the picture is a reject, or, where
+    `truncated` is `keep`, what its decoder fills in, as far as that gives any.
 
     Before all that, `recompress`, such as jpeg:90, makes a JPEG of the upright RGB picture, with colours at half the
     resolution, and reads that. With `through` the square is first resized to that many pixels, by the same filter.
@@ -291,6 +292,12 @@ def _open(data: bytes) -> ImageFile:
 def _check_size(image: PIL.Image, how: Preprocess) -> None:
     if image.width * image.height > how.max_pixels:
         raise Rejected("too_large", f"{image.width}x{image.height} is more than {how.max_pixels} pixels")
+    _check_fit(image, how)
+
+
+def _check_fit(image: PIL.Image, how: Preprocess) -> None:
+    if how.fit == "exact" and image.size != (how.size, how.size):
+        raise Rejected("wrong_size", f"{image.width}x{image.height} pixels, not {how.size}x{how.size}")
 
 
 def _check_cost(image: PIL.Image, tags: tiff.Tags, data: bytes, max_pixels: int) -> None:
@@ -397,6 +404,9 @@ def _rgb(image: PIL.Image, data: bytes, how: Preprocess) -> PIL.Image:
 
 def _fitted(image: PIL.Image, how: Preprocess) -> PIL.Image:
     """RGB or L of any size -> size x size."""
+    if how.fit == "exact":  # else refused before it was decoded, but for a few BMPs
+        _check_fit(image, how)
+        return image
     if how.fit == "crop":
         if how.resample == "openai":
             image = _shortened(image, how)

@@ -57,6 +57,20 @@ def psnr(mse: float) -> float:
     return math.inf if mse == 0 else -10 * math.log10(mse) if mse > 0 else math.nan
 
 
+SSIM_WINDOW = 11  # pixels across
+
+
+def ssim(pixels: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Mean structural similarity of uint8 pictures [B, H, W, C] of at least SSIM_WINDOW pixels, float64 [B], with the
+    window of Wang et al. 2004 ("Image quality assessment", section III): Gaussian, of deviation 1.5. Needs
+    scikit-image."""
+    from skimage.metrics import structural_similarity
+
+    how = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "channel_axis": 2}
+    pairs = zip(pixels, others, strict=True)
+    return np.array([structural_similarity(a, b, data_range=255, **how) for a, b in pairs], np.float64)
+
+
 def finite(x: Tensor) -> np.ndarray:
     """Which of x [B, ...] have finite values alone, bool [B]."""
     return x.isfinite().flatten(1).all(1).cpu().numpy()

@@ -20,6 +20,11 @@ REASONS = {
     "not_finite": "what was computed of the image has values that are no numbers, or are infinite",
     "no_class": "the image has no class, or one that the model does not know",
     "no_prompt": "the image has no prompt, or one that is no text",
+    "no_mask": "the image has no mask, or one that is no picture",
+    "mask_size": "the mask is of another size than the image",
+    "all_known": "the mask leaves no pixel to be filled in",
+    "none_known": "the mask leaves no pixel known",
+    "wrong_size": "the image is of another size than is needed, and is not to be resized",
     "no_latent": "the encode run has no latent of that image",
     "no_arc": "the latents are opposite, 0 or not finite",
 }

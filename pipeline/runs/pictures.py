@@ -31,7 +31,7 @@ class Pictures:
 
 
 def open_pictures(uri: str, how: Preprocess | None, steps: int | None, image_column: str | None = None) -> Pictures:
-    """The pictures of a run of reconstruct, generate, regenerate or interpolate, or an export of one; the images of an
+    """The pictures of a run that has some (kinds.WITH_PICTURES), or an export of one; the images of an
     encode run, as it read them; or a collection. `how` is a preprocessing of one's own. Of a run with several numbers
     of steps, only the pictures of `steps`. Raises ManifestError for another run, SettingError, and SourceError."""
     folder = Folder(uri)

@@ -157,6 +157,30 @@ REGENERATED_SCHEMA = pa.schema(
     ]
 )
 
+RESTORED_SCHEMA = pa.schema(
+    [
+        *IMAGE_FIELDS,
+        ("variation", pa.int32()),
+        ("mask_hash", pa.string()),  # of images.masks.mask_hash, null without a mask
+        ("observation_error", pa.float64()),  # the largest |A x - y| of the result, pixels in [0, 1]
+        ("picture_error", pa.float64()),  # the same of `image`, which is clipped and rounded to 8 bits
+        ("mse", pa.float64()),  # of `image` to the original, null where that is not known, as the next five
+        ("psnr", pa.float64()),
+        ("ssim", pa.float64()),  # null without --ssim
+        ("baseline_mse", pa.float64()),  # of the observation alone: of A⁺ y, clipped and rounded
+        ("baseline_psnr", pa.float64()),
+        ("baseline_ssim", pa.float64()),
+        ("image", PICTURE),
+    ]
+)
+
+
+def restored_schema(kept: Sequence[pa.Field]) -> pa.Schema:
+    """RESTORED_SCHEMA with the columns kept of the collection after those of the file."""
+    fields = list(RESTORED_SCHEMA)
+    return pa.schema([*fields[: len(IMAGE_FIELDS)], *kept, *fields[len(IMAGE_FIELDS) :]])
+
+
 FRAME_SCHEMA = pa.schema(
     [
         ("image_id", pa.string()),  # path/frame

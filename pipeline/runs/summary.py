@@ -116,6 +116,36 @@ def regenerated_summary(run: Folder, plan: Folder) -> dict[str, Any]:
     return {"images": 0, **_account(found), "by_steps": by_steps}
 
 
+def restored_summary(run: Folder) -> dict[str, Any]:
+    """Of a restore run: counts, rejects by reason, seconds, and of the results mean and largest `observation_error` and
+    `picture_error`; where the originals are known, the errors of the `results` and of the observations alone, the
+    `baseline`, as error_statistics has them, and the mean SSIM if it was measured."""
+
+    def read(shard: Committed, file: ParquetFile) -> Tally:
+        found = Tally.of_footer(file)
+        columns = {"observation_error": None, "picture_error": None, "mse": "ssim", "baseline_mse": "baseline_ssim"}
+        similarities = [name for name in columns.values() if name]
+        for first, rows in tables(file, ["image_id", "variation", *columns, *similarities]):
+            numbers, once = first + np.arange(len(rows)), column(rows, "variation") == 0
+            for name, similarity in columns.items():
+                there = (once | (name != "baseline_mse")) & ~np.asarray(pc.is_null(rows[name]))
+                these = rows.filter(pa.array(there))
+                others = {"ssim": column(these, similarity)} if similarity else {}
+                found.errors[name].add(shard.name, numbers[there], these["image_id"], column(these, name), **others)
+        return found
+
+    found = tally(run, IMAGES, committed_shards(run, IMAGES, with_rejects=True), read, "restored", run, run)
+    summary = {"images": 0, "restored": 0, "rejects": 0, **_account(found), "rejects_by_reason": _sorted(found.reasons)}
+    for name in ("observation_error", "picture_error"):
+        figures = error_statistics(found.errors[name])
+        summary[name] = {key: figures[key] for key in ("mean", "max")}
+    for name, errors in (("results", found.errors["mse"]), ("baseline", found.errors["baseline_mse"])):
+        if errors.count:
+            similarity = errors.mean("ssim")
+            summary[name] = error_statistics(errors) | ({} if similarity is None else {"ssim": similarity})
+    return summary
+
+
 def read_scores(run: Folder, scores: Mapping[str, Mapping[str, Any]]) -> Tally:
     """The tally of a score run, with the values of each column of scores under its name; `scores` is that of
     run.json."""

@@ -23,6 +23,7 @@ from palindrome.model.families import Checkpoint, OfTexts
 from palindrome.model.fit import epsilon_products
 from palindrome.model.inversion import invert_exactly
 from palindrome.model.ladder import Ladder
+from palindrome.model.restoration import Masked, Operator, restore
 from palindrome.pipeline.base.errors import RunError
 from palindrome.pipeline.images.metrics import finite
 from palindrome.pipeline.runtime.telemetry import ActorMetrics
@@ -336,6 +337,34 @@ class Model:
             return (self.autoencoder.to_images(state) if to_images else state,)
 
         return self._on_device(compute, torch.arange(len(x)), condition)[0]
+
+    def restore(
+        self,
+        y: Tensor,
+        operator: Operator,
+        levels: Ladder,
+        seed: int,
+        indices: Sequence[int],
+        condition: Condition | None = None,
+        eta: float = 0.85,
+    ) -> Tensor:
+        """Observations y [B, ...] -> images with those observations, not clipped, by model.restoration.restore with the
+        noise of the samples `indices` of `seed`. Through an autoencoder only of `Masked` images: what is known of their
+        states is held to, and that of their pixels is put into what they decode to."""
+        along, shape = self._along(levels), self.checkpoint.latent_shape
+
+        def compute(net: Network, rows: Tensor, condition: Condition | None) -> tuple[Tensor]:
+            rows = rows.cpu()
+            seen, of = y[rows].to(self.device), operator.of(rows, self.device)
+            how = {**along, "noise": noise_stream(seed, [indices[row] for row in rows.tolist()], shape)}
+            if not self.checkpoint.autoencoded:
+                return (restore(net, seen, of, condition=condition, eta=eta, **how),)
+            assert isinstance(of, Masked)
+            known = of.shrunk(*shape[1:])
+            state = restore(net, self.autoencoder.to_state(seen), known, condition=condition, eta=eta, **how)
+            return (of.project(self.autoencoder.to_images(state), seen),)
+
+        return self._checked(y, self._on_device(compute, torch.arange(len(y)), condition))[0]
 
     def _along(self, levels: Ladder) -> dict[str, Any]:
         """The arguments that describe the ladder and this checkpoint to the functions of `model`."""

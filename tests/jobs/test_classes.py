@@ -17,6 +17,7 @@ from palindrome.model.families import unet2d
 from palindrome.model.inversion import invert_exactly
 from palindrome.model.ladder import ladder
 from palindrome.model.process import VP
+from palindrome.model.restoration import Gray, restore
 from palindrome.model.unet import UNet
 from palindrome.pipeline.images.decode import Preprocess, decode
 from palindrome.pipeline.images.metrics import to_model, to_pixels
@@ -277,3 +278,20 @@ def test_a_notebook_decodes_under_a_class_and_with_guidance(guided, palindrome, 
         assert np.abs(np.asarray(picture).astype(int) - pixels_of(images[image_id])).max() <= 1
     with pytest.raises(ValueError, match="class_ says"):
         run.decode(run.ids[:1], guidance=3)
+
+
+def test_an_image_is_restored_as_one_of_its_class_with_the_noise_of_its_id(
+    palindrome, images, conditional, model, tmp_path
+):
+    flags = ["--task", "colorize", "--class-column", "label", "--steps", 4, "--seed", 5, "--inline"]
+    said = palindrome("restore", "--images", images, "--model", model, "--out", tmp_path / "run", *flags)
+    assert said.code == 0 and "10 images restored and 2 rejects" in said.out, said.err
+    told = conditional.with_classes(ClassOf("label"))
+    for row in pq.read_table(tmp_path / "run/images").to_pylist()[:3]:
+        name = row["image_id"]
+        content = pq.read_table(images)["img"][int(name.rpartition("#")[2])].as_py()["bytes"]
+        y = to_model(decode(content, Preprocess(16))[0][None]).mean(1, keepdim=True)
+        noise = ddim.noise_stream(5, [ddim.noise_index(f"0/{name}")], (3, 16, 16))
+        how = {"noise": noise, "condition": told.condition([row])}
+        found = restore(told.denoiser(), y, Gray(), LEVELS, told.process, **how)
+        assert np.abs(to_pixels(found)[0].astype(int) - pixels_of(row["image"]["bytes"])).max() <= 1

@@ -379,3 +379,22 @@ def test_an_actor_killed_costs_no_row_and_no_bit(
     whole, killed = read_run(tmp_path / "whole"), read_run(tmp_path / "killed")
     assert whole.ids == killed.ids
     assert np.array_equal(whole.latents, killed.latents)
+
+
+def test_masked_images_are_filled_in_and_nothing_else_is_restored(palindrome, images, model, decode_image, tmp_path):
+    """The states are held to where all of their pixels are known; what they decode to is blended in pixels."""
+    command = ["restore", "--images", images, "--model", model, "--prompt", "a cat", "--limit", 2, "--steps", 3]
+    said = palindrome(*command, "--task", "inpaint", "--mask", "box:0.25", "--out", tmp_path / "run")
+    assert said.code == 0, said.err
+    rows = pq.read_table(tmp_path / "run/images").to_pylist()
+    missing = np.zeros((32, 32), bool)
+    missing[8:24, 8:24] = True
+    assert len(rows) == 2
+    for row in rows:
+        original, result = decode_image(row), pixels_of(row["image"]["bytes"])
+        assert np.array_equal(result[~missing], original[~missing])
+        assert not np.array_equal(result[missing], original[missing])
+        assert row["observation_error"] == row["picture_error"] == 0
+    assert palindrome("verify", tmp_path / "run").code == 0
+    said = palindrome(*command, "--task", "upscale", "--out", tmp_path / "other")
+    assert said.code == 2 and "--task: upscale needs a model of pixels" in said.err

@@ -47,6 +47,10 @@ COMMANDS = {
         *("score", "--images", pictures, "--model", model, "--method", "invad", "dire", "--steps", 2),
         *("--shard-size", 8, "--latents"),
     ],
+    "restore": lambda pictures, model, encoded: [
+        *("restore", "--images", pictures, "--model", model, "--task", "inpaint", "--mask", "box:0.25"),
+        *("--steps", 3, "--variations", 2, "--shard-size", 8),
+    ],
     "sweep": lambda pictures, model, encoded: [
         *("sweep", "--images", pictures, "--model", model, "--steps", 2, 3, "--corrections", 0, 1, "--shard-size", 8)
     ],

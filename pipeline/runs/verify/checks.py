@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain, product
 from typing import Any
 
@@ -164,6 +165,39 @@ def _generate(run: Folder, manifest: Manifest) -> Iterator[Checked]:
         kept=("latent",) if dtype else (),
     )
     return _in_shards(run, OwnPlan(run, images=config["count"]), wanted)
+
+
+def _restore(run: Folder, manifest: Manifest) -> Iterator[Checked]:
+    kind, config = KINDS["restore"], manifest.config
+    variations = range(config["variations"])
+    channels, height, width = manifest.content["image_shape"]
+    has = {
+        "mask": manifest.content["restoration"]["task"] == "inpaint",
+        "mse": not config["degraded"],
+        "ssim": config["ssim"],
+    }
+
+    def compare(unit: Unit, read: Read) -> Iterator[str]:
+        if read.ids is None:
+            return
+        others = sorted(read.ids.keys() - {(number,) for number in variations})
+        yield from (f"has rows in variation {number}, which the run does not make" for (number,) in others)
+        for number in variations:
+            of_variation = replace(read, ids={(): read.ids.get((number,), [])})
+            wrong = _compare_images(kind, unit, of_variation, "it is neither restored nor a reject")
+            yield from (f"{message}, in variation {number}" for message in wrong)
+
+    metadata = expected_metadata(manifest, **{name: config[name] for name in ("eta", "seed", "variations")})
+    wanted = Wanted(
+        kind,
+        _schema(kind, manifest),
+        metadata,
+        lambda batch: _restored_rows(batch, has),
+        compare,
+        kept=tuple(config["keep"]),
+        shape=(height, width, channels),
+    )
+    return _in_shards(run, OwnPlan(run), wanted)
 
 
 def _interpolate(run: Folder, manifest: Manifest) -> Iterator[Checked]:
@@ -434,6 +468,31 @@ def _regenerated_rows(batch: pa.RecordBatch) -> Iterator[str]:
     yield from _named(batch.column("image_id"), wrong)
 
 
+def _restored_rows(batch: pa.RecordBatch, has: Mapping[str, bool]) -> Iterator[str]:
+    """Which of `mask`, `mse` and `ssim` a run `has`."""
+    masked = has["mask"]
+    hashed = pc.fill_null(pc.match_substring_regex(batch.column("mask_hash"), "^[0-9a-f]{64}$"), False)
+    wrong = {
+        **_wrong_of_files(batch),
+        "has a mask_hash that is not a sha256": masked & ~np.asarray(hashed),
+        "has a mask_hash, though the run has no masks": ~_null(batch, "mask_hash") & (not masked),
+    }
+    for name in ("observation_error", "picture_error"):
+        wrong[f"has a {name} that is not a number of 0 or more"] = ~_is_error(_column(batch, name))
+    for prefix in ("", "baseline_"):
+        mse, psnr, ssim = (_column(batch, f"{prefix}{name}") for name in ("mse", "psnr", "ssim"))
+        if has["mse"]:
+            wrong[f"has a {prefix}mse that is not a number of 0 or more"] = ~_is_error(mse)
+            wrong[f"has a {prefix}psnr that does not match its {prefix}mse"] = ~_is_psnr(psnr, mse)
+        else:
+            present = ~_null(batch, f"{prefix}mse") | ~_null(batch, f"{prefix}psnr")
+            wrong[f"has a {prefix}mse or {prefix}psnr, though the originals are not known"] = present
+        wrong[f"has a {prefix}ssim outside of -1 to 1, or that the run does not measure"] = (
+            ~((ssim >= -1) & (ssim <= 1)) if has["ssim"] else ~_null(batch, f"{prefix}ssim")
+        )
+    yield from _named(batch.column("image_id"), wrong)
+
+
 def _error_rows(batch: pa.RecordBatch) -> Iterator[str]:
     for row in batch.select(["image_id", "steps", "status", "mse"]).to_pylist():
         at, mse = f"{row['image_id']} at {row['steps']} steps", row["mse"]
@@ -451,6 +510,7 @@ CHECKS: Mapping[str, Callable[[Folder, Manifest], Iterator[Checked]]] = {
     "evaluate": _evaluate,
     "generate": _generate,
     "regenerate": _regenerate,
+    "restore": _restore,
     "interpolate": _interpolate,
     "export": check_export,
 }

@@ -97,6 +97,8 @@ def test_odd_width_and_one_that_breaks_off(rgb):
     assert np.abs(found[:, :31].astype(int) - rgb[:, :31]).max() <= 16
     with pytest.raises(Rejected):
         decode(data[:-500], Preprocess(32))
+    with pytest.raises(Rejected, match="31x32 pixels, not 32x32"):
+        decode(data, Preprocess(32, fit="exact"))
 
 
 def test_unused_fourth_byte_of_0_without_masks(rgb):

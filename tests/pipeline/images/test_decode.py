@@ -585,6 +585,19 @@ def test_padding_of_one_channel_is_the_background_s_luma(picture, files):
     np.testing.assert_array_equal(found[..., 0], np.pad(inner, ((5, 6), (0, 0)), constant_values=luma))
 
 
+def test_an_exact_size_is_asked_for_before_anything_is_decoded(picture):
+    square = picture.crop((0, 0, 24, 24))
+    content = io.BytesIO()
+    square.save(content, "PNG")
+    for resample in RESAMPLES:
+        found = pixels(content.getvalue(), Preprocess(24, fit="exact", resample=resample))
+        np.testing.assert_array_equal(found, np.asarray(square))
+    assert (
+        rejected(content.getvalue()[:60], Preprocess(32, fit="exact")).reason == "wrong_size"
+    )  # there are no pixels yet
+    assert rejected(content.getvalue()[:60], Preprocess(24, fit="exact")).reason == "truncated"
+
+
 def coverage(n, size):
     """[size, n]: how much of each of n pixels each of `size` equal parts covers, in 1 / size of a pixel."""
     ends = [(max(i * n, j * size), min((i + 1) * n, (j + 1) * size)) for i in range(size) for j in range(n)]
