@@ -1,11 +1,11 @@
 """palindrome watermark: keys, for `generate` to put into its noise and for `score` to find in images."""
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from palindrome.jobs.arguments import ConfigError, Range, config_error
+from palindrome.jobs.arguments import ConfigError, Range, config_error, flag_of
 from palindrome.jobs.config import LatentOptions, OutOptions, Planned
-from palindrome.model.watermarks import GaussianShading, TreeRing, Watermark
+from palindrome.model.watermarks import KINDS, TreeRing, Watermark
 from palindrome.pipeline.runs.models import load_model
 from palindrome.pipeline.runs.watermarks import new_keys, write_keys
 from palindrome.pipeline.storage.folder import file_at
@@ -85,14 +85,13 @@ def run(config: WatermarkConfig) -> int:
 
 def _watermark(config: WatermarkConfig, shape: tuple[int, ...]) -> Watermark:
     """Raises ConfigError for options of the other method, and what the latents have no room for."""
-    of_rings = {"pattern": config.pattern, "radius": config.radius, "channels": config.channels or None}
-    of_shading = {"copies": config.copies, "channel_copies": config.channel_copies}
+    of_rings: dict[str, Any] = {"pattern": config.pattern, "radius": config.radius, "channels": config.channels or None}
+    of_shading: dict[str, Any] = {"copies": config.copies, "channel_copies": config.channel_copies}
     is_ring = config.method == TreeRing.METHOD
     for name, value in (of_shading if is_ring else of_rings).items():
         if value is not None:
-            raise ConfigError(f"--{name.replace('_', '-')}: {config.method} has none")
+            raise ConfigError(f"{flag_of(name)}: {config.method} has none")
     channels, height, width = shape
     given = {name: value for name, value in (of_rings if is_ring else of_shading).items() if value is not None}
-    with config_error(f"--{next(iter(given), 'model').replace('_', '-')}"):
-        kind = TreeRing if is_ring else GaussianShading
-        return kind((channels, height, width), **given)
+    with config_error(flag_of(next(iter(given), "model"))):
+        return KINDS[config.method]((channels, height, width), **given)

@@ -10,28 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
-from typing import Any, ClassVar, Literal, Protocol
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
-
-Shape = tuple[int, int, int]
-
-
-class Watermark(Protocol):
-    """A kind of watermark for latents of one shape."""
-
-    METHOD: ClassVar[str]
-
-    @property
-    def shape(self) -> Shape: ...
-    def mark(self, noise: Tensor, secret: bytes) -> Tensor:
-        """Standard normal x_T -> x_T with the watermark, which is standard normal to who does not know the secret."""
-
-    def find(self, latent: Tensor, secret: bytes) -> dict[str, Tensor]:
-        """What x_T says of a secret, float64 [B], the less the surer: `p` is a p-value, below alpha for a fraction
-        alpha of the secrets that x_T was not marked with."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +30,7 @@ class TreeRing:
     """
 
     METHOD: ClassVar[str] = "tree-ring"
-    shape: Shape
+    shape: tuple[int, int, int]
     radius: int = 10
     channels: tuple[int, ...] = (-1,)
     pattern: Literal["rand", "ring"] = "rand"
@@ -100,6 +83,7 @@ class TreeRing:
         return (self._distance[self.inside].ceil().long() - 1).clamp(min=0)
 
     def mark(self, noise: Tensor, secret: bytes) -> Tensor:
+        """Standard normal x_T -> x_T with the watermark."""
         transformed = torch.fft.fft2(noise[:, self.channels].double())
         transformed[:, :, self.inside] = self._spread(self._values(secret))
         marked = noise.clone()
@@ -107,7 +91,9 @@ class TreeRing:
         return marked
 
     def find(self, latent: Tensor, secret: bytes) -> dict[str, Tensor]:
-        """`p`: that the pattern of a secret drawn at random points as nearly in the direction of this x_T, by the angle
+        """What x_T says of a secret, float64 [B], the less the surer.
+
+        `p`: that the pattern of a secret drawn at random points as nearly in the direction of this x_T, by the angle
         of a random direction to a fixed one. It holds for any x_T, as it rests on the secret being random.
 
         `noise_p`, as in section 3.4 of the paper: that white noise comes as near to the pattern. With the variance of
@@ -147,7 +133,7 @@ class GaussianShading:
     has the same signs."""
 
     METHOD: ClassVar[str] = "gaussian-shading"
-    shape: Shape
+    shape: tuple[int, int, int]
     copies: int = 8
     channel_copies: int = 1
 
@@ -157,7 +143,7 @@ class GaussianShading:
             raise ValueError(f"latents of {_times(self.shape)} can't be divided by {_times(self._times)} copies")
 
     @property
-    def _times(self) -> Shape:
+    def _times(self) -> tuple[int, int, int]:
         return self.channel_copies, self.copies, self.copies
 
     def signs(self, secret: bytes) -> tuple[Tensor, Tensor]:
@@ -167,11 +153,14 @@ class GaussianShading:
         return message.repeat(self._times), _bits(b"stream" + secret, prod(self.shape)).view(self.shape)
 
     def mark(self, noise: Tensor, secret: bytes) -> Tensor:
+        """Standard normal x_T -> x_T with the watermark."""
         message, stream = self.signs(secret)
         return torch.where(message ^ stream, noise.abs(), -noise.abs())
 
     def find(self, latent: Tensor, secret: bytes) -> dict[str, Tensor]:
-        """`p`: that so many signs agree by chance with those of a secret drawn at random, whatever the x_T is.
+        """What x_T says of a secret, float64 [B], the less the surer.
+
+        `p`: that so many signs agree by chance with those of a secret drawn at random, whatever the x_T is.
         `sign_errors` is the fraction that does not agree, `bit_errors` that of the message's bits by the majority of
         their copies, half a one where there is none."""
         from scipy.stats import binom  # of an extra
@@ -192,7 +181,8 @@ class GaussianShading:
         }
 
 
-KINDS: Mapping[str, Any] = {kind.METHOD: kind for kind in (TreeRing, GaussianShading)}
+Watermark = TreeRing | GaussianShading
+KINDS: Mapping[str, type[Watermark]] = {TreeRing.METHOD: TreeRing, GaussianShading.METHOD: GaussianShading}
 
 
 @dataclass(frozen=True)
