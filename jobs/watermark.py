@@ -46,8 +46,8 @@ class WatermarkConfig(LatentOptions, OutOptions):
     """Derive the secrets from this number, so that the same command gives the same keys: for experiments, as who
     guesses it has the keys (default: the system's randomness)."""
     pattern: Literal["rand", "ring"] | None = None
-    """The pattern of tree-ring: rand has a value a frequency; ring one a ring, which rotations leave, and too few for
-    small p-values (default: rand)."""
+    """The pattern of tree-ring: rand has a value a frequency; ring one a ring, which rotations leave: few
+    numbers, whose p-values stay larger (default: rand)."""
     radius: Annotated[int, Range(1)] | None = None
     """The radius of tree-ring's pattern, in frequencies, below half the side of the latents (default: 10)."""
     channels: tuple[int, ...] = ()

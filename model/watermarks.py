@@ -21,12 +21,12 @@ from torch import Tensor
 class TreeRing:
     """A pattern in the low frequencies of x_T: in a disc of this radius about frequency 0, in some channels.
 
-    `rand` has a value for each frequency. `ring` has one for each ring, which rotations leave as they are; so few are
-    soon guessed, so that p-values can't be small, and they meet in one large value at the corner of x_T. The values
-    have the variance that noise has there.
+    `rand` has a value for each frequency. `ring` has one for each ring, which rotations leave as they are: few numbers,
+    which a random key soon fits as well, and which meet in one large value at the corner of x_T. The values have the
+    variance that noise has there.
 
-    The Fourier transform of a real x_T is Hermitian, F(-k) = conj(F(k)), and so are these patterns. The released code's
-    are not, nor is its disc centred on frequency 0, so that it does not find in x_T what it has put there.
+    The Fourier transform of a real x_T is Hermitian, F(-k) = conj(F(k)), and so are these patterns. The rings
+    of the released code are not, and its disc is a row off frequency 0: a part is lost as the real part is taken.
     """
 
     METHOD: ClassVar[str] = "tree-ring"
@@ -96,7 +96,7 @@ class TreeRing:
         `p`: that the pattern of a secret drawn at random points as nearly in the direction of this x_T, by the angle
         of a random direction to a fixed one. It holds for any x_T, as it rests on the secret being random.
 
-        `noise_p`, as in section 3.4 of the paper: that white noise comes as near to the pattern. With the variance of
+        `noise_p`, the one of the paper: that white noise comes as near to the pattern. With the variance of
         the frequencies outside, the squared distance is noncentral chi-squared, with as many degrees of freedom as
         there are frequencies inside: half of them are the conjugates of others. The x_T of an image is no white noise,
         and may have small values of it without a watermark.

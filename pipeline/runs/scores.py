@@ -124,7 +124,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
                 "watermarked",
                 ("p", "noise_p", "distance"),
                 AT_CLEAN_END,
-                "plain DDIM inversion; a Hermitian pattern, where that of YuxinWenRick/tree-ring-watermark is not",
+                "plain DDIM inversion; a Hermitian pattern about frequency 0, unlike YuxinWenRick/tree-ring-watermark",
                 texts=("key",),
                 from_clean_end=True,
                 keyed=True,
