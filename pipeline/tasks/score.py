@@ -53,6 +53,8 @@ class Measure:
         try:
             if method.clipped and model.autoencoded:
                 raise ValueError("it clips x0 to the range of pixels, which the states of an autoencoder do not have")
+            if method.keyed and keys is None:
+                raise ValueError("it looks for the keys of --keys, and is given none")
             return cls(method, _levels(method, model, steps), keys)
         except ValueError as e:
             raise ValueError(f"{method.name}: {e}") from e

@@ -170,7 +170,7 @@ def test_keys_that_do_not_fit_are_named(palindrome, keys, model, sample, tmp_pat
         return said.err
 
     rings = keys["tree-ring"]
-    assert "--keys: tree-ring looks for keys, and is given none" in refused("--method", "tree-ring")
+    assert "--method: tree-ring: it looks for the keys of --keys, and is given none" in refused("--method", "tree-ring")
     assert "has keys of tree-ring, not computed" in refused("--method", "nll", "--keys", rings)
     assert "has keys of tree-ring, again" in refused("--method", "tree-ring", "--keys", rings, rings)
     message = "--keys: its keys are for latents of 3 x 32 x 32, and those of the model are 3 x 16 x 16"

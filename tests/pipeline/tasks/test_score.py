@@ -10,6 +10,7 @@ import torch
 from palindrome.model.families.unet2d import UNet2D
 from palindrome.model.process import EDM, VP, Flow
 from palindrome.model.unet import UNetConfig
+from palindrome.model.watermarks import KINDS, Keys
 from palindrome.pipeline.base.errors import RunError
 from palindrome.pipeline.images.decode import Preprocess
 from palindrome.pipeline.images.sources import open_collection
@@ -86,7 +87,9 @@ def test_secmi_s_timesteps_need_a_variance_preserving_process(process):
 @pytest.mark.parametrize("process", [VP(prediction_type="v_prediction"), Flow(), EDM()], ids=["vp", "flow", "edm"])
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "secmi"])
 def test_other_methods_measure_models_of_any_process(name, process):
-    measure = Measure.of(METHODS[name], Overflowing(UNetConfig(sample_size=32), {}, process, at=-1))
+    kind = KINDS.get(name)
+    keys = kind and Keys(kind((3, 32, 32)), {"a": b"1", "b": b"2"})
+    measure = Measure.of(METHODS[name], Overflowing(UNetConfig(sample_size=32), {}, process, at=-1), keys=keys)
     calls = []
 
     @dataclass(frozen=True)
