@@ -5,6 +5,7 @@ import json
 import secrets
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from palindrome.model.watermarks import KINDS, Keys, Watermark
@@ -27,8 +28,11 @@ def new_keys(watermark: Watermark, names: Sequence[str], seed: int | None = None
 
 
 def write_keys(keys: Keys, uri: str) -> None:
+    """On a disk for nobody else to read."""
     folder, name = file_at(uri)
     folder.put(name, (json.dumps(_content(keys), indent=2) + "\n").encode())
+    if folder.is_local:
+        Path(folder.path(name)).chmod(0o600)
 
 
 def read_keys(uri: str) -> Keys:

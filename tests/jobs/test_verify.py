@@ -345,6 +345,10 @@ def made(palindrome, model, mixed, whole, read_run, scripted, tmp_path_factory):
         "reconstruct": ["--latents", whole, "--steps", 1, 2],
         "sweep": ["--images", mixed, "--model", model, "--steps", 1, 2, "--corrections", 0, "--shard-size", 32],
         "score": ["--images", mixed, "--model", model, "--method", "invad", "--steps", 1, "--shard-size", 32],
+        "restore": [
+            *("--images", mixed, "--model", model, "--task", "upscale", "--factor", 2),
+            *("--steps", 1, "--shard-size", 32),
+        ],
         "generate": ["--model", model, "--count", 20, "--steps", 1, "--shard-size", 8, "--latents", "float16"],
         "regenerate": [
             "--latents",
@@ -375,6 +379,7 @@ WELL = {
     "reconstruct": f"5 shards, {GOOD} latents, 0 rejects: all well\n",
     "sweep": f"6 shards, {2 * GOOD} images, {2 * BAD} rejects: all well\n",
     "score": f"3 shards, {GOOD} images, {BAD} rejects: all well\n",
+    "restore": f"3 shards, {GOOD} images, {BAD} rejects: all well\n",
     "generate": "3 shards, 20 images, 0 rejects: all well\n",
     "regenerate": f"5 shards, {GOOD // 2} latents, 0 rejects: all well\n",
     "interpolate": "2 shards, 15 frames, 1 rejects: all well\n",

@@ -132,6 +132,7 @@ def test_secrets_differ_from_command_to_command_unless_they_have_a_seed(palindro
     drawn = [secrets("a"), secrets("b")]
     assert len({secret for each in drawn for secret in each}) == 6
     assert secrets("c", "--seed", 7) == secrets("d", "--seed", 7) != secrets("e", "--seed", 8)
+    assert (tmp_path / "c").stat().st_mode & 0o777 == 0o600
     made = new_keys(GaussianShading((3, 32, 32)), ["key-0", "key-1", "key-2"], 7)
     assert read_keys(str(tmp_path / "c")) == made
 
