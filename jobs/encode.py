@@ -14,7 +14,15 @@ from palindrome.jobs.config import (
     WholeCollectionConfig,
     open_model,
 )
-from palindrome.jobs.sharded import Remaining, ShardedJob, exit_code, plan_collection, print_rejects, run_sharded
+from palindrome.jobs.sharded import (
+    Remaining,
+    ShardedJob,
+    exit_code,
+    over_budget,
+    plan_collection,
+    print_rejects,
+    run_sharded,
+)
 from palindrome.model.execution import FLOAT32, Execution
 from palindrome.model.families import Checkpoint
 from palindrome.pipeline.base.text import figure
@@ -124,7 +132,7 @@ def run(config: EncodeConfig) -> int:
     def finish(out: Folder, failures: list[Failure]) -> int:
         summary = latents_summary(out, measured)
         put_summary(out, summary, failures)
-        return _conclude(config, summary, budget.exceeded(len(failures), summary["rejects"], totals.images))
+        return _conclude(config, summary, over_budget(out, budget, failures, summary))
 
     job = ShardedJob(
         name="encode",

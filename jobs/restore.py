@@ -17,7 +17,15 @@ from palindrome.jobs.config import (
     column_error,
     open_model,
 )
-from palindrome.jobs.sharded import Remaining, ShardedJob, exit_code, plan_collection, print_rejects, run_sharded
+from palindrome.jobs.sharded import (
+    Remaining,
+    ShardedJob,
+    exit_code,
+    over_budget,
+    plan_collection,
+    print_rejects,
+    run_sharded,
+)
 from palindrome.model.execution import Execution
 from palindrome.model.families import Checkpoint
 from palindrome.pipeline.base.text import figure
@@ -30,7 +38,6 @@ from palindrome.pipeline.runs.kinds import IMAGES
 from palindrome.pipeline.runs.ladders import KINDS, NAMED, resolve
 from palindrome.pipeline.runs.manifest import earlier_manifest
 from palindrome.pipeline.runs.outcome import Failure
-from palindrome.pipeline.runs.plan import Totals
 from palindrome.pipeline.runs.schemas import RESTORED_SCHEMA
 from palindrome.pipeline.runs.summary import put_summary, restored_summary
 from palindrome.pipeline.runtime.progress import Budget
@@ -137,12 +144,9 @@ def run(config: RestoreConfig) -> int:
     }
     kept = tuple(field for field in collection.kept if field.name in keep)
     budget = Budget(config.max_failed_shards, config.max_reject_fraction)
-    totals = Totals(0, 0)
 
     def plan(out: Folder) -> Remaining:
-        nonlocal totals
         remaining, _ = plan_collection(config, out, collection, IMAGES, "restore")
-        totals = remaining.totals
         return remaining
 
     def work(out: Folder, resources: Resources, execution: Execution) -> Restore:
@@ -162,7 +166,7 @@ def run(config: RestoreConfig) -> int:
             "sampling": f"{len(levels) - 1} steps, eta {config.eta:g}, seed {config.seed}",
         }
         put_report(out, described, summary, collection, how, degradation)
-        return _conclude(config, summary, budget.exceeded(len(failures), summary["rejects"], totals.images))
+        return _conclude(config, summary, over_budget(out, budget, failures, summary))
 
     job = ShardedJob(
         name="restore",

@@ -15,7 +15,15 @@ from palindrome.jobs.config import (
     WholeCollectionConfig,
     open_model,
 )
-from palindrome.jobs.sharded import Remaining, ShardedJob, exit_code, plan_collection, print_rejects, run_sharded
+from palindrome.jobs.sharded import (
+    Remaining,
+    ShardedJob,
+    exit_code,
+    over_budget,
+    plan_collection,
+    print_rejects,
+    run_sharded,
+)
 from palindrome.model.execution import Execution
 from palindrome.model.watermarks import Keys
 from palindrome.pipeline.base.text import figure
@@ -24,7 +32,6 @@ from palindrome.pipeline.reports.scores import put_report
 from palindrome.pipeline.runs.kinds import SCORES
 from palindrome.pipeline.runs.manifest import earlier_manifest
 from palindrome.pipeline.runs.outcome import Failure
-from palindrome.pipeline.runs.plan import Totals
 from palindrome.pipeline.runs.scores import LEVEL, METHODS, Method, score_schema, scores_of
 from palindrome.pipeline.runs.summary import put_summary, read_scores, scores_summary
 from palindrome.pipeline.runs.watermarks import read_keys
@@ -68,9 +75,8 @@ class ScoreConfig(CollectionOptions, PictureOptions, LatentOptions, ConditionCol
     """Files of keys that `palindrome watermark` wrote, paths or fsspec URIs: one for each of the methods tree-ring and
     gaussian-shading."""
     steps: Annotated[int, Range(1)] | None = None
-    """Steps of the path up (default: nll and diffpath 10, invad 3, dire, dire-exact
-    and watermarks 20). secmi has 11 evaluations of
-    its own."""
+    """Steps of the path up (default: nll and diffpath 10, invad 3, dire, dire-exact and watermarks 20). secmi has 11
+    evaluations of its own."""
     resample: Literal["lanczos", "bicubic", "bilinear", "box", "area", "openai"] = "openai"
     """The filter that resizes images to the model's size; openai is the one of guided-diffusion, with which DIRE reads
     its images."""
@@ -115,12 +121,9 @@ def run(config: ScoreConfig) -> int:
         "preprocess": how.record(),
     }
     budget = Budget(config.max_failed_shards, config.max_reject_fraction)
-    totals = Totals(0, 0)
 
     def plan(out: Folder) -> Remaining:
-        nonlocal totals
         remaining, _ = plan_collection(config, out, collection, SCORES, "score")
-        totals = remaining.totals
         return remaining
 
     def work(out: Folder, resources: Resources, execution: Execution) -> Score:
@@ -140,7 +143,7 @@ def run(config: ScoreConfig) -> int:
             **({"recompressed": how.recompress} if how.recompress else {}),
         }
         put_report(out, described, summary, found, collection, how)
-        return _conclude(config, summary, budget.exceeded(len(failures), summary["rejects"], totals.images))
+        return _conclude(config, summary, over_budget(out, budget, failures, summary))
 
     job = ShardedJob(
         name="score",

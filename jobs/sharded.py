@@ -132,6 +132,12 @@ def print_rejects(summary: Mapping[str, Any]) -> None:
         print(f"{cut} prompts are longer than the model can be told, and were cut", file=sys.stderr)
 
 
+def over_budget(out: Folder, budget: Budget, failures: list[Failure], summary: Mapping[str, Any]) -> str | None:
+    """Why a run over a collection is aborted, if it is: what failed and was rejected, of all that is planned."""
+    totals = plan_totals(out)
+    return budget.exceeded(len(failures), summary["rejects"], totals.images if totals else 0)
+
+
 def exit_code(rows: int, verb: str, exceeded: str | None) -> int:
     """Of a run over a collection, apart from failed shards: why the budget is `exceeded`, if it is, and whether any
     image could be used are said."""

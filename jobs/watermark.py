@@ -73,13 +73,13 @@ def run(config: WatermarkConfig) -> int:
         if folder.exists(name):
             raise ConfigError(f"--out: {config.out} exists, and its keys would be lost")
     sides = " x ".join(map(str, watermark.shape))
-    print(f"{len(names)} keys of {watermark.METHOD} for latents of {sides}", end="")
+    keys = f"{len(names)} keys of {watermark.METHOD} for latents of {sides}"
     if config.dry_run:
-        print("; one file of some kB to write")
+        print(f"{keys}; one file of some kB to write")
         raise Planned
     with config_error("--out"):
         write_keys(new_keys(watermark, names, config.seed), config.out)
-    print(f" in {config.out}")
+    print(f"{keys} in {config.out}")
     return 0
 
 

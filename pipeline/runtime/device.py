@@ -279,7 +279,7 @@ class Model:
         indices: Sequence[int],
         levels: Ladder,
         condition: Condition | None = None,
-        mark: Callable[[Tensor, Sequence[int]], Tensor] = lambda noise, indices: noise,
+        mark: Callable[[Tensor, Sequence[int]], Tensor] | None = None,
         **how: Any,
     ) -> tuple[Tensor, Tensor]:
         """x_T of the samples `indices` of `seed`, and their images, about in [-1, 1]. The noise of a sample depends on
@@ -289,7 +289,8 @@ class Model:
 
         def compute(net: Network, indices: Tensor, condition: Condition | None) -> tuple[Tensor, Tensor]:
             noise = noise_stream(seed, indices.tolist(), shape)
-            x = mark(next(noise), indices.tolist()).to(self.device)
+            x = next(noise)
+            x = (mark(x, indices.tolist()) if mark else x).to(self.device)
             state = sample(net, x, noise=noise, condition=condition, **along, **how)
             return x, self.autoencoder.to_images(state)
 

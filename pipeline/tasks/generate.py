@@ -45,15 +45,14 @@ class Generate:
 
     def process(self, model: Model, shard: Shard) -> Receipt:
         spent = stopwatch(model)
-        schema, how = sample_schema(model.checkpoint.latent_shape, self.dtype, self.keys is not None), dict(self.how)
-        if self.keys is not None:
-            how["mark"] = self.keys.mark
+        schema = sample_schema(model.checkpoint.latent_shape, self.dtype, self.keys is not None)
+        mark = None if self.keys is None else self.keys.mark
         [piece] = shard.pieces
         with ShardWriter(self.run, IMAGES, shard.name, schema, self.metadata, once=True) as out:
             for first in range(piece.start, piece.stop, self.batch_size):
                 indices = range(first, min(first + self.batch_size, piece.stop))
                 condition = model.condition_of_all(len(indices))
-                noise, images = model.generate(self.seed, indices, self.levels, condition, **how)
+                noise, images = model.generate(self.seed, indices, self.levels, condition, mark, **self.how)
                 check_finite(images, [sample_id(index) for index in indices])
                 out.add(_rows(schema, indices, self.keys, to_pixels(images), noise.numpy()))
                 model.advance(len(indices))
