@@ -7,7 +7,8 @@ has A and B). Encoding must solve that for x_b, a fixed point of
 
 which in terms of epsilon is s x_a + (sigma_b - s sigma_a) epsilon(x_b, b). The paper's inversion puts epsilon(x_a, a)
 in place of epsilon(x_b, b) and leaves it at that. Here the epsilons of the steps below predict it at no cost, and each
-correction is one evaluation at (x_b, b).
+correction is one evaluation at (x_b, b). Weights are each sample's own, and in it each band's of spatial frequency
+(model.bands).
 
 By Tweedie's formula the ideal epsilon's Jacobian is (I - alpha_b^2 / sigma_b^2 Cov[x_0 | x_b]) / sigma_b: symmetric,
 its eigenvalues near 0 along the images and near 1 / sigma_b across them. So those of G lie between 0 and kappa =
@@ -22,15 +23,18 @@ W kappa, whose middle is that of 0 and kappa. So the relaxation remains the best
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from math import inf, isfinite, log
 
 import torch
 from torch import Tensor
 
+from palindrome.model.bands import Bands
 from palindrome.model.condition import Condition
 from palindrome.model.ddim import Network, as_state, coefficients, evaluate, invert, move
 from palindrome.model.process import Marginal, Process, Reading
 
 DEPTH = 2  # of the Anderson mixing: differences of residuals kept
+SLOW = 0.8  # of a residual, left by a correction: more says that what happens in one band depends on another
 MIXING_LIMIT = 5.0  # of an Anderson weight: two nearly equal residuals must not throw an iterate far away
 
 
@@ -52,10 +56,10 @@ def invert_exactly(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x0 [B, C, H, W] -> x at the ladder's top, each sample's residual, float [B], and its evaluations, int32 [B].
 
-    A step predicts epsilon by linear extrapolation of the two steps below, then corrects `corrections` times by the
-    relaxed fixed point with Anderson mixing, each sample with its own weights. The first step, which has none below,
-    starts from the image and corrects once more. With `tolerance` > 0 a sample leaves a step as soon as its next
-    residual is expected to be below it, and `corrections` is the most a step may take.
+    A step predicts epsilon by extrapolation of the steps below, then corrects `corrections` times by the relaxed fixed
+    point with Anderson mixing. The first step, which has none below, starts from the image and corrects once more. With
+    `tolerance` > 0 a sample leaves a step as soon as its next residual is expected to be below it, and `corrections` is
+    the most a step may take.
 
     A sample for which the network has no finite output becomes NaN. One whose residual does not fall keeps the iterate
     with the smallest one: at worst the prediction. The residual is the root mean square of G(x_b) - x_b of that
@@ -71,23 +75,45 @@ def invert_exactly(
     x = as_state(x)
     worst = x.new_zeros(len(x))
     spent = torch.zeros(len(x), dtype=torch.int32, device=x.device)
-    below: list[Tensor] = []  # epsilon of the steps below, the last two
+    below: list[tuple[float, Tensor]] = []  # log-SNR and epsilon of the steps below, the last three
     for low, high in pairwise(levels):
         a, b = process.marginal(low), process.marginal(high)
         if a == b:  # timestep 0 where the clean end is at its alpha: the sampler's step from it changes nothing
             continue
         if below:
-            guess = 2 * below[1] - below[0] if len(below) == 2 else below[0]
-            y, most = move(x, guess, a, b), corrections
+            y, most = move(x, _predicted(below, _log_snr(b)), a, b), corrections
         else:
             y, most = x, corrections + 1
         step = _Step.between(a, b, process.reading(high))
         y, residual, count = _solve(network, step, x, y, most, tolerance, condition)
         worst, spent = torch.maximum(worst, residual), spent + count
         scale, gain = coefficients(a, b)
-        below = [*below[-1:], (y - scale * x) / gain]
+        below = [*below[-2:], (_log_snr(b), (y - scale * x) / gain)]
         x = y
     return x, worst, spent
+
+
+def _log_snr(at: Marginal) -> float:
+    return 2 * log(at.alpha / at.sigma) if at.alpha else -inf
+
+
+def _predicted(below: Sequence[tuple[float, Tensor]], log_snr: float) -> Tensor:
+    """epsilon where the log-SNR is that, from those below: extrapolated linearly, by the part, in [0, 1] for each band,
+    that would have done best for the last one known. Fine detail turns around where smooth parts go on."""
+    *_, (at, epsilon) = below
+    changes = [(low - high, its - before) for (low, before), (high, its) in pairwise(below)]
+    if not changes:
+        return epsilon
+    width, change = changes[-1]
+    further = (at - log_snr) / width
+    if not isfinite(further):  # to alpha 0
+        further = 1.0
+    if len(changes) == 1:
+        return epsilon + min(further, 1.0) * change
+    bands = Bands.of(epsilon.shape[1:], epsilon.dtype, epsilon.device)
+    (width_before, change_before), last = changes[0], bands.forward(change)
+    part = _weights(bands, last, bands.forward(change_before)) * (width_before / width)
+    return epsilon + bands.inverse(bands.scaled((further * part).clamp(0, 1), last))
 
 
 @dataclass(frozen=True)
@@ -134,12 +160,21 @@ def _solve(
     solved, least = y.clone(), x.new_full((len(x),), float("inf"))
     count = torch.zeros(len(x), dtype=torch.int32, device=x.device)
     active = torch.arange(len(x), device=x.device)
-    least_at, history = y, list[tuple[Tensor, Tensor]]()
+    least_at, bands = y, Bands.of(x.shape[1:], x.dtype, x.device)
+    changes: list[tuple[Tensor, Tensor]] = []  # of the iterate and of its residual by the last updates, in coordinates
+    previous: tuple[Tensor, Tensor, Tensor] | None = None  # the last update; the residual before it, and its size
+    whole = torch.zeros(len(x), dtype=torch.bool, device=x.device)  # samples that are mixed by one weight for all bands
     for _ in range(most):
         residual = step.residual(network, x, y, condition)
         size = residual.square().flatten(1).mean(1).sqrt()
-        history = [*history[-DEPTH:], (y, residual)]
-        update = _mix(history, 2 / (2 - kappa))
+        here = bands.forward(residual)
+        if previous:
+            moved, last, before = previous
+            changes = [*changes[1 - DEPTH :], (moved, here - last)]
+            whole = whole | (size > SLOW * before)
+        moved = _mixed(changes, here, 2 / (2 - kappa), bands, whole)
+        previous = moved, here, size
+        update = y + bands.inverse(moved)
         falls = size < least[active]
         # Where the residual rises, what followed from the smallest one is known to be worse than its origin.
         least_at = _choose(falls, y, least_at)
@@ -155,29 +190,46 @@ def _solve(
         y = update
         if not going.all():
             active, x, y, least_at = active[going], x[going], y[going], least_at[going]
-            history = [(before[going], its_residual[going]) for before, its_residual in history]
+            previous, whole = (moved[going], here[going], size[going]), whole[going]
+            changes = [(of_iterate[going], of_residual[going]) for of_iterate, of_residual in changes]
             condition = None if condition is None else condition[going]
     # Without one finite residual, the network had no finite output: the prediction that is kept is no solution.
     return _choose(least.isfinite(), solved, torch.full_like(solved, float("nan"))), least, count
 
 
-def _mix(history: Sequence[tuple[Tensor, Tensor]], relaxation: float) -> Tensor:
-    """Anderson mixing: the combination of the iterates whose residuals, combined alike, are smallest, moved on along
-    that residual. Of (iterate, residual) pairs, the newest last; orthogonalised by Gram and Schmidt."""
+def _mixed(
+    changes: Sequence[tuple[Tensor, Tensor]], residual: Tensor, relaxation: float, bands: Bands, whole: Tensor
+) -> Tensor:
+    """Anderson mixing: the way to the combination of the iterates whose residuals, combined alike, are smallest, and on
+    along that residual. Of changes of the iterate and of its residual, the newest last, orthogonalised by Gram and
+    Schmidt; all in the bands' coordinates."""
     basis: list[tuple[Tensor, Tensor]] = []
-    for (y_before, r_before), (y, r) in reversed(list(pairwise(history))):
-        basis.append(_project(y - y_before, r - r_before, basis))
-    y, r = _project(*history[-1], basis)
-    return y + relaxation * r
+    for change in reversed(changes):
+        basis.append(_projected(*change, basis, bands, whole))
+    move, left = _projected(torch.zeros_like(residual), residual, basis, bands, whole)
+    return move + relaxation * left
 
 
-def _project(y: Tensor, r: Tensor, basis: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def _projected(
+    y: Tensor, r: Tensor, basis: Sequence[tuple[Tensor, Tensor]], bands: Bands, whole: Tensor
+) -> tuple[Tensor, Tensor]:
     """r less its components along the basis' residuals, and y less the same parts of the basis' iterates."""
     for y_basis, r_basis in basis:
-        weight = (r * r_basis).flatten(1).sum(1) / r_basis.square().flatten(1).sum(1)
-        weight = weight.nan_to_num(0.0, 0.0, 0.0).clamp(-MIXING_LIMIT, MIXING_LIMIT)  # NaN: no residual changed
-        y, r = (v - weight[:, None, None, None] * along for v, along in ((y, y_basis), (r, r_basis)))
+        weight = _weights(bands, r, r_basis, whole).clamp(-MIXING_LIMIT, MIXING_LIMIT)
+        y, r = (v - bands.scaled(weight, along) for v, along in ((y, y_basis), (r, r_basis)))
     return y, r
+
+
+def _weights(bands: Bands, r: Tensor, along: Tensor, whole: Tensor | None = None) -> Tensor:
+    """The part of `along` in r, of each band, or of all of them together in samples that are `whole`; 0 where nothing
+    changed along it."""
+    common, of_along = bands.products(r, along), bands.products(along, along)
+    if whole is not None:
+        common, of_along = (
+            torch.where(whole[:, None, None], of_bands.sum((1, 2), keepdim=True), of_bands)
+            for of_bands in (common, of_along)
+        )
+    return (common / of_along).nan_to_num(0.0, 0.0, 0.0)
 
 
 def _choose(where: Tensor, one: Tensor, other: Tensor) -> Tensor:
