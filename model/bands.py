@@ -21,7 +21,7 @@ class Bands:
     """Orthonormal coordinates of samples [B, C, H, W]: the DCT-II of each channel, of luma and chroma where there are
     three of them; and their bands, by radial frequency, of luma and of chroma, or of all channels together.
 
-    Each product has the sample on its right: so that what becomes of one does not depend on the others of its batch.
+    Products are a sample's own, not of the whole batch as one matrix: what becomes of one does not depend on others.
     """
 
     colours: Tensor
@@ -30,7 +30,7 @@ class Bands:
     octaves: Tensor
     """0 or 1, [bands, H W]."""
     kinds: Tensor
-    """0 or 1, [C, 1 or 2]: of luma, of chroma."""
+    """0 or 1, [C, 1 or 2]: luma, chroma."""
 
     @classmethod
     @lru_cache(maxsize=8)
@@ -56,11 +56,13 @@ class Bands:
 
     def products(self, a: Tensor, b: Tensor) -> Tensor:
         """The inner products of coordinates, [B, bands, 1 or 2]."""
-        return self.octaves @ (a * b).flatten(2).mT @ self.kinds
+        of_channels = torch.bmm((a * b).flatten(2), self.octaves.T.expand(len(a), -1, -1))
+        return of_channels.mT @ self.kinds
 
-    def scaled(self, weights: Tensor, x: Tensor) -> Tensor:
-        """Coordinates times the weight of their band."""
-        return (self.octaves.T @ (weights @ self.kinds.T)).mT.reshape(x.shape) * x
+    def spread(self, weights: Tensor) -> Tensor:
+        """The weight of each coordinate's band, [B, C, H, W]."""
+        of_channels = self.kinds @ weights.mT
+        return (of_channels @ self.octaves).unflatten(2, (len(self.rows), len(self.columns)))
 
     def _turned(self, colours: Tensor, x: Tensor) -> Tensor:
         return (colours @ x.flatten(2)).reshape(x.shape)

@@ -113,7 +113,7 @@ def _predicted(below: Sequence[tuple[float, Tensor]], log_snr: float) -> Tensor:
     bands = Bands.of(epsilon.shape[1:], epsilon.dtype, epsilon.device)
     (width_before, change_before), last = changes[0], bands.forward(change)
     part = _weights(bands, last, bands.forward(change_before)) * (width_before / width)
-    return epsilon + bands.inverse(bands.scaled((further * part).clamp(0, 1), last))
+    return epsilon + bands.inverse(bands.spread((further * part).clamp(0, 1)) * last)
 
 
 @dataclass(frozen=True)
@@ -167,6 +167,8 @@ def _solve(
     for _ in range(most):
         residual = step.residual(network, x, y, condition)
         size = residual.square().flatten(1).mean(1).sqrt()
+        # The iterate is never transformed, only what is added to it: what rounding, or TF32, does to that, the next
+        # residual sees.
         here = bands.forward(residual)
         if previous:
             moved, last, before = previous
@@ -216,7 +218,8 @@ def _projected(
     """r less its components along the basis' residuals, and y less the same parts of the basis' iterates."""
     for y_basis, r_basis in basis:
         weight = _weights(bands, r, r_basis, whole).clamp(-MIXING_LIMIT, MIXING_LIMIT)
-        y, r = (v - bands.scaled(weight, along) for v, along in ((y, y_basis), (r, r_basis)))
+        part = bands.spread(weight)
+        y, r = y - part * y_basis, r - part * r_basis
     return y, r
 
 

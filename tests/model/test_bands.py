@@ -38,7 +38,7 @@ def test_bands_have_each_coordinate_once(channels, height, width):
     products = bands.products(a, b)
     assert products.shape == (2, OCTAVES, 2 if channels == 3 else 1)
     torch.testing.assert_close(products.sum((1, 2)), (x * y).flatten(1).sum(1))
-    torch.testing.assert_close(bands.inverse(bands.scaled(torch.full_like(products, 0.3), a)), 0.3 * x)
+    torch.testing.assert_close(bands.inverse(bands.spread(torch.full_like(products, 0.3)) * a), 0.3 * x)
 
 
 def test_a_band_is_an_octave_of_luma_or_of_chroma():
@@ -56,5 +56,6 @@ def test_a_weight_is_its_bands_alone():
     x = drawn(1, 3, 16, 16)
     bands = bands_of(x)
     weights = torch.arange(2.0 * OCTAVES, dtype=torch.float64).reshape(1, OCTAVES, 2)
-    found, before = bands.scaled(weights, bands.forward(x)), bands.forward(x)
+    before = bands.forward(x)
+    found = bands.spread(weights) * before
     torch.testing.assert_close(bands.products(found, found), weights.square() * bands.products(before, before))

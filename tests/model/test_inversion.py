@@ -58,9 +58,7 @@ def test_two_corrections_solve_what_differs_from_band_to_band():
     share = torch.linspace(0.1, 0.9, 2 * OCTAVES, dtype=torch.float64).reshape(1, OCTAVES, 2)
 
     def network(x, t):
-        return bands.inverse(bands.scaled(share.expand(len(x), -1, -1), bands.forward(x))) / sqrt(
-            1 - SCHEDULE.alpha_bar(t)
-        )
+        return bands.inverse(bands.spread(share) * bands.forward(x)) / sqrt(1 - SCHEDULE.alpha_bar(t))
 
     found, *_ = invert_exactly(network, x0, levels, SCHEDULE, corrections=2)
     assert (sample(network, found, levels, SCHEDULE) - x0).abs().max() < 1e-10
