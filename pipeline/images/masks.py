@@ -67,7 +67,10 @@ class Masks:
     @classmethod
     def of_picture(cls, mask: PIL.Image, size: int) -> Self:
         """That picture for all images. Raises ValueError where `check` refuses it."""
-        known = from_pillow(mask, AS_IT_IS)[:, :, 0] < WHITE
+        try:
+            known = from_pillow(mask, AS_IT_IS)[:, :, 0] < WHITE
+        except Rejected as e:
+            raise ValueError(f"the mask is {e.reason}: {e}") from e
         return cls("picture", size, whole=_checked("the mask", known, size))
 
     def record(self) -> dict[str, Any]:
