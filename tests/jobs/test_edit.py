@@ -1,4 +1,4 @@
-"""palindrome edit: what is to stay stays to the bit; what changes, against NumPy, the sampler and the files read anew."""
+"""palindrome edit: what is to stay stays to the bit; what changes, against NumPy, the sampler and the files."""
 
 import io
 import json

@@ -459,7 +459,7 @@ DAMAGE_OF_ONE = [
     ("generate", lambda p: rewrite(p, schema_says(seed=7)), "^{}: says seed 7, and run.json 0"),
     ("regenerate", lambda p: rewrite(p, changed("variation", 0, 2)), "^{}: has rows at . steps in variation 2"),
     ("regenerate", lambda p: rewrite(p, schema_says(eta=1)), "^{}: says eta 1, and run.json 0.5"),
-    ("edit", lambda p: rewrite(p, changed("strength", 0, 0.9)), "^{}: has rows at strength 0.9, which the run does not"),
+    ("edit", lambda p: rewrite(p, changed("strength", 0, 0.9)), "^{}: has rows at strength 0.9, which the run does"),
     ("edit", lambda p: rewrite(p, changed("changed_outside", 0, -1)), "^{}: .* has a changed_outside that is not from"),
     ("edit", lambda p: rewrite(p, changed("change", 0, None)), "^{}: .* has a change that does not match its status"),
     ("edit", lambda p: rewrite(p, changed("status", 0, "lost")), "^{}: .* has a status that is none"),
