@@ -95,6 +95,8 @@ def run(config: EditConfig) -> int:
         raise ConfigError("--keep-until: there is no other class, text or guidance for the steps after it")
     if not tells and config.towards is None and config.direction is None:
         raise ConfigError("--towards: nothing is to change: give it, --direction, or another class, text or guidance")
+    if config.strength and config.towards is None and config.direction is None:
+        raise ConfigError("--strength: goes with --towards or --direction")
     with config_error("--steps"):
         [levels] = encoded.ladders(() if config.steps is None else (config.steps,), model.process)
     collection = encoded.collection
@@ -190,7 +192,7 @@ def _conclude(config: EditConfig, which: Selection, summary: dict[str, Any]) -> 
     for row in summary["by_strength"]:
         if row["count"]:
             of = f" at strength {row['strength']:g}" if config.strength else ""
-            print(f"mean squared change{of}: {figure(row['mean'])} (where it may, pixels in [0, 1])")
+            print(f"mean squared change{of}: {figure(row['mean'])} (where it may change, pixels in [0, 1])")
     if "outside" in summary:
         there = summary["outside"]
         most = f"; at most {there['most']:,} of a picture ({there['worst'][0]})" if there["changed"] else ""

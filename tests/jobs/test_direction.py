@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from palindrome.model.ddim import sample
 from palindrome.model.families import unet2d
 from palindrome.model.process import VP
+from palindrome.pipeline.runs.shards import tensor_array
 
 GROUPS = ["--where", "label in [3, 5]", "--against", "label == 8"]
 
@@ -87,8 +88,9 @@ def test_one_that_says_nothing_is_named(palindrome, encoded, tmp_path):
     for path in (copy / "latents").iterdir():
         found = pq.read_table(path)
         noise = random.standard_normal((len(found), 3, 16, 16)).astype(np.float16)
-        at = found.schema.get_field_index("latent")
-        pq.write_table(found.set_column(at, "latent", type(found["latent"].chunk(0)).from_numpy_ndarray(noise)), path)
+        field = found.schema.field("latent")
+        found = found.set_column(found.schema.get_field_index("latent"), field, tensor_array(field.type, noise))
+        pq.write_table(found, path)
     command = ["direction", "--latents", copy, *GROUPS, "--out", tmp_path / "d.safetensors"]
     said = palindrome(*command)
     assert said.code == 0 and "no longer than between random groups: it says nothing" in said.err
@@ -112,7 +114,7 @@ def test_a_run_in_progress_says_over_how_much_it_is(palindrome, encoded, tmp_pat
         (["--where", "nosuch == 1"], "--where: 'nosuch' is not a column"),
         (["--against", "label"], "--against: 'label' is not true or false"),
         (["--at", 1.5], "--at: 1.5 is out of range"),
-        (["--at", 0.5, "--model", "nosuch"], "--model: nosuch"),
+        (["--at", 0.5, "--model", "nosuch"], "nosuch is no checkpoint folder"),
         (["--latents", "nosuch"], "--latents: "),
     ],
 )

@@ -233,6 +233,8 @@ def test_a_direction_is_added_at_its_level(palindrome, edit, encoded, latents, g
     described = json.loads((tmp_path / "run/run.json").read_text())["edit"]["direction"]
     assert described["level"] == LEVELS[6 - steps] and described["counts"] == [1, labels.count(6)]
     assert f"less label == 6, at level {LEVELS[6 - steps]}" in (tmp_path / "run/report.html").read_text()
+    said = edit("--direction", file, "--towards", "images.parquet#7")
+    assert said.code == 2 and "--direction: can't be combined with --towards" in said.err
     if steps:  # the ladder of another number of steps does not visit that level
         said = edit("--direction", file, "--steps", 3, "--where", "label == 8")
         words = f"--direction: it is of x at level {LEVELS[2]}, which the ladder here does not visit"
@@ -296,7 +298,7 @@ def test_a_folder_of_masks_and_what_is_wrong_with_some(palindrome, edit, tmp_pat
     assert palindrome("verify", tmp_path / "run").code == 0
     (masks / "images.parquet#4.png").write_bytes(mask(slice(2)))
     assert edit(*flags).code == 0 and [i for i, _ in rows(tmp_path / "run")] == [0]
-    assert edit(*flags, "--retry-rejects").code == 0 and [i for i, _ in rows(tmp_path / "run")] == [0, 4]
+    assert edit(*flags, "--retry-rejects").code == 0 and {i for i, _ in rows(tmp_path / "run")} == {0, 4}
     said = edit("--towards", "images.parquet#7", "--mask", f"file:{masks}/images.parquet#1.png")
     assert said.code == 2 and "--mask: " in said.err and "all known" in said.err
 
@@ -352,7 +354,7 @@ def test_ids_and_expressions(edit, tmp_path):
     (tmp_path / "ids.txt").write_text("images.parquet#2\nimages.parquet#9\nnone\n")
     said = edit("--towards", "images.parquet#7", "--ids", tmp_path / "ids.txt")
     assert said.code == 0 and "2 of 3 ids have a latent that matches" in said.err
-    assert [i for i, _ in rows(tmp_path / "run")] == [2, 9]
+    assert {i for i, _ in rows(tmp_path / "run")} == {2, 9}
     shutil.rmtree(tmp_path / "run")
     said = edit("--towards", "images.parquet#7", "--where", "label > 99")
     assert said.code == 1 and "no latent matches --ids and --where" in said.err
