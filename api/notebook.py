@@ -113,6 +113,13 @@ def _selected(rows: Dataset, where: str | None, columns: Sequence[str]) -> pa.Ta
     return rows.to_table(columns=list(columns), filter=Selection(where=where).expression(schema))
 
 
+def _listed(images: Any) -> list[Any]:
+    """One id or picture, several, or a column of ids."""
+    if isinstance(images, str | PIL.Image):
+        return [images]
+    return list(images.to_pylist() if hasattr(images, "to_pylist") else images)
+
+
 def _raise_first(rejects: Sequence[Reject]) -> None:
     for reject in rejects:
         raise ValueError(f"{reject.image_id}: {reject.reason}: {reject.detail}")
@@ -177,7 +184,7 @@ class Run:
 
     def _stored(self, ids: Ids, columns: Sequence[str]) -> tuple[list[dict[str, Any]], np.ndarray]:
         """The columns of these images, `image_id` among them, and their latents, as `latents` returns and raises."""
-        wanted = [ids] if isinstance(ids, str) else ids.to_pylist() if hasattr(ids, "to_pylist") else list(ids)
+        wanted = _listed(ids)
         which = Selection(tuple(dict.fromkeys(wanted)))
         found = self.dataset.to_table(columns=[*columns, "latent"], filter=which.expression(self.dataset.schema))
         position = {image_id: i for i, image_id in enumerate(found["image_id"].to_pylist())}
@@ -284,12 +291,12 @@ class Run:
         degradation = Degradation.of(model, task, masks, factor, operator, degraded)
         if degraded:
             how = replace(how, size=degradation.size, fit="exact")
-        given = [images] if isinstance(images, str | PIL.Image) else list(images)
+        given = _listed(images)
         pillow = [image for image in given if isinstance(image, PIL.Image)]
         if pillow:
             whole = [_image(str(i), image, how) for i, image in enumerate(pillow)]
         else:
-            stored, _ = self._stored(images, [n for n in self.dataset.schema.names if n not in TENSORS])
+            stored, _ = self._stored(given, [n for n in self.dataset.schema.names if n not in TENSORS])
             found = self._originals(stored, masks.column if masks else None, how)
             whole = [_there(row, found[row["image_id"]]) for row in stored]
         told = self._told(class_, guidance, prompt, of_run=not pillow)

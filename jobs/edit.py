@@ -167,8 +167,9 @@ def run(config: EditConfig) -> int:
 def _latent_of(encoded: EncodeRun, image_id: str) -> Tensor:
     """Raises ConfigError where the run has none of that image."""
     with config_error("--towards"):
-        [[at]] = located(encoded.folder, encoded.done, [[image_id]], must=True)
-        [(_, [latent])] = read_latents(encoded.folder, at.shard, 1, Selection((image_id,)))
+        [[(_, shard)]] = located(encoded.folder, encoded.done, [[image_id]], must=True)
+        assert shard is not None  # else refused
+        [(_, [latent])] = read_latents(encoded.folder, shard, 1, Selection((image_id,)))
         return torch.from_numpy(latent)
 
 

@@ -72,8 +72,8 @@ class EncodeRun:
     def collection_with(self, pictures: str) -> Collection:
         """The collection, read with a further column, of pictures. Raises SourceError where it has none."""
         collection = self.collection
-        how = {"kind": collection.kind, "image_column": collection.image_column}
-        found = open_collection(collection.uri, keep=[pictures], **how)
+        kind, column = collection.kind, collection.image_column
+        found = open_collection(collection.uri, kind=kind, image_column=column, keep=[pictures])
         [field] = found.kept
         if not byte_columns(pa.schema([field])):
             raise SourceError(f"column {field.name!r} has {field.type}, not pictures", "keep", field.name)
