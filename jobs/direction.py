@@ -110,11 +110,12 @@ def run(config: DirectionConfig) -> int:
     )
     with config_error("--out"):
         write_direction(found, config.out)
-    norm, chance = float(np.linalg.norm(values)), _by_chance(first, second, at_top=not steps)
+    norm, chance = float(np.linalg.norm(values)), _by_chance(first, second)
     note(summary={"counts": counts, "level": found.level, "norm": norm, "by_chance": chance})
     print(f"direction at level {found.level:g}, of norm {figure(norm)}, in {config.out}")
-    print(f"the norm between random groups of as many latents: {figure(chance)}")
-    if not norm > chance * (1 + 3 / math.sqrt(2 * values.size)):  # three deviations of it
+    if math.isfinite(chance):
+        print(f"the norm between random groups of as many images: {figure(chance)}")
+    if norm < chance * (1 + 3 / math.sqrt(2 * values.size)):  # three deviations of it
         print("the direction is no longer than between random groups: it says nothing of these", file=sys.stderr)
     return 0
 
@@ -159,10 +160,10 @@ def _group(encoded: EncodeRun, shards: list[str], where: str, along: Callable[[R
     return group
 
 
-def _by_chance(first: Group, second: Group, at_top: bool) -> float:
-    """The norm to be expected between the means of two groups of as many images, were they all of one kind: of latents
-    sqrt(D (1 / n + 1 / m)), as these are standard normal; along the path by the variance within the groups, NaN where
-    each is a single image."""
+def _by_chance(first: Group, second: Group) -> float:
+    """The norm to be expected between the means of two groups of n and m images, were they all of one kind: by the
+    variance of x within the groups. Of latents, D standard normal values, that is sqrt(D (1 / n + 1 / m)). NaN where
+    each group is a single image."""
     n, m = first.count, second.count
     within = (first.scatter + second.scatter) / (n + m - 2) if n + m > 2 else math.nan
-    return math.sqrt((first.total.size if at_top else within) * (1 / n + 1 / m))
+    return math.sqrt(within * (1 / n + 1 / m))

@@ -45,6 +45,17 @@ def stored(encoded, x_of=lambda x: x):
     return x[np.isin(labels, [3, 5])], x[labels == 8]
 
 
+def pooled(first, second):
+    """The deviation of a difference of means, as in Student's test of two groups, over all values."""
+    n, m = len(first), len(second)
+    within = (first.var(0, ddof=1) * (n - 1) + second.var(0, ddof=1) * (m - 1)).sum() / (n + m - 2)
+    return np.sqrt(within * (1 / n + 1 / m))
+
+
+def by_chance(said):
+    return float(said.out.partition("as many images: ")[2].split()[0])
+
+
 def test_it_is_the_difference_of_the_means(direction, encoded, tmp_path, tiny):
     said = direction()
     assert said.code == 0, said.err
@@ -54,9 +65,8 @@ def test_it_is_the_difference_of_the_means(direction, encoded, tmp_path, tiny):
     assert values.dtype == torch.float32
     np.testing.assert_array_equal(values.numpy(), expected.astype(np.float32))
     assert f"{len(first)} latents for which label in [3, 5], {len(second)} for which label == 8" in said.out
-    chance = np.sqrt(768 * (1 / len(first) + 1 / len(second)))
     assert f"of norm {np.linalg.norm(expected):.3g}" in said.out
-    assert f"the norm between random groups of as many latents: {chance:.3g}" in said.out
+    assert by_chance(said) == pytest.approx(pooled(first, second), rel=0.01)
     with safe_open(tmp_path / "d.safetensors", "np") as file:
         about = file.metadata()
     assert {json.loads(about[name]) for name in ("where", "against", "model_digest")} == {
@@ -76,10 +86,7 @@ def test_along_the_path_it_is_that_of_the_states(direction, encoded, tmp_path, t
     expected = first.mean(0) - second.mean(0)
     np.testing.assert_allclose(load_file(tmp_path / "d.safetensors")["direction"], expected, rtol=1e-3, atol=1e-3)
     assert f"direction at level {levels[2]}, of norm" in said.out
-    n, m = len(first), len(second)
-    within = (first.var(0, ddof=1) * (n - 1) + second.var(0, ddof=1) * (m - 1)).sum() / (n + m - 2)
-    chance = float(said.out.partition("as many latents: ")[2].split()[0])
-    assert chance == pytest.approx(np.sqrt(within * (1 / n + 1 / m)), rel=0.01)
+    assert by_chance(said) == pytest.approx(pooled(first, second), rel=0.01)
 
 
 def test_one_that_says_nothing_is_named(palindrome, encoded, tmp_path):
@@ -94,6 +101,8 @@ def test_one_that_says_nothing_is_named(palindrome, encoded, tmp_path):
     command = ["direction", "--latents", copy, *GROUPS, "--out", tmp_path / "d.safetensors"]
     said = palindrome(*command)
     assert said.code == 0 and "no longer than between random groups: it says nothing" in said.err
+    n, m = map(len, stored(encoded))
+    assert by_chance(said) == pytest.approx(np.sqrt(768 * (1 / n + 1 / m)), rel=0.02)
 
 
 def test_a_run_in_progress_says_over_how_much_it_is(palindrome, encoded, tmp_path):
