@@ -9,7 +9,7 @@ Everything runs in this process, on its GPU if it has one, without a cluster.
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -21,18 +21,29 @@ from pyarrow.dataset import Dataset, dataset
 from torch import Tensor
 
 from palindrome.model.condition import ClassOf, TextOf
+from palindrome.model.ddim import noise_index
 from palindrome.model.families import Checkpoint
 from palindrome.model.interpolate import slerp
-from palindrome.pipeline.images.decode import Rejected, decode, from_pillow
-from palindrome.pipeline.images.metrics import to_model, to_pixels
+from palindrome.pipeline.images.decode import Preprocess, Rejected, decode, from_pillow
+from palindrome.pipeline.images.masks import Masks
+from palindrome.pipeline.images.metrics import check_finite, to_model, to_pixels
 from palindrome.pipeline.images.pixels import to_pillow
+from palindrome.pipeline.images.read import read_batches
+from palindrome.pipeline.images.records import REASONS, Image, Reject
+from palindrome.pipeline.runs.directions import read_direction
 from palindrome.pipeline.runs.encoded import EncodeRun
+from palindrome.pipeline.runs.ladders import resolve
 from palindrome.pipeline.runs.manifest import open_run
+from palindrome.pipeline.runs.plan import read_plan
 from palindrome.pipeline.runs.selection import Selection
 from palindrome.pipeline.runs.shards import TENSORS, committed
 from palindrome.pipeline.runtime.device import Model
 from palindrome.pipeline.storage.folder import Folder, Options, absolute, by_protocol, current_options, open_fs, using
+from palindrome.pipeline.tasks.edit import Change, Subject
 from palindrome.pipeline.tasks.encode import latents_of
+from palindrome.pipeline.tasks.originals import Originals
+from palindrome.pipeline.tasks.paths import by_shard, every
+from palindrome.pipeline.tasks.restore import Degradation
 
 __all__ = ["Run", "open", "restored", "scores"]
 
@@ -102,6 +113,33 @@ def _selected(rows: Dataset, where: str | None, columns: Sequence[str]) -> pa.Ta
     return rows.to_table(columns=list(columns), filter=Selection(where=where).expression(schema))
 
 
+def _listed(images: Any) -> list[Any]:
+    """One id or picture, several, or a column of ids."""
+    if isinstance(images, str | PIL.Image):
+        return [images]
+    return list(images.to_pylist() if hasattr(images, "to_pylist") else images)
+
+
+def _raise_first(rejects: Sequence[Reject]) -> None:
+    for reject in rejects:
+        raise ValueError(f"{reject.image_id}: {reject.reason}: {reject.detail}")
+
+
+def _image(name: str, given: PIL.Image, how: Preprocess) -> Image:
+    """Raises ValueError for a picture that is unusable."""
+    try:
+        return Image(name, "", *given.size, "", {}, from_pillow(given, how))
+    except Rejected as e:
+        raise ValueError(f"{e.reason}: {e.detail}") from None
+
+
+def _there(row: Mapping[str, Any], original: Image | str) -> Image:
+    """An original that was read again, with the columns of its row. Raises ValueError where there is none."""
+    if isinstance(original, str):
+        raise ValueError(f"{row['image_id']}: {original}: {REASONS[original]}")
+    return replace(original, kept={**row, **original.kept})
+
+
 @dataclass(frozen=True, eq=False)
 class Run:
     """An encode run, as it was when it was opened; `len` is its number of latents.
@@ -146,7 +184,7 @@ class Run:
 
     def _stored(self, ids: Ids, columns: Sequence[str]) -> tuple[list[dict[str, Any]], np.ndarray]:
         """The columns of these images, `image_id` among them, and their latents, as `latents` returns and raises."""
-        wanted = [ids] if isinstance(ids, str) else ids.to_pylist() if hasattr(ids, "to_pylist") else list(ids)
+        wanted = _listed(ids)
         which = Selection(tuple(dict.fromkeys(wanted)))
         found = self.dataset.to_table(columns=[*columns, "latent"], filter=which.expression(self.dataset.schema))
         position = {image_id: i for i, image_id in enumerate(found["image_id"].to_pylist())}
@@ -189,19 +227,90 @@ class Run:
         guidance: float | None = None,
         keep_until: float = 0.0,
         steps: int | None = None,
+        mask: str | PIL.Image | None = None,
+        towards: str | np.ndarray | Tensor | None = None,
+        direction: Location | None = None,
+        strength: float = 1.0,
     ) -> list[PIL.Image]:
-        """Decodes images of the run, by their ids, under another text or class than they were encoded with, as
-        `palindrome regenerate --prompt … --keep-until …` does: the fraction `keep_until` of the steps, from the latent
-        on, keeps what they were encoded with, and so the structure. Raises what `decode` raises."""
+        """Changes images of the run, by their ids, as `palindrome edit` does: decodes them under another text or class
+        than they were encoded with, but for the fraction `keep_until` of the steps, from the latent on; and moves them,
+        by `strength`, `towards` the latent of another image, an id or a latent [C, H, W], or along the `direction` in a
+        file of `palindrome direction`. With a `mask`, a recipe such as "box:0.25" or a picture, they change where that
+        is white, and nowhere else where the inversion is exact.
+
+        Raises what `decode` raises; OSError for a file that can't be read; and ValueError for a mask that does not fit,
+        for a direction of another model, and for what `palindrome edit` would reject."""
         stored, latents = self._stored(images, [n for n in self.dataset.schema.names if n not in TENSORS])
-        told, loaded = self._told(class_, guidance, prompt), self._loaded
+        told, loaded = self._told(class_, guidance, prompt, of_run=True).told(), self._loaded
         ladder, *_ = self.encoded.ladders([] if steps is None else [steps], loaded.checkpoint.process)
+        masks, along = self._masks(mask), None
+        if direction is not None:
+            with using(self.folder.storage_options):
+                along = read_direction(absolute(os.fspath(direction)))
+            along.check(loaded.checkpoint.digest, ladder, loaded.checkpoint.latent_shape)
+        other = None if towards is None else torch.from_numpy(self._latents(towards)[0])
+        tells = told if told != loaded.checkpoint.told() else None
+        change = Change(ladder, (strength,), other, along, tells, keep_until, masks)
+        column = masks.column if masks else None
+        originals = self._originals(stored, column) if change.reads(loaded.checkpoint) else {}
         pictures: list[PIL.Image] = []
         for first in range(0, len(stored), BATCH):
-            rows, x = stored[first : first + BATCH], torch.from_numpy(latents[first : first + BATCH])
-            under, source = loaded.condition(rows, told), loaded.condition(rows)
-            pixels = to_pixels(loaded.vary(x, ladder, 0, range(len(rows)), under, source, keep_until))
-            pictures += map(to_pillow, pixels)
+            batch = zip(stored[first : first + BATCH], torch.from_numpy(latents[first : first + BATCH]), strict=True)
+            subjects = [Subject(row, x, originals.get(row["image_id"], "missing")) for row, x in batch]
+            subjects, known, rejects = change.usable(loaded, subjects)
+            _raise_first(rejects)
+            _, edited = change.make(loaded, subjects, known)
+            check_finite(edited, [subject.image_id for subject in subjects])
+            pictures += map(to_pillow, to_pixels(edited))
+        return pictures
+
+    def restore(
+        self,
+        images: Ids | PIL.Image | Sequence[PIL.Image],
+        task: str,
+        mask: str | PIL.Image | None = None,
+        factor: int | None = None,
+        operator: str | None = None,
+        degraded: bool = False,
+        eta: float = 0.85,
+        steps: int | None = None,
+        seed: int = 0,
+        class_: int | None = None,
+        prompt: str | None = None,
+        guidance: float | None = None,
+    ) -> list[PIL.Image]:
+        """Images of which a part is known, whole, as `palindrome restore` makes them with the run's model, its flags
+        being the arguments: images of the run, by their ids, which are read again, or Pillow images. `mask` is a recipe
+        such as "box:0.25", or a picture that is white where pixels are missing. Without `degraded` that part is taken
+        of whole images. A Pillow image has the noise of its place in the list.
+
+        Raises what `decode` raises, and ValueError for arguments that make no sense, and for what `palindrome restore`
+        would reject."""
+        loaded, how, masks = self._loaded, self.encoded.preprocess, self._masks(mask)
+        model = loaded.checkpoint
+        degradation = Degradation.of(model, task, masks, factor, operator, degraded)
+        if degraded:
+            how = replace(how, size=degradation.size, fit="exact")
+        given = _listed(images)
+        pillow = [image for image in given if isinstance(image, PIL.Image)]
+        if pillow:
+            whole = [_image(str(i), image, how) for i, image in enumerate(pillow)]
+        else:
+            stored, _ = self._stored(given, [n for n in self.dataset.schema.names if n not in TENSORS])
+            found = self._originals(stored, masks.column if masks else None, how)
+            whole = [_there(row, found[row["image_id"]]) for row in stored]
+        told = self._told(class_, guidance, prompt, of_run=not pillow)
+        levels = resolve("linear", steps or min(100, model.process.num_train_timesteps), model.process)
+        pictures: list[PIL.Image] = []
+        for first in range(0, len(whole), BATCH):
+            batch, known, rejects = degradation.usable(whole[first : first + BATCH])
+            _raise_first(rejects)
+            _, y, of = degradation.observed(batch, known)
+            noise = [noise_index(f"0/{image.image_id}") for image in batch]
+            condition = loaded.condition([image.kept for image in batch], told)
+            restored = loaded.restore(y, of, levels, seed, noise, condition, eta)
+            check_finite(restored, [image.image_id for image in batch])
+            pictures += map(to_pillow, to_pixels(restored))
         return pictures
 
     def encode(
@@ -249,18 +358,43 @@ class Run:
         between = slerp(from_a, to_b, torch.linspace(0, 1, frames, dtype=torch.float64))
         return self.decode(between, steps, class_, guidance, prompt)
 
-    def _told(self, class_: int | None, guidance: float | None = None, prompt: str | None = None) -> Checkpoint:
-        """The model, told that images are of that class or described by that text, and guided. Raises ValueError."""
+    def _masks(self, mask: str | PIL.Image | None) -> Masks | None:
+        """Of a recipe or a picture. Raises ValueError, and OSError."""
+        size = self.encoded.preprocess.size
+        if mask is None:
+            return None
+        with using(self.folder.storage_options):
+            return Masks.of(mask, size) if isinstance(mask, str) else Masks.of_picture(mask, size)
+
+    def _originals(
+        self, stored: Sequence[Mapping[str, Any]], column: str | None = None, how: Preprocess | None = None
+    ) -> dict[str, Image | str]:
+        """The images of these rows by id, read again with a further column, or why they can't be."""
+        hashes = {row["image_id"]: row["content_hash"] for row in stored}
+        collection = self.encoded.collection if column is None else self.encoded.collection_with(column)
+        where = by_shard(every(self.folder, self.encoded.done, Selection(tuple(hashes))))
+        found: dict[str, Image | str] = {}
+        for shard in (shard for shard in read_plan(self.folder) if shard.name in where):
+            ids = where[shard.name]
+            read = Originals(read_batches(collection, shard, how or self.encoded.preprocess, BATCH), frozenset(ids))
+            found |= {name: read.find(name, hashes[name]) for name in ids}
+        return found
+
+    def _told(
+        self, class_: int | None, guidance: float | None = None, prompt: str | None = None, of_run: bool = False
+    ) -> Checkpoint:
+        """The model, told that images are of that class or described by that text, and guided; by default what the run
+        was told, which for images that are not `of_run` must not be in a column. Raises ValueError."""
         model = self._loaded.checkpoint
         if guidance is not None:
             model = model.with_guidance(guidance)
         if class_ is not None:
             return model.with_classes(ClassOf(value=class_))
-        if self.encoded.classes and self.encoded.classes.value is None:
+        if not of_run and self.encoded.classes and self.encoded.classes.value is None:
             raise ValueError("the model is class-conditional: class_ says what the images are")
         if prompt is not None:
             return model.with_texts(TextOf(text=prompt))
-        if self.encoded.texts and self.encoded.texts.column is not None:
+        if not of_run and self.encoded.texts and self.encoded.texts.column is not None:
             raise ValueError("the images have texts of their own: prompt says what the images are")
         return model
 

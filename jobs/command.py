@@ -26,6 +26,8 @@ JOBS = {
     "regenerate": "latents -> images, with any number of steps, or as variations",
     "generate": "noise -> new images",
     "watermark": "write keys of watermarks, for generate and score",
+    "edit": "latents -> images changed by another text, image or direction, in a mask",
+    "direction": "write the direction from one group of latents to another, for edit",
     "restore": "images with a part missing -> whole: inpainted, upscaled, coloured",
     "interpolate": "latents -> the images between them",
     "animate": "write the paths of interpolate as strips and videos",

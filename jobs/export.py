@@ -92,6 +92,7 @@ def run(config: ExportConfig) -> int:
         raise Planned
     columns = ["steps"] if config.steps is None and len(variants) > 1 else []
     columns += ["variation"] if manifest.config.get("variations", 1) > 1 else []
+    columns += ["strength"] if len(manifest.config.get("strength", ())) > 1 else []
     failed = 0
     if left:
         totals = Totals(len(shards), _amount(source, kind, left)[0] // per_id * len(shards) // len(left))

@@ -44,9 +44,7 @@ from palindrome.pipeline.runtime.progress import Budget
 from palindrome.pipeline.runtime.reader import Reader
 from palindrome.pipeline.runtime.scheduler import Resources
 from palindrome.pipeline.storage.folder import Folder, absolute
-from palindrome.pipeline.tasks.restore import AVERAGE, COLORIZE, INPAINT, UPSCALE, Degradation, Restore
-
-FACTOR = 4
+from palindrome.pipeline.tasks.restore import Degradation, Restore
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,11 +96,6 @@ class RestoreConfig(CollectionOptions, PictureOptions, LatentOptions, ConditionC
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.task == INPAINT and self.mask is None:
-            raise ConfigError("--mask: inpaint needs it, to know which pixels are missing")
-        for name, task in (("mask", INPAINT), ("factor", UPSCALE), ("operator", UPSCALE)):
-            if getattr(self, name) is not None and self.task != task:
-                raise ConfigError(f"--{name}: goes with --task {task}, not with {self.task}")
         for name in ("fit", "resample") if self.degraded else ():
             if getattr(self, name) != getattr(PictureOptions, name):
                 raise ConfigError(f"--{name}: with --degraded nothing is resized")
@@ -187,18 +180,7 @@ def run(config: RestoreConfig) -> int:
 
 def _degradation(config: RestoreConfig, model: Checkpoint, collection: Collection) -> Degradation:
     """Raises ConfigError."""
-    channels, size, _ = model.image_shape
-    if model.autoencoded and config.task != INPAINT:
-        raise ConfigError(
-            f"--task: {config.task} needs a model of pixels; by an autoencoder's states only inpaint does"
-        )
-    if config.task == COLORIZE and channels != 3:
-        raise ConfigError("--task: the model's images have no colours")
-    factor = (config.factor or FACTOR) if config.task == UPSCALE else None
-    if factor and (size % factor or size == factor):
-        raise ConfigError(
-            f"--factor: the model's {size} pixels are no multiple of {factor}, or nothing is left of them"
-        )
+    _, size, _ = model.image_shape
     if config.ssim and find_spec("skimage") is None:
         raise ConfigError("--ssim: needs scikit-image (palindrome[restore])")
     if config.ssim and size < SSIM_WINDOW:
@@ -211,7 +193,8 @@ def _degradation(config: RestoreConfig, model: Checkpoint, collection: Collectio
         field = pa.schema(collection.kept).field(config.mask_column)
         if not byte_columns(pa.schema([field])):
             raise ConfigError(f"--mask: column {field.name!r} has {field.type}, not pictures")
-    return Degradation(model.image_shape, masks, factor, config.operator or AVERAGE, config.degraded)
+    with config_error("--task"):
+        return Degradation.of(model, config.task, masks, config.factor, config.operator, config.degraded)
 
 
 def _conclude(config: RestoreConfig, summary: dict[str, Any], exceeded: str | None) -> int:

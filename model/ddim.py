@@ -72,6 +72,28 @@ def sigma_hat(start: Marginal, end: Marginal) -> float:
     return sqrt(1 - (start.alpha / end.alpha) ** 2)
 
 
+def step(
+    network: Network,
+    x: Tensor,
+    process: Process,
+    high: float,
+    low: float,
+    *,
+    condition: Condition | None = None,
+    deviation: float = 0.0,
+    clip: bool = False,
+) -> Tensor:
+    """Eq. 12 from level `high` to `low`, but for its noise, of that deviation: one network evaluation. `clip` bounds
+    the predicted x0 to [-1, 1]. Raises ValueError where alpha is 0 at `high` and the network predicts epsilon."""
+    start, end, reading = process.marginal(high), process.marginal(low), process.reading(high)
+    output = evaluate(network, x, reading, condition)
+    of_epsilon = direction(end, deviation)
+    if clip:
+        x0 = apply(reading.combine(1, 0), x, output).clamp(-1, 1)
+        return end.alpha * x0 + of_epsilon / start.sigma * (x - start.alpha * x0)
+    return apply(reading.combine(end.alpha, of_epsilon), x, output)
+
+
 @torch.no_grad()
 def sample(
     network: Network,
@@ -102,15 +124,9 @@ def sample(
         raise ValueError("stochastic sampling needs noise")
     x = as_state(x)
     for low, high in reversed(list(pairwise(levels))):
-        start, end, reading = process.marginal(high), process.marginal(low), process.reading(high)
-        output = evaluate(network, x, reading, condition)
+        start, end = process.marginal(high), process.marginal(low)
         deviation = sigma_eta(start, end, 1.0 if use_sigma_hat else eta)
-        of_epsilon = direction(end, deviation)
-        if clip:
-            x0 = apply(reading.combine(1, 0), x, output).clamp(-1, 1)
-            x = end.alpha * x0 + of_epsilon / start.sigma * (x - start.alpha * x0)
-        else:  # eq. 12
-            x = apply(reading.combine(end.alpha, of_epsilon), x, output)
+        x = step(network, x, process, high, low, condition=condition, deviation=deviation, clip=clip)
         if noise is not None and stochastic and low != CLEAN:
             x = x + (sigma_hat(start, end) if use_sigma_hat else deviation) * next(noise).to(x)
     return x

@@ -15,6 +15,11 @@ def angle(a: Tensor, b: Tensor) -> Tensor:
     return 2 * torch.atan2((a - b).norm(dim=1), (a + b).norm(dim=1))
 
 
+def has_arc(a: Tensor, b: Tensor) -> Tensor:
+    """Whether one arc leads from a to b, bool [B]: not where they are opposite, or one is 0 or not finite."""
+    return _is_one(angle(a, b))
+
+
 def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
     """Eq. 67: sin((1 - t) theta) / sin(theta) a + sin(t theta) / sin(theta) b, [B, ...], in the dtype of a and b.
 
@@ -23,7 +28,7 @@ def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
     is 0 or not finite: no arc leads from one to the other, or any does.
     """
     theta, t = angle(a, b), t.double()
-    if not bool((theta < math.pi - OPPOSITE).all()):
+    if not bool(_is_one(theta).all()):
         raise ValueError("the latents are opposite, 0 or not finite: no one arc leads from one to the other")
     share = torch.sinc(theta / math.pi)  # sin(x) / x: the quotients of eq. 67 without the 0 / 0 at theta = 0
     of_a = (1 - t) * torch.sinc((1 - t) * theta / math.pi) / share
@@ -40,6 +45,10 @@ def lerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
 def _weighted(a: Tensor, b: Tensor, of_a: Tensor, of_b: Tensor) -> Tensor:
     shape = (-1, *[1] * (a.ndim - 1))
     return (of_a.view(shape) * a.double() + of_b.view(shape) * b.double()).to(a.dtype)
+
+
+def _is_one(theta: Tensor) -> Tensor:
+    return theta < math.pi - OPPOSITE
 
 
 def _unit(x: Tensor) -> Tensor:

@@ -204,7 +204,7 @@ def run(*arguments):
 
 COMPUTING = {
     *("encode", "score", "evaluate", "reconstruct", "regenerate", "generate", "interpolate", "sweep", "calibrate"),
-    "restore",
+    *("restore", "edit"),
 }
 ON_RAY = {"--address", "--workers", "--decode", "--gpus-per-worker", "--resources", "--stall"}
 

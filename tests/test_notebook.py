@@ -191,6 +191,71 @@ def test_as_the_run_did_it(palindrome, corpus, model, tmp_path, flags, near):
             assert np.abs(run.encode(given) - run.latents(image_id)[0]).max() < near, image_id
 
 
+def test_edits_are_those_of_the_command(palindrome, encoded, run, tmp_path):
+    """To the bit, in batches of the same images: those of a shard."""
+    ids, other, box = run.ids[:12], run.ids[40], ["--mask", "box:0.25"]
+    (tmp_path / "ids.txt").write_text("\n".join(ids))
+    file = tmp_path / "d.safetensors"
+    groups = ["--where", "label == 3", "--against", "label == 8", "--at", 0.5]
+    assert palindrome("direction", "--latents", encoded, *groups, "--out", file).code == 0
+    white = Image.new("L", (16, 16))
+    white.paste(255, (4, 4, 12, 12))
+    for name, flags, how in (
+        ("towards", ["--towards", other, "--strength", 0.4], {"towards": other, "strength": 0.4}),
+        ("masked", ["--towards", other, *box], {"towards": run.latents(other)[0], "mask": "box:0.25"}),
+        (
+            "direction",
+            ["--direction", file, "--strength", -2, *box],
+            {"direction": file, "strength": -2, "mask": white},
+        ),
+    ):
+        command = ["edit", "--latents", encoded, "--ids", tmp_path / "ids.txt", *flags, "--out", tmp_path / name]
+        assert palindrome(*command).code == 0
+        found = pa.concat_tables(pq.read_table(f) for f in (tmp_path / name / "images").iterdir()).to_pylist()
+        stored = {row["image_id"]: np.asarray(Image.open(io.BytesIO(row["image"]["bytes"]))) for row in found}
+        for image_id, picture in zip(ids, run.edit(ids, **how), strict=True):
+            assert np.array_equal(np.asarray(picture), stored[image_id]), (name, image_id)
+    for how, words in (
+        ({"towards": other, "strength": 2}, "2 is no part of the way"),
+        ({"strength": 0.5}, "goes with --towards or --direction"),
+        ({"direction": file, "steps": 3}, "which the ladder here does not visit"),
+        ({"towards": other, "mask": Image.new("L", (9, 9))}, "mask size"),
+        ({"towards": -run.latents(ids[0])[0], "strength": 0.5}, f"{ids[0]}: no_arc"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(words)):
+            run.edit(ids, **how)
+
+
+def test_restored_pictures_are_those_of_the_command(palindrome, run, sample, pngs, model, tmp_path):
+    ids = run.ids[:8]
+    command = ["restore", "--images", sample, "--model", model, "--limit", 8, "--steps", 4, "--eta", 0.5]
+    masked = {"task": "inpaint", "mask": "box:0.25"}
+    for name, flags, how in (
+        ("inpaint", ["--mask", "box:0.25"], masked),
+        ("upscale", ["--factor", 2, "--operator", "bicubic"], {"task": "upscale", "factor": 2, "operator": "bicubic"}),
+    ):
+        assert palindrome(*command, "--task", name, *flags, "--out", tmp_path / name).code == 0
+        found = pa.concat_tables(pq.read_table(f) for f in (tmp_path / name / "images").iterdir()).to_pylist()
+        stored = {row["image_id"]: np.asarray(Image.open(io.BytesIO(row["image"]["bytes"]))) for row in found}
+        for image_id, picture in zip(ids, run.restore(ids, eta=0.5, steps=4, **how), strict=True):
+            assert np.array_equal(np.asarray(picture), stored[image_id])
+    given = [Image.open(io.BytesIO(png)) for png in pngs[:2]]
+    stays = np.ones((16, 16), bool)
+    stays[4:12, 4:12] = False
+    for picture, png in zip(run.restore(given, steps=2, **masked), pngs, strict=False):
+        original = np.asarray(Image.open(io.BytesIO(png)).convert("RGB").resize((16, 16), Image.Resampling.LANCZOS))
+        assert np.array_equal(np.asarray(picture)[stays], original[stays])
+    [small] = run.restore(given[0].resize((4, 4)), "upscale", degraded=True, steps=2)
+    assert small.size == (16, 16)
+    for images, how, words in (
+        (ids, {"task": "inpaint"}, "inpaint needs it"),
+        (ids, {"task": "upscale", "factor": 5}, "no multiple of 5"),
+        (given, {"task": "upscale", "degraded": True}, "wrong_size: 32x32 pixels, not 4x4"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            run.restore(images, **how)
+
+
 def test_what_can_not_be_encoded(palindrome, run, pngs, pictures, model, tmp_path):
     broken = Image.open(io.BytesIO(pngs[0][:-400]))
     for given, reason in (

@@ -5,18 +5,29 @@ have it; of the levels between, the upper half is white. It has the size of the 
 """
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
+from PIL import Image as PIL
 
-from palindrome.pipeline.images.decode import Preprocess, Rejected, decode
-from palindrome.pipeline.images.records import Image
+from palindrome.pipeline.base.threads import in_threads
+from palindrome.pipeline.images.decode import Preprocess, Rejected, decode, from_pillow
 from palindrome.pipeline.storage.folder import Folder, absolute, is_outage
 
 AS_IT_IS = Preprocess(0, channels=1)
 WHITE = 128
+
+
+class Named(Protocol):
+    """What a mask is found by: an image's id, and the columns kept with it."""
+
+    @property
+    def image_id(self) -> str: ...
+    @property
+    def kept(self) -> Mapping[str, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -53,11 +64,31 @@ class Masks:
             raise FileNotFoundError(f"{value} does not exist") from e
         return cls(recipe, size, whole=_checked(value, known, size))
 
+    @classmethod
+    def of_picture(cls, mask: PIL.Image, size: int) -> Self:
+        """That picture for all images. Raises ValueError where `check` refuses it."""
+        try:
+            known = from_pillow(mask, AS_IT_IS)[:, :, 0] < WHITE
+        except Rejected as e:
+            raise ValueError(f"the mask is {e.reason}: {e}") from e
+        return cls("picture", size, whole=_checked("the mask", known, size))
+
     def record(self) -> dict[str, Any]:
         """For run.json: numbers depend on the masks."""
         return {"recipe": self.recipe, **({} if self.whole is None else {"sha256": mask_hash(self.whole)})}
 
-    def find(self, image: Image) -> np.ndarray:
+    def find_each(self, images: Sequence[Named]) -> list[np.ndarray | Rejected]:
+        """`find` of each image, several at once where they are files; what is Rejected stands in its place."""
+
+        def found(image: Named) -> np.ndarray | Rejected:
+            try:
+                return self.find(image)
+            except Rejected as e:
+                return e
+
+        return list(in_threads(found, images) if self.folder is not None else map(found, images))
+
+    def find(self, image: Named) -> np.ndarray:
         """The mask of an image, bool [H, W]. Raises Rejected, and OSError where a store is out of order."""
         if self.whole is not None:
             return self.whole
@@ -65,7 +96,7 @@ class Masks:
         check(known, self.size)
         return known
 
-    def _beside(self, image: Image) -> bytes:
+    def _beside(self, image: Named) -> bytes:
         assert self.folder is not None  # else it has a column
         name = image.image_id if image.image_id.lower().endswith(".png") else f"{image.image_id}.png"
         try:

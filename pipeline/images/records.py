@@ -12,6 +12,7 @@ REASONS = {
     "empty": "the file has no bytes",
     "null": "the row has no image",
     "missing": "the file was not there when it was to be read",
+    "changed": "the file is another than when it was encoded",
     "unreadable": "the file is there and could not be read",
     "not_an_image": "the bytes are no image of a known format",
     "truncated": "the image breaks off",

@@ -4,14 +4,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
+import pyarrow as pa
+
 from palindrome.model.condition import ClassOf, TextOf
 from palindrome.model.execution import FLOAT32, Execution
 from palindrome.model.families import Checkpoint
 from palindrome.model.ladder import Ladder, check_ladder
 from palindrome.model.process import Process
-from palindrome.pipeline.base.errors import ManifestError
+from palindrome.pipeline.base.errors import ManifestError, SourceError
 from palindrome.pipeline.images.decode import Preprocess
-from palindrome.pipeline.images.sources import Collection
+from palindrome.pipeline.images.sources import Collection, open_collection
+from palindrome.pipeline.images.sources.tables import byte_columns
 from palindrome.pipeline.runs.inversion import Inversion
 from palindrome.pipeline.runs.kinds import LATENTS
 from palindrome.pipeline.runs.ladders import KINDS, ladder_of_kind
@@ -65,6 +68,16 @@ class EncodeRun:
     @property
     def collection(self) -> Collection:
         return Collection(**self.manifest.content["collection"])
+
+    def collection_with(self, pictures: str) -> Collection:
+        """The collection, read with a further column, of pictures. Raises SourceError where it has none."""
+        collection = self.collection
+        kind, column = collection.kind, collection.image_column
+        found = open_collection(collection.uri, kind=kind, image_column=column, keep=[pictures])
+        [field] = found.kept
+        if not byte_columns(pa.schema([field])):
+            raise SourceError(f"column {field.name!r} has {field.type}, not pictures", "keep", field.name)
+        return found
 
     @property
     def execution(self) -> Execution:

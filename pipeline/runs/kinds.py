@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from palindrome.pipeline.runs.schemas import (
+    EDITED_SCHEMA,
     EVALUATED_SCHEMA,
     FRAME_SCHEMA,
     REGENERATED_SCHEMA,
@@ -177,6 +178,20 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
                 shard_keys=("model_digest", "ladders"),
                 row_count="latents",
                 variants=("steps", "variation"),
+                pictures=True,
+            ),
+            Kind(
+                "edit",
+                (IMAGES,),
+                Plan.ENCODE,
+                ("config", "latents"),
+                manifest_keys=("model_digest", "levels", "edit"),
+                noun="latents",
+                schema=lambda _: EDITED_SCHEMA,
+                shard_keys=("model_digest", "levels", "edit"),
+                row_count="latents",
+                variants=("strength",),
+                rejects=True,
                 pictures=True,
             ),
             Kind(

@@ -181,6 +181,23 @@ def restored_schema(kept: Sequence[pa.Field]) -> pa.Schema:
     return pa.schema([*fields[: len(IMAGE_FIELDS)], *kept, *fields[len(IMAGE_FIELDS) :]])
 
 
+EDITED_SCHEMA = pa.schema(
+    [
+        *IMAGE_FIELDS,
+        ("strength", pa.float64()),  # 1 where nothing is moved
+        ("status", pa.string()),  # compared, or why not: missing, changed, or a reject's reason
+        ("mask_hash", pa.string()),  # of images.masks.mask_hash, null without a mask
+        ("own_mse", pa.float64()),  # of the image's own reconstruction to the original, neither clipped nor rounded
+        ("change", pa.float64()),  # mean squared difference of `image` to the original, where it may change
+        ("changed_outside", pa.int64()),  # values of `image` that are not the original's, where it is to stay
+        ("values_outside", pa.int64()),  # of so many; both are null without a mask
+        ("image", PICTURE),
+        ("own", PICTURE),  # the image's own reconstruction, in the row of the first strength alone
+    ]
+)
+"""Without an original that can be compared with, `own_mse`, `change` and `changed_outside` are null. Pixels are in
+[0, 1], and values those in 8 bits of each channel."""
+
 FRAME_SCHEMA = pa.schema(
     [
         ("image_id", pa.string()),  # path/frame

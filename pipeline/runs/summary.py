@@ -116,6 +116,45 @@ def regenerated_summary(run: Folder, plan: Folder) -> dict[str, Any]:
     return {"images": 0, **_account(found), "by_steps": by_steps}
 
 
+def edited_summary(run: Folder, plan: Folder, strengths: Sequence[float]) -> dict[str, Any]:
+    """Of an edit run: counts, rejects by reason, seconds, the errors of the images' `own` reconstructions, and how many
+    originals were not compared; the `change` `by_strength`; and with masks how many of the `values` of 8 bits `outside`
+    of them are not the originals', in all, at most in a row, and of which images. `plan` is the encode run."""
+
+    def read(shard: Committed, file: ParquetFile) -> Tally:
+        found = Tally.of_footer(file)
+        columns = ["own_mse", "change", "changed_outside", "values_outside"]
+        for first, rows in tables(file, ["image_id", "strength", "status", *columns]):
+            numbers, compared = first + np.arange(len(rows)), pc.equal(rows["status"], "compared").to_numpy()
+            strength, outside = column(rows, "strength"), column(rows, "changed_outside")
+            once = strength == strengths[0]
+            found.errors["own"].uncompared.update(rows.filter(pa.array(once & ~compared))["status"].to_pylist())
+            parts = {"own": ("own_mse", once & compared), "outside": ("changed_outside", np.isfinite(outside))}
+            parts |= {_change(each): ("change", (strength == each) & compared) for each in strengths}
+            for name, (values, at) in parts.items():
+                these = rows.filter(pa.array(at))
+                others = {"values": column(these, "values_outside")} if name == "outside" else {}
+                found.errors[name].add(shard.name, numbers[at], these["image_id"], column(these, values), **others)
+        return found
+
+    found = tally(run, IMAGES, committed_shards(run, IMAGES, with_rejects=True), read, "edited", plan, run)
+    summary = {"latents": 0, "images": 0, "rejects": 0, **_account(found), "rejects_by_reason": _sorted(found.reasons)}
+    own, outside = found.errors["own"], found.errors["outside"]
+    summary["own"] = {**error_statistics(own), "uncompared": _sorted(own.uncompared)}
+    summary["by_strength"] = [{"strength": each, **error_statistics(found.errors[_change(each)])} for each in strengths]
+    if outside.count:
+        values, _ = outside.sums["values"]
+        named = [image.image_id for image in outside.worst if image.error]
+        of_all = {"values": round(values), "changed": round(outside.total), "rows": outside.count}
+        of_one = {"changed_rows": outside.positive, "most": round(outside.most), "worst": named}
+        summary["outside"] = of_all | of_one
+    return summary
+
+
+def _change(strength: float) -> str:
+    return f"change at {strength}"
+
+
 def restored_summary(run: Folder) -> dict[str, Any]:
     """Of a restore run: counts, rejects by reason, seconds, and of the results mean and largest `observation_error` and
     `picture_error`; where the originals are known, the errors of the `results` and of the observations alone, the

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from palindrome.model.condition import Condition
 from palindrome.model.ddim import Network, noise_stream, sample
+from palindrome.model.editing import Move, edit
 from palindrome.model.execution import FLOAT32, Execution
 from palindrome.model.families import Checkpoint, OfTexts
 from palindrome.model.fit import epsilon_products
@@ -243,6 +244,10 @@ class Model:
         state, images = self._decoded(x, levels, condition, lambda state: (state, self.autoencoder.to_images(state)))
         return state, images
 
+    def partly_decode(self, x: Tensor, levels: Ladder, steps: int, condition: Condition | None = None) -> Tensor:
+        """x at the ladder's top -> the state that many steps below, by DDIM with eta = 0."""
+        return self._decoded(x, levels[len(levels) - 1 - steps :], condition, lambda state: (state,))[0]
+
     def _decoded(
         self,
         x: Tensor,
@@ -366,6 +371,42 @@ class Model:
             return (of.project(self.autoencoder.to_images(state), seen),)
 
         return self._checked(y, self._on_device(compute, torch.arange(len(y)), condition))[0]
+
+    def edit(
+        self,
+        x: Tensor,
+        levels: Ladder,
+        moves: Sequence[Move],
+        source: Condition | None = None,
+        condition: Condition | None = None,
+        kept: float = 0.0,
+        known: Tensor | None = None,
+        originals: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        """x at the ladder's top -> images, about in [-1, 1], by model.editing.edit: of its own path under `source`, and
+        of an edited one for each of `moves`. Without a `condition` nothing else is told; without `known` [B, 1, H, W]
+        all may change. Through an autoencoder what is known of the states is held to, and the known pixels of the
+        `originals`, which are needed then, are put into what they decode to."""
+        along, shape = self._along(levels), self.checkpoint.latent_shape
+        held = None if known is None else Masked(known)
+
+        def compute(net: Network, rows: Tensor, source: Condition | None) -> tuple[Tensor, ...]:
+            rows = rows.cpu()
+            told = source if condition is None else condition[rows].to(self.device)
+            of = None if held is None else held.of(rows, self.device)
+            pasted = self.checkpoint.autoencoded and of is not None
+            there = None if of is None else (of.shrunk(*shape[1:]) if pasted else of).known
+            how = {**along, "source": source, "condition": told, "kept": kept, "known": there}
+            own, edits = edit(net, x[rows].to(self.device), moves=moves, **how)
+            images = [self.autoencoder.to_images(state) for state in (own, *edits)]
+            if of is not None and pasted:
+                assert originals is not None
+                original = originals[rows].to(self.device)
+                images[1:] = [of.project(image, original) for image in images[1:]]
+            return tuple(images)
+
+        found: tuple[Tensor, ...] = self._checked(x, self._on_device(compute, torch.arange(len(x)), source))
+        return found
 
     def _along(self, levels: Ladder) -> dict[str, Any]:
         """The arguments that describe the ladder and this checkpoint to the functions of `model`."""

@@ -12,7 +12,6 @@ from torch import Tensor
 from palindrome.model.ladder import Ladder
 from palindrome.pipeline.images.metrics import errors_apart, psnr, round_trip_error, to_model, to_pixels
 from palindrome.pipeline.images.pixels import picture
-from palindrome.pipeline.images.read import Batch
 from palindrome.pipeline.images.records import Image, Shard
 from palindrome.pipeline.runs.kinds import RECONSTRUCTIONS
 from palindrome.pipeline.runs.outcome import Receipt
@@ -21,6 +20,7 @@ from palindrome.pipeline.runs.shards import ShardWriter, check_made, read_latent
 from palindrome.pipeline.runtime.device import Model, stopwatch
 from palindrome.pipeline.runtime.reader import Reader
 from palindrome.pipeline.storage.folder import Folder
+from palindrome.pipeline.tasks.originals import Originals
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Reconstruct:
     def process(self, model: Model, shard: Shard) -> Receipt:
         spent = stopwatch(model)
         check_made(self.latents, shard.name)
-        originals = _Originals(self.reader.batches(shard))
+        originals = Originals(self.reader.batches(shard))
         schema = error_schema(model.checkpoint.autoencoded)
         with ShardWriter(self.run, RECONSTRUCTIONS, shard.name, schema, self.metadata, once=True) as out:
             images = missing = 0
@@ -54,25 +54,6 @@ class Reconstruct:
             seconds = spent()
             written = out.commit(seconds, {"images": images, "uncompared": missing})
             return Receipt(shard.name, images, 0, **seconds, bytes=written)
-
-
-class _Originals:
-    """The originals of a shard, read again. They come in the plan's order, as the latents do."""
-
-    def __init__(self, batches: Iterator[Batch]) -> None:
-        self.batches = batches
-        self.buffered: dict[str, Image | str] = {}
-
-    def find(self, image_id: str, content_hash: str) -> Image | str:
-        """The image, or why there is none to compare with: `missing`, `changed`, or a reject's reason."""
-        while image_id not in self.buffered:
-            batch = next(self.batches, None)
-            if batch is None:
-                return "missing"
-            self.buffered |= {image.image_id: image for image in batch.images}
-            self.buffered |= {reject.image_id: reject.reason for reject in batch.rejects}
-        found = self.buffered.pop(image_id)
-        return found if isinstance(found, str) or found.content_hash == content_hash else "changed"
 
 
 def _autoencoded(model: Model, originals: list[Image | str]) -> Iterator[tuple[Tensor, Tensor] | None]:

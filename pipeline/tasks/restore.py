@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import compress
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -12,9 +12,10 @@ from torch import Tensor
 
 from palindrome.model.condition import Condition
 from palindrome.model.ddim import noise_index
+from palindrome.model.families import Checkpoint
 from palindrome.model.ladder import Ladder
 from palindrome.model.restoration import Gray, Masked, Operator, Pooled, Separable
-from palindrome.pipeline.base.threads import in_threads
+from palindrome.pipeline.base.errors import SettingError
 from palindrome.pipeline.images.decode import Rejected
 from palindrome.pipeline.images.masks import Masks, mask_hash
 from palindrome.pipeline.images.metrics import finite, psnr, round_trip_error, ssim, to_model, to_pixels
@@ -31,6 +32,7 @@ from palindrome.pipeline.tasks.encode import split_by_condition
 
 INPAINT, UPSCALE, COLORIZE = "inpaint", "upscale", "colorize"
 AVERAGE, BICUBIC = "average", "bicubic"
+FACTOR = 4
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,34 @@ class Degradation:
     factor: int | None = None
     filter: str = AVERAGE
     degraded: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        model: Checkpoint,
+        task: str,
+        masks: Masks | None = None,
+        factor: int | None = None,
+        operator: str | None = None,
+        degraded: bool = False,
+    ) -> Self:
+        """What that task takes from images of the model. Raises SettingError where it makes no sense."""
+        if task == INPAINT and masks is None:
+            raise SettingError("inpaint needs it, to know which pixels are missing", "mask")
+        needs = {"mask": (masks, INPAINT), "factor": (factor, UPSCALE), "operator": (operator, UPSCALE)}
+        for name, (value, its_task) in needs.items():
+            if value is not None and task != its_task:
+                raise SettingError(f"goes with --task {its_task}, not with {task}", name)
+        channels, size, _ = model.image_shape
+        if model.autoencoded and task != INPAINT:
+            raise SettingError(f"{task} needs a model of pixels; by an autoencoder's states only inpaint does", "task")
+        if task == COLORIZE and channels != 3:
+            raise SettingError("the model's images have no colours", "task")
+        factor = (factor or FACTOR) if task == UPSCALE else None
+        if factor and (size % factor or size == factor):
+            words = f"the model's {size} pixels are no multiple of {factor}, or nothing is left of them"
+            raise SettingError(words, "factor")
+        return cls(model.image_shape, masks, factor, operator or AVERAGE, degraded)
 
     @property
     def task(self) -> str:
@@ -91,20 +121,13 @@ class Degradation:
         """The images that can be restored, their masks, and rejects of the others."""
         good: list[tuple[Image, np.ndarray | None]] = []
         rejects: list[Reject] = []
-        of_files = self.masks is not None and self.masks.folder is not None
-        masks = in_threads(self._mask, images) if of_files else map(self._mask, images)
+        masks = self.masks.find_each(images) if self.masks else [None] * len(images)
         for image, found in zip(images, masks, strict=True):
             if isinstance(found, Rejected):
                 rejects.append(Reject(image.image_id, image.source, found.reason, found.detail))
             else:
                 good.append((image, found))
         return [image for image, _ in good], [mask for _, mask in good], rejects
-
-    def _mask(self, image: Image) -> np.ndarray | Rejected | None:
-        try:
-            return self.masks.find(image) if self.masks else None
-        except Rejected as e:
-            return e
 
 
 @dataclass(frozen=True)

@@ -295,3 +295,25 @@ def test_an_image_is_restored_as_one_of_its_class_with_the_noise_of_its_id(
         how = {"noise": noise, "condition": told.condition([row])}
         found = restore(told.denoiser(), y, Gray(), LEVELS, told.process, **how)
         assert np.abs(to_pixels(found)[0].astype(int) - pixels_of(row["image"]["bytes"])).max() <= 1
+
+
+def test_a_part_of_the_steps_is_edited_as_another_class(palindrome, run, tmp_path):
+    """As `regenerate` does it; and in a mask, outside of which each image keeps the class that it was encoded with."""
+    flags = ["--latents", run, "--class", 5, "--keep-until", 0.5, "--inline"]
+    assert palindrome("regenerate", *flags, "--out", tmp_path / "whole").code == 0
+    found = {}
+    for name, more in {"edit": [], "masked": ["--mask", "box:0.25"]}.items():
+        said = palindrome("edit", *flags, *more, "--out", tmp_path / name)
+        assert said.code == 0, said.err
+        assert palindrome("verify", tmp_path / name).code == 0
+        found[name] = {row["image_id"]: row for row in pq.read_table(tmp_path / name / "images").to_pylist()}
+    for row in pq.read_table(tmp_path / "whole/images").to_pylist():
+        whole, own = pixels_of(row["image"]["bytes"]), pixels_of(found["edit"][row["image_id"]]["own"]["bytes"])
+        edited, masked = (pixels_of(found[name][row["image_id"]]["image"]["bytes"]) for name in found)
+        assert np.abs(edited.astype(int) - whole).max() <= 1 < np.abs(edited.astype(int) - own).max()
+        stays = np.ones((16, 16), bool)
+        stays[4:12, 4:12] = False
+        assert np.array_equal(masked[stays], own[stays]) and not np.array_equal(masked, own)
+    manifest = json.loads((tmp_path / "edit/run.json").read_text())
+    assert manifest["classes"] == {"column": "label", "class": None}
+    assert manifest["edit"]["told"] == {"classes": {"column": None, "class": 5}}

@@ -249,10 +249,10 @@ def test_help_names_every_flag_with_words_and_default(palindrome, job):
     if job == "convert":  # which computes nothing
         assert flags[:3] == ["--model", "--out", "--allow-pickle"] and "--address" not in flags
         return
-    assert "--out" in flags and ("--address" in flags) == (job != "watermark")  # which computes nothing
-    if job not in ("calibrate", "watermark"):  # whose one file is written at the end
+    assert "--out" in flags and ("--address" in flags) == (job not in ("watermark", "direction"))
+    if job not in ("calibrate", "watermark", "direction"):  # whose one file is written at the end
         assert "Repeating the command resumes it." in text
-    assert "(default: 64; " in text or job in ("train", "calibrate", "watermark")
+    assert "(default: 64; " in text or job in ("train", "calibrate", "watermark", "direction")
 
 
 @pytest.fixture(scope="module")

@@ -381,6 +381,33 @@ def test_an_actor_killed_costs_no_row_and_no_bit(
     assert np.array_equal(whole.latents, killed.latents)
 
 
+def test_an_edit_in_a_mask_keeps_the_originals_pixels(run, palindrome, images, decode_image, tmp_path):
+    """Put in at the end, as the autoencoder changes all of them: without its original an image can't be edited so."""
+    flags = ["--latents", run, "--prompt", "a painting of a dog", "--keep-until", 0.5, "--mask", "box:0.25"]
+    said = palindrome("edit", *flags, "--out", tmp_path / "run")
+    assert said.code == 0, said.err
+    assert palindrome("verify", tmp_path / "run").code == 0
+    missing = np.zeros((32, 32), bool)
+    missing[8:24, 8:24] = True
+    rows = pq.read_table(tmp_path / "run/images").to_pylist()
+    assert len(rows) == COUNT - 1
+    for row in rows:
+        original, own, edited = (decode_image(row), *(pixels_of(row[name]["bytes"]) for name in ("own", "image")))
+        assert np.array_equal(edited[~missing], original[~missing]) and row["changed_outside"] == 0
+        assert not np.array_equal(own[~missing], original[~missing])
+        assert not np.array_equal(edited[missing], own[missing])
+    pictures = open_run(run).edit([row["image_id"] for row in rows], prompt=flags[3], keep_until=0.5, mask="box:0.25")
+    for row, picture in zip(rows, pictures, strict=True):
+        assert np.array_equal(np.asarray(picture), pixels_of(row["image"]["bytes"]))
+    kept = images.read_bytes()
+    images.unlink()
+    try:
+        said = palindrome("edit", *flags, "--out", tmp_path / "gone")
+        assert said.code == 1 and "7 rejected as missing" in said.out and "no image could be edited" in said.err
+    finally:
+        images.write_bytes(kept)
+
+
 def test_masked_images_are_filled_in_and_nothing_else_is_restored(palindrome, images, model, decode_image, tmp_path):
     """The states are held to where all of their pixels are known; what they decode to is blended in pixels."""
     command = ["restore", "--images", images, "--model", model, "--prompt", "a cat", "--limit", 2, "--steps", 3]

@@ -340,6 +340,13 @@ def made(palindrome, model, mixed, whole, read_run, scripted, tmp_path_factory):
     folder = tmp_path_factory.mktemp("made")
     ids = read_run(whole).ids
     (folder / "ids.txt").write_text("\n".join(ids[: GOOD // 2]))
+    masks = folder / "masks"
+    masks.mkdir()
+    half = PIL.Image.fromarray(np.repeat(np.uint8([[0, 255]]), 16, 0).repeat(8, 1))
+    for image_id in ids[1 : GOOD // 2]:  # the first one has none
+        path = masks / (image_id if image_id.endswith(".png") else f"{image_id}.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        half.save(path)
     (folder / "pairs.csv").write_text(f"{ids[0]},{ids[1]}\n{ids[2]},{ids[3]}\n{ids[4]},none\n{ids[5]},{ids[6]}\n")
     commands = {
         "reconstruct": ["--latents", whole, "--steps", 1, 2],
@@ -363,6 +370,10 @@ def made(palindrome, model, mixed, whole, read_run, scripted, tmp_path_factory):
             "--ids",
             folder / "ids.txt",
         ],
+        "edit": [
+            *("--latents", whole, "--towards", ids[0], "--strength", 0.3, 0.6, "--mask", f"file:{masks}"),
+            *("--ids", folder / "ids.txt"),
+        ],
         "interpolate": ["--latents", whole, "--pairs", folder / "pairs.csv", "--frames", 5, "--shard-size", 10],
         "evaluate": [
             *("--real", mixed, "--generated", folder / "generate", "--features", "tiny", "--input-size", 32),
@@ -382,6 +393,7 @@ WELL = {
     "restore": f"3 shards, {GOOD} images, {BAD} rejects: all well\n",
     "generate": "3 shards, 20 images, 0 rejects: all well\n",
     "regenerate": f"5 shards, {GOOD // 2} latents, 0 rejects: all well\n",
+    "edit": f"5 shards, {GOOD // 2 - 1} latents, 1 rejects: all well\n",
     "interpolate": "2 shards, 15 frames, 1 rejects: all well\n",
     "evaluate": f"4 shards, {GOOD + 20} images, {BAD} rejects: all well\n",
 }
@@ -447,6 +459,11 @@ DAMAGE_OF_ONE = [
     ("generate", lambda p: rewrite(p, schema_says(seed=7)), "^{}: says seed 7, and run.json 0"),
     ("regenerate", lambda p: rewrite(p, changed("variation", 0, 2)), "^{}: has rows at . steps in variation 2"),
     ("regenerate", lambda p: rewrite(p, schema_says(eta=1)), "^{}: says eta 1, and run.json 0.5"),
+    ("edit", lambda p: rewrite(p, changed("strength", 0, 0.9)), "^{}: has rows at strength 0.9, which the run does"),
+    ("edit", lambda p: rewrite(p, changed("changed_outside", 0, -1)), "^{}: .* has a changed_outside that is not from"),
+    ("edit", lambda p: rewrite(p, changed("change", 0, None)), "^{}: .* has a change that does not match its status"),
+    ("edit", lambda p: rewrite(p, changed("status", 0, "lost")), "^{}: .* has a status that is none"),
+    ("edit", lambda p: rewrite(p, changed("mask_hash", 0, "x")), "^{}: .* has a mask_hash that is not a sha256"),
     ("interpolate", lambda p: rewrite(p, changed("frame", 0, 3)), "^{}: .* has the path or the frame of another"),
     ("evaluate", lambda p: rewrite(p, changed("entropy", 0, 2.4)), "^{}: .* has an entropy that no such network has"),
     ("evaluate", lambda p: rewrite(p, latent_with(np.nan, "features")), "^{}: .* features that are not finite"),

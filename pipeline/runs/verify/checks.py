@@ -37,6 +37,7 @@ from palindrome.pipeline.runs.verify.strays import strays
 from palindrome.pipeline.storage.folder import Folder
 
 THREADS = 4  # each reads one shard at a time
+STATUSES = (*REASONS, "compared")  # of rows compared with originals
 UNIT = re.compile(r"[0-9a-f]{24}-([0-9a-f]{12})")  # SHARD-SETTING, a sweep's file
 
 
@@ -215,9 +216,25 @@ def _reconstruct(run: Folder, manifest: Manifest) -> Iterator[Checked]:
 
 
 def _regenerate(run: Folder, manifest: Manifest) -> Iterator[Checked]:
-    config, findings = manifest.config, []
+    config = manifest.config
     variants = list(product((len(levels) - 1 for levels in manifest.ladders), range(config["variations"])))
     settings = {"eta": config["eta"], "use_sigma_hat": config["sigma_hat"], "seed": config["seed"]}
+    which, findings = _selection(manifest)
+    shards = _of_latents(KINDS["regenerate"], run, manifest, variants, _regenerated_rows, settings, which)
+    return chain([Checked(findings)], shards)
+
+
+def _edit(run: Folder, manifest: Manifest) -> Iterator[Checked]:
+    variants = [(strength,) for strength in manifest.config["strength"]]
+    masked = manifest.content["edit"]["mask"] is not None
+    which, findings = _selection(manifest)
+    shards = _of_latents(KINDS["edit"], run, manifest, variants, lambda batch: _edited_rows(batch, masked), {}, which)
+    return chain([Checked(findings)], shards)
+
+
+def _selection(manifest: Manifest) -> tuple[Selection | None, list[Finding]]:
+    """The latents that a run decodes, None if that is no longer known, with a warning."""
+    config, findings = manifest.config, []
     which: Selection | None = Selection(where=config.get("where"))
     if config.get("ids"):
         try:
@@ -230,8 +247,7 @@ def _regenerate(run: Folder, manifest: Manifest) -> Iterator[Checked]:
             which = None
             message = f"{problem}; whether ids are missing is not checked"
             findings.append(Finding(config["ids"], message, warning=True))
-    shards = _of_latents(KINDS["regenerate"], run, manifest, variants, _regenerated_rows, settings, which)
-    return chain([Checked(findings)], shards)
+    return which, findings
 
 
 def _of_latents(
@@ -243,7 +259,8 @@ def _of_latents(
     settings: Mapping[str, Any],
     which: Selection | None,
 ) -> Iterator[Checked]:
-    """Checks a run that decodes an encode run's latents, each to all variants; `which` is None if it is not known."""
+    """Checks a run that decodes an encode run's latents, each to all variants or a reject; `which` is None if it is not
+    known."""
     plan = EncodePlan(manifest.source, names_in(run, kind.folder))
     shape, findings = _compare_source(manifest, plan.manifest)
 
@@ -251,10 +268,11 @@ def _of_latents(
         if read.ids is None:
             return
         ids = {variant: read.ids.get(variant, []) for variant in (*variants, *read.ids)}
-        yield from (f"has rows {_at(v)}, which the run does not make" for v in sorted(ids.keys() - {*variants}))
+        others = sorted(ids.keys() - {*variants}, key=str)
+        yield from (f"has rows {_at(kind, v)}, which the run does not make" for v in others)
         for variant, found in ids.items():
-            if len(found) != read.counts.get(kind.row_count):
-                yield f"has {len(found)} rows {_at(variant)}, and its footer says {read.counts.get(kind.row_count)}"
+            if len(found) != (said := read.counts.get(kind.row_count)):
+                yield f"has {len(found)} rows {_at(kind, variant)}, and its footer says {said}"
         total = sum(map(len, ids.values()))
         if kind.row_count != "images" and read.counts.get("images") != total:
             yield f"has {total} images, and its footer says {read.counts.get('images')}"
@@ -265,21 +283,24 @@ def _of_latents(
         except Exception as e:
             yield f"its latents can't be read: {one_line(e)}"
             return
-        first = Counter(ids[variants[0]])
+        refused = Counter(read.rejects or ())
+        first = Counter(ids[variants[0]]) + refused
         for variant, found in ids.items():
-            have = Counter(found)
-            different = (have - stored) + (stored - have if which else first - have)
+            have = Counter(found) + refused
+            different = have - stored
+            if read.rejects is not None:  # otherwise a missing id may be that of a reject
+                different += stored - have if which else first - have
             if different:
-                yield f"has other ids {_at(variant)} than its latents: {', '.join(sorted(different)[:3])}"
+                yield f"has other ids {_at(kind, variant)} than its latents: {', '.join(sorted(different)[:3])}"
 
     metadata = expected_metadata(manifest, **settings)
     wanted = Wanted(kind, _schema(kind, manifest), metadata, check_rows, compare, shape=shape)
     return chain([Checked(findings)], _in_shards(run, plan, wanted))
 
 
-def _at(variant: Variant) -> str:
-    steps, *variation = variant
-    return f"at {steps} steps" + "".join(f" in variation {number}" for number in variation)
+def _at(kind: Kind, variant: Variant) -> str:
+    words = {"steps": "at {} steps", "variation": "in variation {}", "strength": "at strength {}"}
+    return " ".join(words[name].format(value) for name, value in zip(kind.variants, variant, strict=True))
 
 
 def _compare_source(manifest: Manifest, encoded: Manifest | None) -> tuple[Shape | None, list[Finding]]:
@@ -365,6 +386,14 @@ def _wrong_of_files(batch: pa.RecordBatch) -> dict[str, np.ndarray]:
     return {
         "has a width or height below 1": (_column(batch, "width") < 1) | (_column(batch, "height") < 1),
         "has a content_hash that is not a sha256": ~np.asarray(hashed),
+    }
+
+
+def _wrong_of_masks(batch: pa.RecordBatch, masked: bool) -> dict[str, np.ndarray]:
+    hashed = pc.fill_null(pc.match_substring_regex(batch.column("mask_hash"), "^[0-9a-f]{64}$"), False)
+    return {
+        "has a mask_hash that is not a sha256": masked & ~np.asarray(hashed),
+        "has a mask_hash, though the run has no masks": ~_null(batch, "mask_hash") & (not masked),
     }
 
 
@@ -470,13 +499,7 @@ def _regenerated_rows(batch: pa.RecordBatch) -> Iterator[str]:
 
 def _restored_rows(batch: pa.RecordBatch, has: Mapping[str, bool]) -> Iterator[str]:
     """Which of `mask`, `mse` and `ssim` a run `has`."""
-    masked = has["mask"]
-    hashed = pc.fill_null(pc.match_substring_regex(batch.column("mask_hash"), "^[0-9a-f]{64}$"), False)
-    wrong = {
-        **_wrong_of_files(batch),
-        "has a mask_hash that is not a sha256": masked & ~np.asarray(hashed),
-        "has a mask_hash, though the run has no masks": ~_null(batch, "mask_hash") & (not masked),
-    }
+    wrong = {**_wrong_of_files(batch), **_wrong_of_masks(batch, has["mask"])}
     for name in ("observation_error", "picture_error"):
         wrong[f"has a {name} that is not a number of 0 or more"] = ~_is_error(_column(batch, name))
     for prefix in ("", "baseline_"):
@@ -493,10 +516,27 @@ def _restored_rows(batch: pa.RecordBatch, has: Mapping[str, bool]) -> Iterator[s
     yield from _named(batch.column("image_id"), wrong)
 
 
+def _edited_rows(batch: pa.RecordBatch, masked: bool) -> Iterator[str]:
+    compared = np.asarray(pc.fill_null(pc.equal(batch.column("status"), "compared"), False))
+    changed, values = _column(batch, "changed_outside"), _column(batch, "values_outside")
+    wrong = {
+        **_wrong_of_files(batch),
+        **_wrong_of_masks(batch, masked),
+        "has a status that is none": ~np.asarray(pc.is_in(batch.column("status"), pa.array(STATUSES))),
+        "has a changed_outside that is not from 0 to its values_outside": masked
+        & ~np.where(compared, (changed >= 0) & (changed <= values), _null(batch, "changed_outside") & (values > 0)),
+        "has values outside of a mask, though the run has no masks": ~np.isnan(values) & (not masked),
+    }
+    for name in ("own_mse", "change"):
+        there = np.where(compared, _is_error(_column(batch, name)), _null(batch, name))
+        wrong[f"has a {name} that does not match its status"] = ~there
+    yield from _named(batch.column("image_id"), wrong)
+
+
 def _error_rows(batch: pa.RecordBatch) -> Iterator[str]:
     for row in batch.select(["image_id", "steps", "status", "mse"]).to_pylist():
         at, mse = f"{row['image_id']} at {row['steps']} steps", row["mse"]
-        if row["status"] not in {*REASONS, "compared", "missing", "changed"}:
+        if row["status"] not in STATUSES:
             yield f"{at} has the status {row['status']}, which is not a status"
         elif row["status"] == "compared" and not (mse is not None and np.isfinite(mse) and mse >= 0):
             yield f"{at} has an mse that is not a number of 0 or more"
@@ -511,6 +551,7 @@ CHECKS: Mapping[str, Callable[[Folder, Manifest], Iterator[Checked]]] = {
     "generate": _generate,
     "regenerate": _regenerate,
     "restore": _restore,
+    "edit": _edit,
     "interpolate": _interpolate,
     "export": check_export,
 }

@@ -27,7 +27,7 @@ BATCH_PICTURES = 64
 MAX_BATCH_ROWS = 4096
 
 Shape = tuple[int, int, int]
-Variant = tuple[int, ...]
+Variant = tuple[float, ...]
 
 
 @dataclass

@@ -78,7 +78,7 @@ def run(tmp_path):
 
 
 def test_the_folders_are_those_that_the_jobs_write():
-    images = dict.fromkeys(("generate", "restore", "regenerate", "interpolate"), IMAGES)
+    images = dict.fromkeys(("generate", "restore", "regenerate", "edit", "interpolate"), IMAGES)
     others = {"encode": LATENTS, "reconstruct": RECONSTRUCTIONS, "sweep": SWEPT, "score": SCORES, "evaluate": FEATURES}
     assert {**others, **images} == {name: KINDS[name].folder for name in SHARDED}
 
