@@ -36,6 +36,8 @@ from palindrome.model.process import Marginal, Process, Reading
 DEPTH = 2  # of the Anderson mixing: differences of residuals kept
 SLOW = 0.8  # of a residual, left by a correction: more says that what happens in one band depends on another
 MIXING_LIMIT = 5.0  # of an Anderson weight: two nearly equal residuals must not throw an iterate far away
+SMALL = 1e-4  # of the square of a change of epsilon: one of nothing but rounding, below it, predicts nothing
+RIDGE = 1e-6  # of what changes of residuals have in common: in a band of few values nothing but rounding may be left
 
 
 def evaluations(steps: int, corrections: int) -> int:
@@ -112,7 +114,9 @@ def _predicted(below: Sequence[tuple[float, Tensor]], log_snr: float) -> Tensor:
         return epsilon + min(further, 1.0) * change
     bands = Bands.of(epsilon.shape[1:], epsilon.dtype, epsilon.device)
     (width_before, change_before), last = changes[0], bands.forward(change)
-    part = _weights(bands, last, bands.forward(change_before)) * (width_before / width)
+    before = bands.forward(change_before)
+    square = bands.products(before, before) + SMALL * bands.products(last, last)
+    part = _quotient(bands.products(last, before), square) * (width_before / width)
     return epsilon + bands.inverse(bands.spread((further * part).clamp(0, 1)) * last)
 
 
@@ -204,35 +208,32 @@ def _mixed(
 ) -> Tensor:
     """Anderson mixing: the way to the combination of the iterates whose residuals, combined alike, are smallest, and on
     along that residual. Of changes of the iterate and of its residual, the newest last, orthogonalised by Gram and
-    Schmidt; all in the bands' coordinates."""
-    basis: list[tuple[Tensor, Tensor]] = []
-    for change in reversed(changes):
-        basis.append(_projected(*change, basis, bands, whole))
-    move, left = _projected(torch.zeros_like(residual), residual, basis, bands, whole)
+    Schmidt; all in the bands' coordinates, and with a weight for each band, or one for samples that are `whole`."""
+    basis: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def projected(y: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+        """r less its components along the basis' residuals, and y less the same parts of the basis' iterates."""
+        for y_basis, r_basis, square in basis:
+            weight = _quotient(bands.products(r, r_basis), square, whole).clamp(-MIXING_LIMIT, MIXING_LIMIT)
+            part = bands.spread(weight)
+            y, r = y - part * y_basis, r - part * r_basis
+        return y, r
+
+    for of_iterate, of_residual in reversed(changes):
+        y, r = projected(of_iterate, of_residual)
+        square = bands.products(r, r)
+        if basis:
+            square = torch.lerp(square, bands.products(of_residual, of_residual), RIDGE)
+        basis.append((y, r, square))
+    move, left = projected(torch.zeros_like(residual), residual)
     return move + relaxation * left
 
 
-def _projected(
-    y: Tensor, r: Tensor, basis: Sequence[tuple[Tensor, Tensor]], bands: Bands, whole: Tensor
-) -> tuple[Tensor, Tensor]:
-    """r less its components along the basis' residuals, and y less the same parts of the basis' iterates."""
-    for y_basis, r_basis in basis:
-        weight = _weights(bands, r, r_basis, whole).clamp(-MIXING_LIMIT, MIXING_LIMIT)
-        part = bands.spread(weight)
-        y, r = y - part * y_basis, r - part * r_basis
-    return y, r
-
-
-def _weights(bands: Bands, r: Tensor, along: Tensor, whole: Tensor | None = None) -> Tensor:
-    """The part of `along` in r, of each band, or of all of them together in samples that are `whole`; 0 where nothing
-    changed along it."""
-    common, of_along = bands.products(r, along), bands.products(along, along)
+def _quotient(over: Tensor, under: Tensor, whole: Tensor | None = None) -> Tensor:
+    """Of products of the bands, or of their sums in samples that are `whole`; 0 where it is no number."""
     if whole is not None:
-        common, of_along = (
-            torch.where(whole[:, None, None], of_bands.sum((1, 2), keepdim=True), of_bands)
-            for of_bands in (common, of_along)
-        )
-    return (common / of_along).nan_to_num(0.0, 0.0, 0.0)
+        over, under = (torch.where(whole[:, None, None], p.sum((1, 2), keepdim=True), p) for p in (over, under))
+    return (over / under).nan_to_num(0.0, 0.0, 0.0)
 
 
 def _choose(where: Tensor, one: Tensor, other: Tensor) -> Tensor:
